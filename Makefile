@@ -1,0 +1,34 @@
+# Two commands do everything on a machine with Python and make:
+#   make quickstart   the main job on an embedded default, in a few minutes on two cores
+#   make test         ruff and every test
+# Choose the interpreter with PYTHON=python3.12. Both share .venv and install only when pyproject.toml changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint
+.NOTPARALLEL:  # two installations into one environment would break each other
+
+# The environment holds no accelerator's JAX, and with the tests' libtpu in it JAX would look for a TPU first
+quickstart: export JAX_PLATFORMS ?= cpu
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m launch.quickstart
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+
+# One recipe makes the environment and fills it, so that a half-made one is made again
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# All in one resolve: torch's pin decides with the rest. It contains what quickstart needs, hence both stamps
+$(VENV)/.installed-test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $(VENV)/.installed $@

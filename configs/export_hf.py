@@ -1,0 +1,24 @@
+"""A run's checkpoint as a Hugging Face directory.
+
+    python -m launch.export_hf --config=configs/export_hf.py --config.model=runs/musc --config.output=runs/musc-hf
+
+Expect: a directory that `AutoModelForCausalLM.from_pretrained` and serving engines load.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.model = placeholder(str)  # run directory
+    c.output = placeholder(str)  # must not exist, or be empty
+    c.step = placeholder(int)  # which checkpoint; none: the newest
+    c.dtype = "bfloat16"  # what serving engines expect
+    c.max_shard_bytes = 5_000_000_000  # transformers' usual shard size
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # all devices
+    c.mesh.tensor = 1
+    return c

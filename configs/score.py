@@ -1,0 +1,37 @@
+"""Per-token log-probs and entropies of responses.
+
+    python -m launch.score --config=configs/score.py --config.model=DIR --config.input=rows.jsonl \
+        --config.output=scored.jsonl
+
+Expect: the rows in their order, each with `logprob`, `num_tokens`, `token_logprobs`, `token_entropies` (nats).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.model = placeholder(str)  # Hugging Face directory, hub id or run directory
+    c.input = placeholder(str)  # rows with `prompt` and `response`
+    c.output = placeholder(str)  # JSONL; appears when it is whole
+    c.dtype = "float32"  # exact; bfloat16 is faster on accelerators
+    c.max_length = 2048  # tokens of prompt + response; longer responses are cut
+
+    c.batch = ConfigDict()
+    c.batch.rows = 8  # a forward pass, over all devices
+    c.batch.row_length = 2048  # at least max_length
+    c.batch.microbatches = 1  # nothing to accumulate
+    c.batch.max_examples_per_row = 64  # responses in a row
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # all devices
+    c.mesh.tensor = 1
+
+    c.compute = ConfigDict()
+    c.compute.dtype = c.get_ref("dtype")
+    c.compute.remat = "none"  # no gradient, nothing to recompute
+    c.compute.attention = "auto"  # the platform's kernel
+    c.compute.logprob_chunk = 256  # tokens a row whose logits exist at once
+    return c

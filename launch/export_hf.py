@@ -1,0 +1,10 @@
+"""Turns a run's checkpoint into a Hugging Face directory.
+
+    python -m launch.export_hf --config=configs/export_hf.py --config.model=runs/musc --config.output=runs/musc-hf
+"""
+
+from launch import cli
+from lm_jax.commands.export import ExportConfig, export
+
+if __name__ == "__main__":
+    cli.run(ExportConfig, export)

@@ -1,0 +1,11 @@
+"""Trains a policy on preference rows with token-aware DPO.
+
+    python -m launch.musc_train --config=configs/musc_train.py --config.model=DIR --config.input=pairs.jsonl \
+        --config.output=runs/musc
+"""
+
+from launch import cli
+from musc_jax.train import MuscTrainConfig, train
+
+if __name__ == "__main__":
+    cli.run(MuscTrainConfig, train)

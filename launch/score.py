@@ -1,0 +1,11 @@
+"""Scores responses: per-token log-probs and entropies of `response` under `prompt`.
+
+    python -m launch.score --config=configs/score.py --config.model=DIR --config.input=rows.jsonl \
+        --config.output=scored.jsonl
+"""
+
+from launch import cli
+from lm_jax.commands.score import ScoreConfig, score_rows
+
+if __name__ == "__main__":
+    cli.run(ScoreConfig, score_rows)

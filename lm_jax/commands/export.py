@@ -1,0 +1,34 @@
+"""`launch.export_hf`: a run's checkpoint -> a Hugging Face directory that transformers loads."""
+
+import dataclasses
+
+from lm_jax import hf_io
+from lm_jax.config import MeshConfig
+from lm_jax.sharding import make_mesh
+from lm_jax.training.runs import open_model
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """`configs/export_hf.py` says what each key is for."""
+
+    model: str
+    output: str
+    step: int | None
+    dtype: str
+    max_shard_bytes: int
+    mesh: MeshConfig
+
+
+def export(config: ExportConfig) -> None:
+    """Writes the newest (or the given) checkpoint of a run, with the starting model's tokenizer and templates.
+
+    Raises:
+      UserError: no such run or step, or an output that exists.
+    """
+    mesh = make_mesh(config.mesh)
+    source = open_model(config.model, config.step)
+    params = source.load_params(mesh, "float32")
+    hf_io.export_hf(params, source.config, config.output, source.directory, config.dtype, config.max_shard_bytes)
+    step = "" if source.step is None else f" step {source.step}"
+    print(f"exported {config.model}{step} to {config.output} in {config.dtype}")

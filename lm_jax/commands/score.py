@@ -1,0 +1,79 @@
+"""`launch.score`: rows with a prompt and a response -> the same rows with per-token log-probs and entropies."""
+
+import dataclasses
+import json
+import os
+
+import jax
+from etils import epath
+
+from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
+from lm_jax.data.packing import Segment
+from lm_jax.data.rows import read_rows, write_jsonl
+from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
+from lm_jax.errors import UserError
+from lm_jax.inference.scoring import score
+from lm_jax.sharding import make_mesh
+from lm_jax.training.metrics import Progress
+from lm_jax.training.runs import open_model
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """`configs/score.py` says what each key is for."""
+
+    model: str
+    input: str
+    output: str
+    dtype: str
+    max_length: int
+    batch: BatchConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+
+
+def score_rows(config: ScoreConfig) -> None:
+    """Scores every row's response under its prompt and writes `config.output` (JSONL), whole or not at all.
+
+    Adds `prompt_token_ids`, `token_ids` (the response, its end token included), `logprob` (their sum, nats),
+    `num_tokens`, `token_logprobs`, `token_entropies`; other columns stay.
+
+    Raises:
+      UserError: anything the user can mend, naming file or row.
+    """
+    mesh = make_mesh(config.mesh)
+    source = open_model(config.model)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
+    rows = read_rows(config.input, ("prompt", "response"))
+    where = os.path.basename(config.input.rstrip("/"))
+    encoded = encoder.encode_many(
+        [r["prompt"] for r in rows],
+        [r["response"] for r in rows],
+        [f"{where} row {i}" for i in range(len(rows))],
+    )
+    if epath.Path(config.output).is_dir():
+        raise UserError(f"{config.output}: is a directory; give config.output a file name")
+    segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
+    params = source.load_params(mesh, "float32")
+    progress = Progress(len(rows), 0, "row")
+    done = 0
+    for batch in score(params, segments, source.config, config.compute, config.batch, mesh):
+        for scores in batch:
+            segment = segments[scores.row]
+            rows[scores.row] |= {
+                "prompt_token_ids": segment.prompt.tolist(),
+                "token_ids": segment.response.tolist(),
+                "logprob": float(scores.logprobs.sum(dtype="float64")),
+                "num_tokens": len(segment.response),
+                "token_logprobs": [round(float(x), 6) for x in scores.logprobs],
+                "token_entropies": [round(float(x), 6) for x in scores.entropies],
+            }
+        done += len(batch)
+        progress.update(done, {})
+    progress.close()
+    if jax.process_index() == 0:
+        epath.Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(config.output, rows)
+        truncated = sum(e.truncated for e in encoded)
+        print(json.dumps({"rows": len(rows), "truncated": truncated, "output": config.output}))

@@ -1,0 +1,169 @@
+"""Frozen dataclasses that describe a run. They are static (hashable), so a jitted function may close over them.
+
+User-facing values live in `configs/*.py`, which list every key with its reason; `from_config_dict` turns them into
+these dataclasses and refuses a key that is unknown or missing, so no value is ever set silently.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from lm_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. Fields that a `kind` does not use keep their defaults.
+
+    Names follow transformers' `rope_parameters`; `lm_jax.models.rope` has the formulas.
+    """
+
+    theta: float
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn
+    factor: float = 1.0
+    original_max_position: int | None = None  # context length before scaling (dynamic, llama3, yarn)
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: derived from factor, mscale, mscale_all_dim
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What a decoder computes: everything that changes the maths, nothing that does not (dtype, mesh, kernels)."""
+
+    family: str  # llama | mistral | qwen2 | qwen3
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    norm_eps: float
+    max_position: int  # tokens; the longest context that the checkpoint was configured for
+    activation: str = "silu"  # silu | gelu | gelu_tanh | relu
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    layer_windows: tuple[int | None, ...] = ()  # one per layer: tokens a query sees, itself included; None: all
+
+    def __post_init__(self):
+        if not self.layer_windows:
+            object.__setattr__(self, "layer_windows", (None,) * self.num_layers)
+        if len(self.layer_windows) != self.num_layers:
+            raise UserError(
+                f"model config: {len(self.layer_windows)} layer windows for {self.num_layers} layers; give one a layer"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model config: {self.num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How a decoder computes it: none of these fields changes the result beyond rounding."""
+
+    dtype: str  # matmuls and activations: float32 | bfloat16; softmax, norms and losses are always fp32
+    remat: str = "none"  # none | full | a name of lm_jax.models.decoder.REMAT_POLICIES
+    attention: str = "auto"  # auto | a name of lm_jax.models.attention.IMPLEMENTATIONS
+    logprob_chunk: int = 256  # tokens of a row whose logits exist at one time
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"config.dtype: {self.dtype!r} is not a dtype to train in; choose float32 or bfloat16")
+        if self.logprob_chunk < 1:
+            raise UserError(f"config.compute.logprob_chunk: must be at least 1, got {self.logprob_chunk}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1 and takes what is left."""
+
+    data: int  # replicas of the parameters
+    fsdp: int  # parameters and batch cut along this axis
+    tensor: int  # heads, feed-forward and vocabulary cut along this axis
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """The shape of one optimiser step: `microbatches` x [rows / microbatches, row_length] tokens, packed."""
+
+    rows: int  # global rows a step, over all devices and microbatches
+    row_length: int  # tokens a row
+    microbatches: int  # gradient accumulation; exact: sums over all microbatches are divided once
+    max_examples_per_row: int  # bounds the per-row arrays of pairs (static shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float  # the peak
+    schedule: str  # cosine | linear | constant, after the warm-up
+    warmup_ratio: float  # share of all steps
+    final_ratio: float  # learning rate at the last step as a share of the peak (cosine, linear)
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float  # AdamW, on matrices only
+    clip_norm: float  # global gradient norm; 0 turns clipping off
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int  # steps between saves; the last step is always saved
+    keep: int  # newest checkpoints kept
+
+
+def from_config_dict(cls: type[T], config: Mapping[str, Any], where: str = "config") -> T:
+    """Builds dataclass `cls` from a mapping (ConfigDict or dict), recursively.
+
+    Raises:
+      UserError: on an unknown key, a missing key, or a value of the wrong type, with its dotted name.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {key: config[key] for key in config}
+    if unknown := sorted(set(values) - set(fields)):
+        raise UserError(f"{where}.{unknown[0]}: unknown key; known keys: {', '.join(sorted(fields))}")
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise UserError(f"{where}.{missing[0]}: missing key; set it in the config file or with --{where}.{missing[0]}=")
+    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return from_config_dict(option, value, where)
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            item = typing.get_args(option)[0]
+            return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    if value is None:
+        raise UserError(f"{where}: not set; give --{where}=VALUE")
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise UserError(f"{where}: expected {names}, got {value!r}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_config_dict`: nested plain dicts and lists, ready for JSON."""
+    as_dict = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in as_dict.items()}

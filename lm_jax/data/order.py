@@ -1,0 +1,111 @@
+"""The order of training batches: a pure function of (seed, epoch, lengths), so resuming needs only a step number.
+
+Grain carries the position: its iterator state, two integers, is saved in every checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+
+from lm_jax.config import BatchConfig
+from lm_jax.data.packing import Example, fill_rows, pack
+from lm_jax.errors import UserError
+from lm_jax.sharding import batch_divisor, batch_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """Which examples make up each row of each step.
+
+    Attributes:
+      rows: the rows of all steps, `batch.rows` a step; an epoch's last step is filled up with empty rows.
+      steps_per_epoch: steps of each epoch.
+      batch: the shape of a step.
+    """
+
+    rows: Sequence[np.ndarray]
+    steps_per_epoch: tuple[int, ...]
+    batch: BatchConfig
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch.rows
+
+    def __getitem__(self, step: int) -> Sequence[np.ndarray]:
+        return self.rows[step * self.batch.rows : (step + 1) * self.batch.rows]
+
+
+def plan_batches(lengths: np.ndarray, batch: BatchConfig, epochs: int, seed: int | None) -> BatchPlan:
+    """Packs every epoch anew; each epoch holds every example once.
+
+    Args:
+      lengths: [N] tokens of each example.
+      batch: the shape of a step.
+      epochs: passes over the data.
+      seed: of the shuffling; None keeps the data's order (evaluation).
+    """
+    rows: list[np.ndarray] = []
+    steps = []
+    for epoch in range(epochs):
+        rng = None if seed is None else np.random.default_rng((seed, epoch))
+        packed = pack(lengths, batch.row_length, batch.max_examples_per_row, rng)
+        steps.append(-(-len(packed) // batch.rows))
+        rows += packed + [np.zeros(0, np.int64)] * (steps[-1] * batch.rows - len(packed))
+    return BatchPlan(rows, tuple(steps), batch)
+
+
+class BatchIterator(Iterator[dict[str, jax.Array]]):
+    """Global batches [microbatches, rows, row_length] on the mesh; each process fills only its own rows.
+
+    Filling runs ahead in Grain's threads, so that the device does not wait for it.
+    """
+
+    def __init__(self, plan: BatchPlan, examples: Sequence[Example], mesh: jax.sharding.Mesh, values: Sequence[str] = ()):
+        batch, processes = plan.batch, jax.process_count()
+        check_batch(batch, mesh)
+        micro_rows = batch.rows // batch.microbatches
+        share = micro_rows // processes
+        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+        def fill(step: int) -> dict[str, np.ndarray]:
+            rows = plan[step]
+            micro = [rows[m * micro_rows : (m + 1) * micro_rows][mine] for m in range(batch.microbatches)]
+            flat = fill_rows([r for m in micro for r in m], examples, batch.row_length, batch.max_examples_per_row, values)
+            return {k: v.reshape(batch.microbatches, share, *v.shape[1:]) for k, v in flat.items()}
+
+        dataset = grain.MapDataset.source(range(len(plan))).map(fill)
+        self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+        self._sharding = batch_sharding(mesh, leading=1)
+        self._micro_rows = micro_rows
+
+    def __next__(self) -> dict[str, jax.Array]:
+        local = next(self._iterator)
+        return {
+            k: jax.make_array_from_process_local_data(
+                self._sharding, v, (v.shape[0], self._micro_rows, *v.shape[2:])
+            )
+            for k, v in local.items()
+        }
+
+    def get_state(self) -> dict:
+        """The position, for a checkpoint."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict) -> None:
+        """Continues where `get_state` was called."""
+        self._iterator.set_state(state)
+
+
+def check_batch(batch: BatchConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError where rows, microbatches, mesh and processes do not fit."""
+    parts = batch_divisor(mesh)
+    if min(batch.rows, batch.microbatches, batch.row_length, batch.max_examples_per_row) < 1:
+        raise UserError(f"config.batch: every size must be at least 1, got {batch}")
+    if batch.rows % batch.microbatches or (batch.rows // batch.microbatches) % parts:
+        raise UserError(
+            f"config.batch.rows={batch.rows} must be a multiple of config.batch.microbatches={batch.microbatches} times "
+            f"the mesh's data x fsdp={parts}; the next one is "
+            f"{-(-batch.rows // (batch.microbatches * parts)) * batch.microbatches * parts}"
+        )

@@ -1,0 +1,184 @@
+"""Rows of plain data: JSON Lines, JSON, Parquet and `datasets` directories in; JSON Lines out."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lm_jax.errors import UserError
+
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def read_rows(path: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All rows of `path`, in their order.
+
+    Args:
+      path: a .jsonl, .json (one list of objects) or .parquet file, local or gs://; a directory that `datasets` saved
+        with save_to_disk; or a hub id `org/name`. Where a dataset has several splits: `path:split`.
+      columns: columns that every row must have.
+
+    Raises:
+      UserError: missing, empty or broken file (with line and column), a row that is no object, a missing column, an
+        unknown suffix, a split that has to be chosen.
+    """
+    file = epath.Path(path)
+    location, split = path, None
+    if not file.exists() and re.search(r":\w+$", path):
+        location, _, split = path.rpartition(":")
+        file = epath.Path(location)
+    if file.is_dir():
+        rows = _from_datasets(location, split, hub=False)
+    elif split is not None and file.exists():
+        raise UserError(f"{path}: a file has no split {split!r}; give {location}")
+    elif file.suffix in _SUFFIXES:
+        rows = _from_file(file)
+    elif file.exists() or not _HUB_ID.fullmatch(location) or file.suffix[1:].isalpha():
+        fault = "unknown kind of file" if file.exists() else "no such file or directory"
+        raise UserError(f"{path}: {fault}; give {', '.join(_SUFFIXES)}, a saved dataset's directory, or an org/name")
+    else:
+        rows = _from_datasets(location, split, hub=True)
+    if not rows:
+        raise UserError(f"{path}: no rows in it; give a file with at least one")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} row {number}: expected an object, got {type(row).__name__}; mend the row")
+        if lacking := [c for c in columns if c not in row]:
+            raise UserError(
+                f"{path} row {number}: column {lacking[0]!r} is missing; it has {', '.join(sorted(row)) or 'none'}; "
+                "rename or add the column"
+            )
+    return rows
+
+
+def write_jsonl(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, UTF-8. Atomic: `path` holds the old content or all of the new, never a part.
+
+    NumPy scalars and arrays become numbers and lists.
+
+    Raises:
+      UserError: a value is NaN or infinite, which JSON does not have.
+    """
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as out:
+            for number, row in enumerate(rows):
+                try:
+                    line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain)
+                    out.write(line.encode() + b"\n")
+                except UnicodeEncodeError as error:
+                    raise UserError(f"{path} row {number}: half a surrogate pair in the text; remove it") from error
+                except ValueError as error:
+                    raise UserError(f"{path} row {number}: NaN or infinity is no JSON; remove it first") from error
+            out.flush()
+            if "://" not in path:
+                os.fsync(out.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _from_file(file: epath.Path) -> list[Any]:
+    if not file.exists():
+        raise UserError(f"{file}: no such file; check the path")
+    if file.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with file.open("rb") as source:
+                return pq.read_table(source).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: no readable Parquet file ({_first_line(error)}); write it anew") from error
+    try:
+        # utf-8-sig: a byte order mark, which some editors write, is no part of the first row
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{file}:{line}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{file}: the file is empty; give a file with at least one row")
+    if file.suffix == ".json":
+        rows = _parse(text, file, 1)
+        if not isinstance(rows, list):
+            raise UserError(f"{file}: expected a list of rows, got {type(rows).__name__}; one object a line is .jsonl")
+        return rows
+    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string
+    return [_parse(line, file, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+class _NotJson(ValueError):
+    pass
+
+
+def _refuse_constant(name: str) -> None:
+    raise _NotJson(name)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _parse(text: str, file: epath.Path, first_line: int) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except _NotJson as error:
+        # The decoder does not say where: for a list of rows the line of the first such constant outside a string
+        line = first_line + text[: _constant_position(text, str(error))].count("\n")
+        raise UserError(f"{file}:{line}: {error} is no JSON number; write null, or drop the row") from error
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{file}:{line}: broken JSON at column {error.colno}: {error.msg}; mend the line") from error
+    except RecursionError as error:
+        raise UserError(f"{file}:{first_line}: JSON nested too deeply; flatten the row") from error
+
+
+def _constant_position(text: str, name: str) -> int:
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|' + re.escape(name), text):
+        if match.group() == name:
+            return match.start()
+    return 0
+
+
+def _from_datasets(location: str, split: str | None, hub: bool) -> list[dict[str, Any]]:
+    import datasets
+
+    where = f"{location}:{split}" if split else location
+    try:
+        data = datasets.load_dataset(location) if hub else datasets.load_from_disk(location)
+    except Exception as error:  # the library raises many kinds, none of its own
+        if hub:
+            raise UserError(
+                f"{where}: no such file or directory, and no dataset of that name could be loaded from the hub "
+                f"({_first_line(error)}); check the path, or the name and the network"
+            ) from error
+        raise UserError(
+            f"{where}: no directory that datasets' save_to_disk wrote ({_first_line(error)}); "
+            f"give a file ({', '.join(_SUFFIXES)}) or such a directory"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        splits = ", ".join(data)
+        if split is None and len(data) > 1:
+            raise UserError(f"{where}: has the splits {splits}; give {location}:SPLIT")
+        if split is not None and split not in data:
+            raise UserError(f"{where}: no split {split!r}; it has {splits}")
+        data = data[split or next(iter(data))]
+    elif split is not None:
+        raise UserError(f"{where}: the dataset there has no splits; give {location}")
+    return data.to_list()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

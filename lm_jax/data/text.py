@@ -1,0 +1,336 @@
+"""(prompt, response), as text or messages, to token ids. A mask is two lengths: the response follows the prompt."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lm_jax.errors import UserError
+
+Message = dict[str, str]  # {'role': ..., 'content': ...}
+Text = str | list[Message]  # raw text, or messages for the chat template
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_BATCH = 1024  # rows tokenised at once: enough to keep the tokenizer's threads busy, little as Python lists
+_ANCHORS = ("\n", "a", "0", "")  # see TextEncoder._tokenize_apart
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedResponse:
+    """Token ids of one (prompt, response)."""
+
+    prompt_ids: np.ndarray  # int32 [P], P >= 1
+    response_ids: np.ndarray  # int32 [R], R >= 1; its end token included unless truncated
+    full_length: int  # R before truncation
+    boundary_split: bool  # the tokenizer would merge prompt and response; the response was tokenised apart
+
+    @property
+    def truncated(self) -> bool:
+        return len(self.response_ids) < self.full_length
+
+
+def load_tokenizer(model_dir: str, vocab_size: int | None = None) -> Any:
+    """The transformers tokenizer of a checkpoint directory (or hub id). Runs no code from the checkpoint.
+
+    Args:
+      model_dir: directory with the tokenizer's files.
+      vocab_size: rows of the model's embedding; None: do not check.
+
+    Raises:
+      UserError: no tokenizer there, ids beyond the embedding, or no end-of-text token.
+    """
+    import transformers
+
+    path = epath.Path(model_dir)
+    if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
+        raise UserError(f"{model_dir}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds, none of its own
+        raise UserError(
+            f"{model_dir}: its tokenizer cannot be loaded ({_first_line(error)}); check the path, and that "
+            "tokenizer.json and tokenizer_config.json are whole"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{model_dir}: its tokenizer has no fast form; save one with a tokenizer.json there")
+    # Ids may have holes, so that the highest one can lie beyond the number of tokens
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if vocab_size is not None and size > vocab_size:
+        raise UserError(
+            f"{model_dir}: vocabulary larger than the embedding: the tokenizer has {size} ids, the embedding "
+            f"{vocab_size} rows; use the tokenizer that the model was trained with, or resize the embedding"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{model_dir}: its tokenizer has no eos token; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def end_token_ids(model_dir: str, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's eos first, then those of generation_config.json where there is one.
+
+    Raises:
+      UserError: generation_config.json is broken.
+    """
+    ids = [tokenizer.eos_token_id]
+    path = epath.Path(model_dir) / "generation_config.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text()).get("eos_token_id")
+            ids += [int(i) for i in (found if isinstance(found, list) else [found] if found is not None else [])]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: eos_token_id cannot be read ({_first_line(error)}); mend the file") from error
+    return tuple(dict.fromkeys(ids))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 (hex) over all that decides the ids: vocabulary and rules, special tokens, chat template."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Calls leave these two behind; the ids here never depend on them
+    rules.pop("truncation", None)
+    rules.pop("padding", None)
+    parts = [rules, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def messages_fault(value: Any) -> str | None:
+    """What is wrong with `value` as messages, or None."""
+    if not isinstance(value, list):
+        return f"must be a string or messages, got {type(value).__name__}"
+    if not value:
+        return "is an empty list of messages"
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            return f"message {i} is no object but {type(message).__name__}"
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                return f"message {i} has no {name} that is a string"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rendered:
+    lead: tuple[int, ...]  # the tokenizer's own leading special tokens
+    prompt: str
+    whole: str  # prompt and response; begins with `prompt`
+
+
+class TextEncoder:
+    """Encodes rows as the model sees them in training, in scoring and, for prompts, in generation.
+
+    Raw strings: leading special tokens, prompt, response, eos (unless the response ends with its text). Messages: the
+    chat template, up to the end token after the response. The prompt's ids are those that generation starts from: where
+    a tokenizer merges across the boundary, the response is tokenised apart (TRL cuts the merged end of the prompt off).
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      max_length: tokens of prompt and response together; a longer row loses the response's tail.
+      end_ids: from `end_token_ids`; defaults to the tokenizer's eos alone.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, end_ids: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._eos_text = tokenizer.eos_token
+        self._end_ids = frozenset({tokenizer.eos_token_id, *end_ids})
+        self._lead = self._leading_special_tokens()
+        head, after, alone = self._tokenize(["\n", "\na", "a"])
+        self._adds_prefix = after[: len(head)] == head and after[len(head) :] != alone
+
+    def encode(self, prompt: Text, response: Text, where: str) -> EncodedResponse:
+        """One row; see `encode_many`."""
+        return self.encode_many([prompt], [response], [where])[0]
+
+    def encode_many(
+        self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
+    ) -> list[EncodedResponse]:
+        """Encodes many rows, in batches over the tokenizer's threads.
+
+        Args:
+          prompts: strings, or messages.
+          responses: strings, or messages; a string after a prompt of messages is an assistant message.
+          wheres: name of each row in errors, as "pairs.jsonl row 17 (chosen)".
+
+        Raises:
+          UserError: naming the row and the cure: malformed or empty text, no chat template or one that fails, a prompt
+            that is no prefix, doubled BOS or EOS, no end token, no room for the response.
+        """
+        encoded = []
+        rows = list(zip(prompts, responses, wheres, strict=True))
+        for batch in _batches(rows):
+            rendered = [self._render(*row) for row in batch]
+            prompt_ids = self._tokenize([r.prompt for r in rendered])
+            whole_ids = self._tokenize([r.whole for r in rendered])
+            for row, text, prompt, whole in zip(batch, rendered, prompt_ids, whole_ids, strict=True):
+                encoded.append(self._split(text, prompt, whole, row[2]))
+        return encoded
+
+    def encode_prompt(self, prompt: Text, where: str) -> np.ndarray:
+        """One prompt to generate from; see `encode_prompts`."""
+        return self.encode_prompts([prompt], [where])[0]
+
+    def encode_prompts(self, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
+        """Prompts to generate from: int32 [P] each, P < max_length, the `prompt_ids` that `encode_many` gives.
+
+        Raises:
+          UserError: as `encode_many`, as far as it concerns prompts.
+        """
+        encoded = []
+        for batch in _batches(list(zip(prompts, wheres, strict=True))):
+            rendered = [self._render_prompt(*row) for row in batch]
+            tokenized = self._tokenize([text for _, text in rendered])
+            for (lead, _), ids, (_, where) in zip(rendered, tokenized, batch, strict=True):
+                encoded.append(self._check_prompt([*lead, *ids], where))
+        return encoded
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+
+    def _leading_special_tokens(self) -> tuple[int, ...]:
+        """The ids that the tokenizer sets before a text. Those that it sets after one (an EOS) are left out."""
+        for probe in ("a", self._eos_text):  # a small vocabulary may have no "a"
+            plain = self._tokenize([probe])[0]
+            around = self._tokenizer(probe, add_special_tokens=True)["input_ids"]
+            for start in range(len(around) - len(plain) + 1):
+                if plain and around[start : start + len(plain)] == plain:
+                    return tuple(around[:start])
+        raise UserError("the tokenizer cannot encode even its own eos token; check tokenizer.json")
+
+    def _tokenize_apart(self, text: str) -> list[int]:
+        """`text` as it is tokenised in the middle of a text.
+
+        A sentencepiece-like tokenizer sets a space before every text. Kept, the response would decode to " text", which
+        the user did not write and which the model would not generate there, so such a tokenizer gets an anchor to begin
+        with, whose tokens are then cut off. An anchor that merges with `text` does not serve: the next one is tried.
+        """
+        for anchor in _ANCHORS if self._adds_prefix else ("",):
+            head, whole = self._tokenize([anchor, anchor + text])
+            if whole[: len(head)] == head:
+                break
+        return whole[len(head) :]
+
+    def _render_prompt(self, prompt: Text, where: str) -> tuple[tuple[int, ...], str]:
+        if isinstance(prompt, str):
+            return self._lead, _valid(prompt, where)
+        if fault := messages_fault(prompt):
+            raise UserError(f"{where}: prompt {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
+        return (), _valid(self._apply_template(prompt, where, add_generation_prompt=True), where)
+
+    def _render(self, prompt: Text, response: Text, where: str) -> _Rendered:
+        if isinstance(response, str):
+            contents = [response]
+        elif fault := messages_fault(response):
+            raise UserError(f"{where}: response {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
+        else:
+            contents = [message["content"] for message in response]
+        if not any(content.strip() for content in contents):
+            raise UserError(f"{where}: the response is empty, so its mask would be; drop the row")
+        lead, prompt_text = self._render_prompt(prompt, where)
+        if isinstance(prompt, str):
+            if not isinstance(response, str):
+                raise UserError(f"{where}: the prompt is a string but the response is messages; make them alike")
+            end = "" if response.endswith(self._eos_text) else self._eos_text
+            return _Rendered(lead, prompt_text, _valid(prompt_text + response + end, where))
+        if isinstance(response, str):
+            response = [{"role": "assistant", "content": response}]
+        whole = self._apply_template([*prompt, *response], where, add_generation_prompt=False)
+        if not whole.startswith(prompt_text):
+            common = next((i for i, (a, b) in enumerate(zip(prompt_text, whole, strict=False)) if a != b), len(whole))
+            raise UserError(
+                f"{where}: the chat template's prompt is no prefix of prompt and response: alone it goes on with "
+                f"{prompt_text[common : common + 40]!r}, with the response {whole[common : common + 40]!r}; use a chat "
+                "template that renders the prompt alike with and without the response"
+            )
+        return _Rendered(lead, prompt_text, _valid(whole, where))
+
+    def _apply_template(self, messages: list[Message], where: str, add_generation_prompt: bool) -> str:
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                f"{where}: messages were given but the tokenizer has no chat template; give strings, or set "
+                "chat_template in tokenizer_config.json"
+            )
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template can raise anything
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"{where}: the chat template refuses the messages with roles {roles} ({_first_line(error)}); mend the "
+                "row's roles and order, or the template"
+            ) from error
+
+    def _split(self, text: _Rendered, prompt: list[int], whole: list[int], where: str) -> EncodedResponse:
+        boundary_split = whole[: len(prompt)] != prompt
+        response = self._tokenize_apart(text.whole[len(text.prompt) :]) if boundary_split else whole[len(prompt) :]
+        prompt_ids = self._check_prompt([*text.lead, *prompt], where)
+        response = self._check_end(response, where)
+        response_ids = np.asarray(response[: self._max_length - len(prompt_ids)], np.int32)
+        return EncodedResponse(prompt_ids, response_ids, len(response), boundary_split)
+
+    def _check_prompt(self, ids: list[int], where: str) -> np.ndarray:
+        """The prompt's ids as an array."""
+        lead, bos = list(self._lead), self._tokenizer.bos_token_id
+        if (lead and ids[: 2 * len(lead)] == 2 * lead) or (bos is not None and ids[:2] == [bos, bos]):
+            raise UserError(
+                f"{where}: doubled BOS: the prompt begins with {self._tokenizer.decode(ids[: len(lead) or 1])!r}, "
+                "which the tokenizer or its chat template adds by itself; remove it from the text"
+            )
+        if not ids:
+            raise UserError(
+                f"{where}: the prompt has no tokens, so nothing stands before the response's first; give a prompt"
+            )
+        if len(ids) >= self._max_length:
+            raise UserError(
+                f"{where}: the response is lost to truncation: the prompt alone has {len(ids)} tokens and max_length "
+                f"is {self._max_length}; raise max_length or drop the row"
+            )
+        return np.asarray(ids, np.int32)
+
+    def _check_end(self, ids: list[int], where: str) -> list[int]:
+        """The response's ids up to its end token."""
+        end = next((i + 1 for i in range(len(ids) - 1, -1, -1) if ids[i] in self._end_ids), 0)
+        if not ids or (end and all(i in self._end_ids for i in ids[:end])):
+            raise UserError(
+                f"{where}: the response is empty once tokenised, so its mask would be; drop the row, or mend the chat "
+                "template if it leaves the response out"
+            )
+        # A template may set white space after the end token; anything else there means that the end token is an earlier
+        # turn's, or the text's own
+        if end == 0 or self._tokenizer.decode(ids[end:]).strip():
+            named = ", ".join(self._tokenizer.convert_ids_to_tokens(sorted(self._end_ids)))
+            raise UserError(
+                f"{where}: end token not trained: the response ends with {self._tokenizer.decode(ids[-8:])!r} and no "
+                f"end token ({named}) after it; mend the chat template so that it emits one, or name the one that it "
+                "emits as eos_token_id in generation_config.json"
+            )
+        if end > 1 and ids[end - 1] == ids[end - 2]:
+            raise UserError(
+                f"{where}: doubled EOS: the response ends with {self._tokenizer.decode(ids[end - 2 : end])!r}; remove "
+                "the end token from the text, it is added"
+            )
+        return ids[:end]
+
+
+def _batches(rows: list[Any]) -> Iterator[list[Any]]:
+    return (rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH))
+
+
+def _valid(text: str, where: str) -> str:
+    """`text`, if the tokenizer can take it: JSON can carry half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: half a surrogate pair at character {error.start}; remove it from the text"
+        ) from error
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

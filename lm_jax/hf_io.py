@@ -1,0 +1,352 @@
+"""Hugging Face checkpoints <-> sharded parameters, streaming: only safetensors, nothing unknown, nothing missing.
+
+Loading reads for every device only its slice, one stacked tensor at a time. Exporting holds one shard in host memory,
+and the directory appears under its name only when it is whole.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lm_jax.config import ModelConfig
+from lm_jax.errors import UserError
+from lm_jax.models.registry import config_from_hf, config_to_hf, read_json_object, weight_table
+from lm_jax.models.weights import WeightSpec, flatten, nest
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+SAFETENSORS_DTYPES = ("F32", "BF16", "F16")
+# Rotary tables that old Llama checkpoints carry; they follow from config.json.
+IGNORED_TENSORS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+HUB_IGNORED = ["consolidated*", "*/*.safetensors"]  # other formats of the same weights
+COPIED_DIRS = ("additional_chat_templates",)
+_COMPARED_ROWS = 4096  # bounds host memory while two embeddings are compared
+
+
+def resolve_model_dir(model: str) -> Path:
+    """The local directory of a model: `model` itself, or the download of that hub id.
+
+    Raises:
+      UserError: neither a directory nor a hub id that can be downloaded.
+    """
+    if model and Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise UserError(f"model {model!r}: no such directory; give one, or a hub id such as Qwen/Qwen3-0.6B")
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model {model!r}: no such directory, and no such hub id can be downloaded ({reason}); "
+            "check the spelling, the network, and HF_TOKEN for gated models"
+        ) from error
+
+
+def load_params(
+    model_dir: str | Path, config: ModelConfig, shardings: Mapping[str, Any] | None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Reads the parameters of a Hugging Face directory, each device only its slice.
+
+    Args:
+      model_dir: holds model.safetensors, or an index and its shards, in fp32, bf16 or fp16.
+      config: of that directory; gives every name and shape.
+      shardings: nested dict of `jax.sharding.Sharding` shaped like the parameters; None: the default device.
+      dtype: of the result: float32 | bfloat16 | float16.
+
+    Returns:
+      The parameters, a nested dict. Host memory while loading: the local slices of one stacked tensor.
+
+    Raises:
+      UserError: a file that is missing, corrupt or outside the directory; names that are unknown, missing, doubled or
+        mis-shaped; a dtype that is no float; a tied output embedding that differs from the input embedding.
+    """
+    table = weight_table(config)
+    flat = None if shardings is None else flatten(shardings)
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with contextlib.ExitStack() as stack:
+        tensors = _open_checkpoint(Path(model_dir), stack)
+        _check_names(Path(model_dir), tensors, table, config)
+        _check_tied(Path(model_dir), tensors, config)
+        params = {s.path: _load(s, tensors, config, default if flat is None else flat[s.path], dtype) for s in table}
+    return nest(params)
+
+
+def _load(spec: WeightSpec, tensors: Mapping[str, Any], config: ModelConfig, sharding, dtype: str) -> jax.Array:
+    names, shape = spec.hf_names(config), spec.shape(config)
+    slices: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one host array
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
+        key = tuple((r.start, r.stop) for r in ranges)
+        if key not in slices:
+            out = slices[key] = np.empty([len(r) for r in ranges], DTYPES[dtype])
+            if spec.stacked:
+                for i, layer in enumerate(ranges[0]):
+                    out[i] = spec.read_slice(tensors[names[layer]], index[1:], config)
+            else:
+                out[...] = spec.read_slice(tensors[names[0]], index, config)
+        return slices[key]
+
+    # Waiting keeps the next tensor's host memory from piling up on this one's.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
+
+
+def _open_checkpoint(model_dir: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Every tensor of the checkpoint by name, lazily read; `stack` closes the files."""
+    tensors: dict[str, Any] = {}
+    doubled = []
+    for file in _weight_files(model_dir):
+        try:
+            handle = stack.enter_context(safe_open(file, framework="np"))
+        except FileNotFoundError:
+            raise UserError(f"{file}: this weight file is missing; download the checkpoint again") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file}: truncated or no safetensors file ({error}); download it again (with git-lfs if it was cloned)"
+            ) from error
+        for name in handle.keys():
+            if name in tensors:
+                doubled.append(name)
+            tensors[name] = handle.get_slice(name)
+    if doubled:
+        raise UserError(f"{model_dir}: {_listed(doubled)} in more than one weight file; remove the stale file")
+    return tensors
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
+    if single.exists() and index.exists():
+        raise UserError(f"{model_dir}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one")
+    if single.exists():
+        return [single]
+    if index.exists():
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: has no weight_map; download it again")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                raise UserError(f"{index}: weight_map names {name!r}, no safetensors file beside it; correct the index")
+        return [model_dir / name for name in names]
+    if any(model_dir.glob("*.safetensors")):
+        raise UserError(f"{model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} among its safetensors; download it again")
+    if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt")) or any(model_dir.glob("*.pth")):
+        raise UserError(
+            f"{model_dir}: has PyTorch pickles only, which are never read; convert them to safetensors "
+            "(in transformers: from_pretrained, then save_pretrained)"
+        )
+    raise UserError(f"{model_dir}: has no {SINGLE_FILE} and no {INDEX_FILE}; give a directory in Hugging Face format")
+
+
+def _check_names(model_dir: Path, tensors: Mapping[str, Any], table: Sequence[WeightSpec], config: ModelConfig) -> None:
+    expected = {name: spec.hf_shape(config) for spec in table for name in spec.hf_names(config)}
+    allowed = {"lm_head.weight"} if config.tie_embeddings else set()
+    if missing := [name for name in expected if name not in tensors]:
+        hint = " (or set tie_word_embeddings in config.json)" if missing == ["lm_head.weight"] else ""
+        raise UserError(f"{model_dir}: {_listed(missing)} missing from the weights; download them again{hint}")
+    unknown = [n for n in tensors if n not in expected and n not in allowed and not IGNORED_TENSORS.fullmatch(n)]
+    if unknown:
+        raise UserError(f"{model_dir}: {_listed(unknown)} unknown for this config.json; is it of another checkpoint?")
+    shapes = [
+        f"{name} {tuple(tensors[name].get_shape())}, expected {shape}"
+        for name, shape in expected.items()
+        if tuple(tensors[name].get_shape()) != shape
+    ]
+    if shapes:
+        raise UserError(f"{model_dir}: {_listed(shapes)} of another shape than config.json gives; correct config.json")
+    dtypes = [
+        f"{name} ({tensors[name].get_dtype()})"
+        for name in (*expected, *(allowed & tensors.keys()))
+        if tensors[name].get_dtype() not in SAFETENSORS_DTYPES
+    ]
+    if dtypes:
+        raise UserError(
+            f"{model_dir}: {_listed(dtypes)} of an unsupported dtype; use weights in {', '.join(SAFETENSORS_DTYPES)}"
+        )
+
+
+def _check_tied(model_dir: Path, tensors: Mapping[str, Any], config: ModelConfig) -> None:
+    if not config.tie_embeddings or "lm_head.weight" not in tensors:
+        return
+    head, embedding, end = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"], config.vocab_size
+    same = head.get_shape() == embedding.get_shape() and all(
+        np.array_equal(head[i : min(i + _COMPARED_ROWS, end)], embedding[i : min(i + _COMPARED_ROWS, end)])
+        for i in range(0, end, _COMPARED_ROWS)
+    )
+    if not same:
+        raise UserError(
+            f"{model_dir}: lm_head.weight differs from model.embed_tokens.weight although config.json ties them; "
+            "set tie_word_embeddings to false in config.json"
+        )
+
+
+def _listed(names: Sequence[str], shown: int = 4) -> str:
+    more = f", ... ({len(names)} tensors)" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def export_hf(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    output_dir: str | Path,
+    source_dir: str | Path | None,
+    dtype: str,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory that transformers loads. All processes call it; process 0 writes.
+
+    Args:
+      params: the parameters, sharded in any way.
+      config: of the parameters.
+      output_dir: local, absent or empty. It appears whole or not at all.
+      source_dir: Hugging Face directory whose config.json is kept and whose tokenizer, chat template and generation
+        config are copied; None: weights and config.json only.
+      dtype: of the tensors: float32 | bfloat16 | float16.
+      max_shard_bytes: bytes of tensors a file, and about the host memory used; a larger tensor has a file of its own.
+
+    Raises:
+      UserError: the output exists and is not empty; `source_dir` describes another model; `params` do not fit `config`;
+        a value that overflows in `dtype`.
+    """
+    output, writer = Path(output_dir), jax.process_index() == 0
+    if dtype not in DTYPES:
+        raise UserError(f"export dtype {dtype!r}: not supported; use {', '.join(DTYPES)}")
+    table, flat = weight_table(config), flatten(params)
+    _check_params(flat, table, config)
+    occupied = writer and output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    # Every process must learn of it, or the others would wait in the first gather.
+    if multihost_utils.broadcast_one_to_all(np.int32(occupied)):
+        raise UserError(f"output {output}: exists and is not empty; choose another directory or remove it")
+    hf_config = {**_hf_config(config, source_dir), "dtype": dtype, "torch_dtype": dtype}
+
+    origins = {name: (spec, i) for spec in table for i, name in enumerate(spec.hf_names(config))}
+    sizes = {name: int(np.prod(s.hf_shape(config))) * DTYPES[dtype].itemsize for name, (s, _) in origins.items()}
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    with _appears_whole(output) if writer else contextlib.nullcontext() as partial:
+        for file, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                spec, layer = origins[name]
+                host = _gather(flat[spec.path], layer if spec.stacked else None)
+                if writer:
+                    shard[name] = _cast(spec.to_hf(host, config), dtype, name)
+            if writer:
+                save_file(shard, partial / file, metadata={"format": "pt"})
+        if writer:
+            if split.is_sharded:
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
+                _write_json(partial / INDEX_FILE, index)
+            copy_side_files(source_dir, partial)
+            _write_json(partial / "config.json", hf_config)
+    multihost_utils.sync_global_devices("export_hf")
+
+
+def _check_params(flat: Mapping[str, Any], table: Sequence[WeightSpec], config: ModelConfig) -> None:
+    expected = {spec.path: spec.shape(config) for spec in table}
+    found = {path: tuple(x.shape) for path, x in flat.items()}
+    if wrong := sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p)):
+        path = wrong[0]
+        raise UserError(
+            f"parameters do not fit the model config: {_listed(wrong)}; "
+            f"{path} has shape {found.get(path)}, expected {expected.get(path)}"
+        )
+
+
+def _hf_config(config: ModelConfig, source_dir: str | Path | None) -> dict[str, Any]:
+    ours = config_to_hf(config)
+    path = Path(source_dir) / "config.json" if source_dir is not None else None
+    if path is None or not path.exists():
+        return ours
+    source = read_json_object(path)
+    if config_from_hf(source) != config:
+        raise UserError(f"{path}: describes another model than the one to export; give the directory it came from")
+    rope = {key: ours[key] for key in ("rope_theta", "rope_scaling", "rope_parameters")}
+    return {**source, **rope, "architectures": ours["architectures"]}
+
+
+def _gather(x: jax.Array, layer: int | None) -> np.ndarray:
+    """The whole array, or one layer of it, in this host's memory."""
+    if layer is not None:
+        x = _layer(x, layer)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+@jax.jit
+def _layer(x: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+
+def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # reported below, with its name
+        cast = np.ascontiguousarray(x.astype(DTYPES[dtype], copy=False))
+    if dtype == "float16" and np.isinf(cast).any() and not np.isinf(x.astype(np.float32)).any():
+        raise UserError(f"{name}: values overflow in float16; export as bfloat16 or float32")
+    return cast
+
+
+@contextlib.contextmanager
+def _appears_whole(output: Path) -> Iterator[Path]:
+    """A sibling directory to write into, renamed to `output` at the end and removed on an error."""
+    partial = output.absolute().parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        os.rename(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def copy_side_files(source_dir: str | Path | None, target: Path) -> None:
+    """Copies tokenizer, chat templates and generation config into the directory `target`; not config.json."""
+    if source_dir is None:
+        return
+    for name in COPIED_FILES:
+        if (Path(source_dir) / name).is_file():
+            shutil.copyfile(Path(source_dir) / name, target / name)
+    for name in COPIED_DIRS:
+        if (Path(source_dir) / name).is_dir():
+            shutil.copytree(Path(source_dir) / name, target / name)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,66 @@
+"""Scores of a frozen model, computed once and kept on disk: reference log-probs, and what token weights are made of."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm_jax.data.packing import Segment
+from lm_jax.data.score_store import ScoreStore
+from lm_jax.inference.scoring import TokenScores
+
+FIELDS = ("logprobs", "entropies")
+
+
+def scores_key(segments: Sequence[Segment], model: str, dtype: str) -> dict[str, Any]:
+    """What scores depend on: the token ids (in which data, tokenizer, template and length are settled), model, dtype.
+
+    Args:
+      model: the model's fingerprint.
+    """
+    digest = hashlib.sha256()
+    for segment in segments:
+        digest.update(np.array([len(segment.prompt), len(segment.response)], "<i4").tobytes())
+        digest.update(segment.prompt.astype("<i4").tobytes())
+        digest.update(segment.response.astype("<i4").tobytes())
+    return {"tokens": digest.hexdigest(), "model": model, "dtype": dtype}
+
+
+def cached_scores(
+    directory: str,
+    key: dict[str, Any],
+    segments: Sequence[Segment],
+    scorer: Callable[[Sequence[Segment]], Iterable[list[TokenScores]]],
+    progress: Callable[[int, int], None],
+) -> dict[str, list[np.ndarray]]:
+    """Scores of all segments, from the store in `directory` where they are, else computed and kept there as they come.
+
+    Args:
+      directory: holds one store a key, so runs on the same data and model may share it.
+      key: from `scores_key`.
+      scorer: scores the segments it is given; called only when something is missing, so it may load the model then.
+      progress: called with (segments done, segments in all).
+
+    Returns:
+      {"logprobs", "entropies"}: one [R] float32 array a segment.
+    """
+    name = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()[:16]
+    lengths = [len(segment.response) for segment in segments]
+    store = ScoreStore.create_or_open(f"{directory}/{name}", key, lengths, FIELDS)
+    missing = store.missing()
+    if missing.size:
+        done = len(segments) - missing.size
+        for batch in scorer([segments[i] for i in missing]):
+            if batch and jax.process_index() == 0:
+                store.write(
+                    [int(missing[s.row]) for s in batch], {f: [getattr(s, f) for s in batch] for f in FIELDS}
+                )
+            done += len(batch)
+            progress(done, len(segments))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("scores written")
+    return store.read(np.arange(len(segments)))

@@ -1,0 +1,100 @@
+"""Many (prompt, response) rows -> per-token log-probs and entropies, in packed teacher-forced passes.
+
+Axes: B rows, T tokens of a row.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
+from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.data.packing import Segment, example_lengths, response_slice
+from lm_jax.models.decoder import Decoder, output_embedding
+from lm_jax.models.logprobs import token_logprobs
+
+
+class TokenScores(NamedTuple):
+    """Scores of one response.
+
+    Attributes:
+      row: which of the given segments it is.
+      logprobs: [R] fp32, log p(token | prompt, earlier tokens) in nats.
+      entropies: [R] fp32, entropy in nats of the distribution that each token was drawn from.
+    """
+
+    row: int
+    logprobs: np.ndarray
+    entropies: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def packed_logprobs(
+    params: dict, batch: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig
+) -> tuple[jax.Array, jax.Array]:
+    """A packed batch [B, T] -> (log-probs, entropies) [B, T] fp32, zero where `loss_mask` is."""
+    decoder = Decoder(config, compute)
+    hidden = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
+    embedding = output_embedding(params, config)
+    return token_logprobs(hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk)
+
+
+def score(
+    params: dict,
+    segments: Sequence[Segment],
+    config: ModelConfig,
+    compute: ComputeConfig,
+    batch: BatchConfig,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[list[TokenScores]]:
+    """Scores every response under its prompt; yields a list as each batch finishes, rows in packing order.
+
+    One shape is compiled. The next batch is computed while the caller handles the last one.
+
+    Args:
+      params: parameters on `mesh`.
+      segments: prompts (at least one token each) and responses.
+      batch: rows and row length of a forward pass; `microbatches` is not used.
+      mesh: the mesh that the parameters live on.
+
+    Raises:
+      UserError: a segment longer than a row.
+    """
+    # A forward pass holds one layer's activations, so there is nothing to accumulate over.
+    batch = BatchConfig(batch.rows, batch.row_length, 1, batch.max_examples_per_row)
+    examples = [(segment,) for segment in segments]
+    plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None)
+    iterator = BatchIterator(plan, examples, mesh)
+    pending = None
+    for step in range(len(plan)):
+        arrays = {k: v[0] for k, v in next(iterator).items()}
+        with jax.set_mesh(mesh):
+            scores = packed_logprobs(params, arrays, config, compute)
+        if pending is not None:
+            yield _unpack(*pending, segments)
+        pending = plan[step], scores
+    if pending is not None:
+        yield _unpack(*pending, segments)
+
+
+def _unpack(rows, scores, segments) -> list[TokenScores]:
+    logprobs, entropies = (_to_host(x) for x in scores)
+    out = []
+    for b, row in enumerate(rows):
+        start = 0
+        for item in row:
+            where = response_slice(segments[item], start)
+            out.append(TokenScores(int(item), logprobs[b, where].copy(), entropies[b, where].copy()))
+            start += len(segments[item])
+    return out
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,0 +1,93 @@
+"""Causal, segment-aware, grouped-query, sliding-window attention behind one interface.
+
+Axes: B rows, T tokens, H query heads, K key/value heads, G = H/K, E head_dim.
+Rows are packed: a token attends to earlier tokens of its own segment, no further back than the window. Segment 0 is
+padding: its queries give zeros. Implementations register themselves in IMPLEMENTATIONS and share one test.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lm_jax.errors import UserError
+from lm_jax.models import blockwise_attention
+from lm_jax.sharding import BATCH_AXES
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    window: int | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Scaled dot-product attention with fp32 softmax.
+
+    Args:
+      q: [B, T, H, E]; k, v: [B, T, K, E] with H a multiple of K; rotary embedding already applied.
+      segment_ids: [B, T] int32, equal ids contiguous within a row, 0 for padding.
+      window: tokens that a query sees, itself included; None for all earlier ones.
+      implementation: a key of IMPLEMENTATIONS, or "auto" for the platform's.
+
+    Returns:
+      [B, T, H, E] in q's dtype; zeros at padding.
+
+    Raises:
+      UserError: unknown implementation.
+    """
+    if implementation == "auto":
+        implementation = "blockwise"
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(
+            f"config.compute.attention: unknown implementation {implementation!r}; choose from "
+            f"auto, {', '.join(IMPLEMENTATIONS)}"
+        )
+    fn = functools.partial(IMPLEMENTATIONS[implementation], window=window)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn(q, k, v, segment_ids)
+    # Rows and heads are independent, so each device attends over what it holds, with no collective inside.
+    k, v = (_repeat_kv_heads(x, q.shape[2], mesh.shape["tensor"]) for x in (k, v))
+    heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+    sharded = jax.shard_map(
+        fn, in_specs=(heads, heads, heads, PartitionSpec(BATCH_AXES, None)), out_specs=heads, check_vma=False
+    )
+    return sharded(q, k, v, segment_ids)
+
+
+def _repeat_kv_heads(x: jax.Array, num_heads: int, parts: int) -> jax.Array:
+    """Repeats key/value heads as little as lets `parts` devices hold whole groups: [B, T, K, E] -> [B, T, K*r, E]."""
+    kv_heads = x.shape[2]
+    groups = num_heads // kv_heads
+    repeats = next(r for r in range(1, groups + 1) if groups % r == 0 and kv_heads * r % parts == 0)
+    return jnp.repeat(x, repeats, axis=2)
+
+
+def reference_attention(q, k, v, segment_ids, *, window):
+    """The definition, with every score materialised: what the others are tested against."""
+    num_groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, num_groups, axis=2) for x in (k, v))
+    scores = jnp.einsum("bthe,bshe->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    t = jnp.arange(q.shape[1])
+    allowed = t[:, None] >= t[None, :]
+    if window is not None:
+        allowed &= t[:, None] - t[None, :] < window
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
+    mask = (allowed & same)[:, None]
+    scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    probs = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
+    total = jnp.sum(probs, axis=-1, keepdims=True)
+    probs = probs / jnp.where(total == 0.0, 1.0, total)
+    return jnp.einsum("bhts,bshe->bthe", probs.astype(v.dtype), v)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "blockwise": blockwise_attention.blockwise_attention,
+    "reference": reference_attention,
+}

@@ -1,0 +1,166 @@
+"""One decoder for every family: pre-norm, rotary, grouped-query, gated feed-forward; layers scanned and rematerialised.
+
+Axes: B rows, T tokens, D model, H query heads, K key/value heads, E head_dim, F feed-forward, V vocabulary.
+Parameter paths are those of `lm_jax.models.weights`; layers are stacked on a leading axis.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm_jax.config import ComputeConfig, ModelConfig
+from lm_jax.errors import UserError
+from lm_jax.models.attention import attention
+from lm_jax.models.rope import apply_rope, rope_cos_sin
+from lm_jax.sharding import constrain
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+# What the backward pass finds saved; everything else of a layer is computed again.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "save_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in fp32, returned in `dtype`."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * scale).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x, cos, sin, segment_ids, window_index):
+        """x [B, T, D]; cos, sin [B, T, E/2]; window_index: which of the distinct windows this layer has."""
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        dense = functools.partial(nn.DenseGeneral, dtype=dtype)
+        q = dense((c.num_heads, c.head_dim), use_bias=c.qkv_bias, name="q")(x)
+        k = dense((c.num_kv_heads, c.head_dim), use_bias=c.qkv_bias, name="k")(x)
+        v = dense((c.num_kv_heads, c.head_dim), use_bias=c.qkv_bias, name="v")(x)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, dtype, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, dtype, name="k_norm")(k)
+        q = constrain(apply_rope(q, cos, sin), "batch", "length", "heads", "head_dim")
+        k = constrain(apply_rope(k, cos, sin), "batch", "length", "kv_heads", "head_dim")
+        v = constrain(v, "batch", "length", "kv_heads", "head_dim")
+        # A window is static in every kernel; layers of one scan that differ choose between the compiled variants.
+        variants = [
+            functools.partial(attention, window=w, implementation=self.compute.attention) for w in distinct_windows(c)
+        ]
+        if len(variants) == 1:
+            out = variants[0](q, k, v, segment_ids)
+        else:
+            out = jax.lax.switch(window_index, variants, q, k, v, segment_ids)
+        out = checkpoint_name(constrain(out, "batch", "length", "heads", "head_dim"), "attention")
+        return dense(c.d_model, axis=(-2, -1), use_bias=c.o_bias, name="o")(out)
+
+
+class FeedForward(nn.Module):
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        dense = functools.partial(nn.Dense, dtype=jnp.dtype(self.compute.dtype), use_bias=c.mlp_bias)
+        gate, up = dense(c.d_ff, name="gate")(x), dense(c.d_ff, name="up")(x)
+        inner = constrain(ACTIVATIONS[c.activation](gate) * up, "batch", "length", "mlp")
+        return dense(c.d_model, name="down")(inner)
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x, window_index, cos, sin, segment_ids):
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        attn = Attention(c, self.compute, name="attn")
+        x = x + attn(RMSNorm(c.norm_eps, dtype, name="attn_norm")(x), cos, sin, segment_ids, window_index)
+        x = x + FeedForward(c, self.compute, name="mlp")(RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x))
+        return constrain(x, "batch", "length", "embed"), None
+
+
+class OutputEmbedding(nn.Module):
+    """Declares the untied output embedding; `output_embedding` reads it, `token_logprobs` multiplies by it."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        self.param("kernel", nn.initializers.normal(0.02), (c.vocab_size, c.d_model), jnp.float32)
+
+
+class Decoder(nn.Module):
+    """Tokens to final hidden states. Used purely: `Decoder(config, compute).apply({"params": params}, ...)`."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """tokens, positions, segment_ids [B, T] int32 -> hidden [B, T, D] after the final norm, in the compute dtype.
+
+        Raises:
+          UserError: an unknown remat policy or attention implementation.
+        """
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        embed = nn.Embed(c.vocab_size, c.d_model, dtype=dtype, name="embed")
+        x = constrain(embed(tokens), "batch", "length", "embed")
+        cos, sin = rope_cos_sin(c.rope, c.head_dim, c.max_position, positions, segment_ids)
+        scanned = nn.scan(
+            _remat(Block, self.compute.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )
+        windows = distinct_windows(c)
+        window_indices = jnp.array([windows.index(w) for w in c.layer_windows], jnp.int32)
+        x, _ = scanned(c, self.compute, name="layers")(x, window_indices, cos, sin, segment_ids)
+        if not c.tie_embeddings:
+            OutputEmbedding(c, name="lm_head")()
+        return RMSNorm(c.norm_eps, dtype, name="final_norm")(x)
+
+
+def distinct_windows(config: ModelConfig) -> list[int | None]:
+    """The windows that occur, in order of first appearance."""
+    return list(dict.fromkeys(config.layer_windows))
+
+
+def _remat(block, policy: str):
+    if policy == "none":
+        return block
+    if policy not in REMAT_POLICIES:
+        raise UserError(
+            f"config.compute.remat: unknown policy {policy!r}; choose from none, {', '.join(REMAT_POLICIES)}"
+        )
+    return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def output_embedding(params: dict, config: ModelConfig) -> jax.Array:
+    """[V, D]: the matrix whose product with a hidden state gives logits; the input embedding where they are tied."""
+    return params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]

@@ -1,0 +1,75 @@
+"""Hidden states -> log-prob of the target token and entropy, without ever holding [tokens, vocabulary].
+
+Axes: B rows, T tokens, C tokens of a chunk, D model, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.sharding import constrain
+
+
+def token_logprobs(
+    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-prob of each target and entropy of its distribution, fp32, in chunks of `chunk` tokens a row.
+
+    The gradient recomputes a chunk's logits, so memory is B * chunk * V however long the rows are. Only masked-in
+    tokens are worked on: they are moved to the front of their row and chunks that no row needs are skipped.
+
+    Args:
+      hidden: [B, T, D] after the final norm.
+      embedding: [V, D], the output embedding.
+      targets: [B, T] int32, the token that follows.
+      mask: [B, T], nonzero where a result is wanted.
+      chunk: tokens of a row whose logits exist at one time.
+
+    Returns:
+      (log-probs [B, T], entropies [B, T]) in nats, zero where the mask is zero.
+    """
+    length = hidden.shape[1]
+    chunk = min(chunk, length)
+    num_chunks = -(-length // chunk)
+    wanted = mask > 0
+    # Stable, so that equal keys keep their order and the permutation is the same on every platform.
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    counts = jnp.sum(wanted, axis=1)
+
+    def chunked(x):  # [B, T, ...] -> [num_chunks, B, C, ...], wanted tokens first
+        x = jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    embedding = constrain(embedding.astype(hidden.dtype), "vocab", "embed")  # gathered over fsdp once, not per chunk
+
+    def body(embedding, inputs):
+        needed, hidden_chunk, target_chunk = inputs
+        zeros = jnp.zeros(target_chunk.shape, jnp.float32)
+        return embedding, jax.lax.cond(
+            needed, _chunk_logprobs, lambda *_: (zeros, zeros), hidden_chunk, embedding, target_chunk
+        )
+
+    needed = jnp.arange(num_chunks) * chunk < jnp.max(counts)
+    _, outputs = jax.lax.scan(body, embedding, (needed, chunked(hidden), chunked(targets)))
+    back = jnp.argsort(order, axis=1)
+
+    def unchunked(x):  # [num_chunks, B, C] -> [B, T]
+        x = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
+        return jnp.where(wanted, jnp.take_along_axis(x, back, axis=1), 0.0)
+
+    return tuple(unchunked(x) for x in outputs)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # inside a scan, where common subexpressions cannot meet
+def _chunk_logprobs(hidden, embedding, targets):
+    """[B, C, D], [V, D], [B, C] -> log-probs and entropies [B, C]."""
+    logits = jnp.einsum("bcd,vd->bcv", hidden, embedding, preferred_element_type=jnp.float32)
+    logits = constrain(logits, "batch", "length", "vocab")
+    log_norm = jax.nn.logsumexp(logits, axis=-1)
+    # Compare-and-sum instead of a gather: it stays local where the vocabulary is cut over devices.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    mean_logit = jnp.sum(jnp.exp(logits - log_norm[..., None]) * logits, axis=-1)
+    return target_logit - log_norm, log_norm - mean_logit

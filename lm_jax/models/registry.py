@@ -1,0 +1,79 @@
+"""Which model families exist, and the way from a config.json to the family that reads it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_jax.config import ModelConfig
+from lm_jax.errors import UserError
+from lm_jax.models import llama, mistral, qwen
+from lm_jax.models.weights import WeightSpec
+
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
+ARCHITECTURES = {"llama": llama.ARCHITECTURE, "mistral": mistral.ARCHITECTURE, **qwen.ARCHITECTURES}
+
+
+def read_model_config(model_dir: str | Path) -> ModelConfig:
+    """Reads `model_dir`/config.json.
+
+    Raises:
+      UserError: no or broken config.json, an architecture that is not supported, a field that is not understood.
+    """
+    path = Path(model_dir) / "config.json"
+    hf = read_json_object(path)
+    try:
+        return config_from_hf(hf)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+      UserError: the file is missing, no JSON, or another JSON value.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a directory in Hugging Face format") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download or export it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}; download or export it again")
+    return value
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a parsed config.json, by its model_type and architectures.
+
+    Raises:
+      UserError: an architecture that is not supported, a field that is not understood.
+    """
+    family, architectures = hf.get("model_type"), hf.get("architectures")
+    if not architectures and family in FAMILIES:
+        architectures = [ARCHITECTURES[family]]
+    if family not in FAMILIES or architectures != [ARCHITECTURES[family]]:
+        raise UserError(
+            f"model_type {family!r} with architectures {architectures!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES.values())}"
+        )
+    return FAMILIES[family].config_from_hf(hf)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of `config`: what transformers 4 and 5, and `config_from_hf`, read as the same model.
+
+    Raises:
+      UserError: the family has no field for something in `config`.
+    """
+    hf = FAMILIES[config.family].config_to_hf(config)
+    if config_from_hf(hf) != config:
+        raise UserError(f"model config: {config.family} cannot express it in a config.json; choose another family")
+    return hf
+
+
+def weight_table(config: ModelConfig) -> tuple[WeightSpec, ...]:
+    """Every parameter of the model, each once, with its path here and its name in a Hugging Face checkpoint."""
+    return FAMILIES[config.family].weight_table(config)

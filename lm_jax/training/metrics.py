@@ -1,0 +1,87 @@
+"""Metrics of a run: metrics.jsonl and TensorBoard, written by process 0; and what a person watches meanwhile."""
+
+import json
+import os
+import sys
+import time
+
+import jax
+from etils import epath
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `metrics.jsonl` and the same scalars to `tensorboard/`.
+
+    Resuming at step s drops what was logged after s, so that the file reads as if the run had never stopped.
+    """
+
+    def __init__(self, directory: str, resume_step: int):
+        self._file = self._board = None
+        if jax.process_index():
+            return
+        from tensorboardX import SummaryWriter
+
+        path = epath.Path(directory) / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            temporary = path.parent / "metrics.jsonl.tmp"
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(os.fspath(epath.Path(directory) / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, metrics: dict) -> None:
+        """Writes scalars; a None value (unknown on this machine) is left out."""
+        if self._file is None:
+            return
+        metrics = {k: v for k, v in metrics.items() if v is not None}
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a line that a kill cut short
+
+
+class Progress:
+    """A bar on a terminal, a plain line every few seconds elsewhere; process 0 only."""
+
+    def __init__(self, total: int, done: int, unit: str, every_seconds: float = 10.0):
+        self._total, self._done, self._unit, self._every = total, done, unit, every_seconds
+        self._begin = self._last = time.monotonic()
+        self._first = done
+        self._bar = None
+        self._silent = jax.process_index() != 0
+        if not self._silent and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True)
+
+    def update(self, done: int, shown: dict[str, str]) -> None:
+        """Shows that `done` of the total are done, with a few named values."""
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(done - self._done)
+        self._done = done
+        now = time.monotonic()
+        if self._bar is None and (now - self._last >= self._every or done >= self._total):
+            self._last = now
+            left = (self._total - done) * (now - self._begin) / max(done - self._first, 1)
+            values = "  ".join(f"{k} {v}" for k, v in shown.items())
+            print(f"{self._unit} {done}/{self._total}  {values}  left {left:.0f}s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,64 @@
+"""Learning-rate schedule and optimiser chain, from an OptimConfig."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm_jax.config import OptimConfig
+from lm_jax.errors import UserError
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then the named decay to `final_ratio` of the peak at the last step.
+
+    Steps count from 0 and the warm-up takes ceil(warmup_ratio * num_steps) of them, as in transformers, so that the
+    curves of a run here and one there can be laid over each other.
+
+    Raises:
+      UserError: unknown schedule, or a value out of its range.
+    """
+    if config.schedule not in SCHEDULES:
+        raise UserError(f"config.optim.schedule: unknown {config.schedule!r}; choose from {', '.join(SCHEDULES)}")
+    for name in ("warmup_ratio", "final_ratio"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"config.optim.{name}: must lie in [0, 1], got {getattr(config, name)}")
+    peak, final = config.learning_rate, config.final_ratio
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+        decay = {
+            "cosine": final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            "linear": final + (1 - final) * (1 - progress),
+            "constant": jnp.ones(()),
+        }[config.schedule]
+        return peak * jnp.where(step < warmup, step / max(warmup, 1), decay)
+
+    return schedule
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with decay on matrices only (not on norms or biases).
+
+    Moments are kept in the parameters' dtype, fp32 for fp32 master weights.
+    """
+    if config.clip_norm < 0:
+        raise UserError(f"config.optim.clip_norm: must be 0 (off) or positive, got {config.clip_norm}")
+    adamw = optax.adamw(
+        schedule,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_is_matrix,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def _is_matrix(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

@@ -1,0 +1,190 @@
+"""Run directories, and opening a model from any place that a user may name.
+
+A run directory holds `config.json` (the run's settings), `model/` (config.json, tokenizer and templates of the
+starting checkpoint, without weights), `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from lm_jax import hf_io
+from lm_jax.config import ModelConfig
+from lm_jax.errors import UserError
+from lm_jax.models.registry import read_model_config, weight_table
+from lm_jax.models.weights import nest
+from lm_jax.sharding import param_spec
+from lm_jax.training.checkpoints import Checkpoints
+
+# Where a run lies and on what it computes may change between a run and its continuation; what it learns may not.
+_MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "reference_cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model on disk: a Hugging Face directory, or the newest (or a given) checkpoint of a run.
+
+    Attributes:
+      directory: has config.json and the tokenizer; in a run, its `model/`.
+      config: what config.json says.
+      run: the run directory, or None for a Hugging Face directory.
+      step: the run's checkpoint, or None.
+    """
+
+    directory: str
+    config: ModelConfig
+    run: str | None = None
+    step: int | None = None
+
+    def load_params(self, mesh: jax.sharding.Mesh, dtype: str) -> dict:
+        """Parameters born sharded on `mesh` in `dtype`.
+
+        Raises:
+          UserError: files that are missing, damaged or do not fit the config or the mesh.
+        """
+        if self.run is None:
+            return hf_io.load_params(self.directory, self.config, param_shardings(self.config, mesh), dtype)
+        with Checkpoints(f"{self.run}/checkpoints", keep=None) as checkpoints:
+            return checkpoints.restore({"params": self.abstract_params(mesh, dtype)}, self.step)["params"]
+
+    def abstract_params(self, mesh: jax.sharding.Mesh, dtype: str) -> dict:
+        """ShapeDtypeStructs of the parameters with their shardings, and no array."""
+        specs = param_specs(self.config, mesh)
+        return nest(
+            {
+                s.path: jax.ShapeDtypeStruct(s.shape(self.config), dtype, sharding=NamedSharding(mesh, specs[s.path]))
+                for s in weight_table(self.config)
+            }
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) that changes when the weights do, without reading all of them.
+
+        Of a Hugging Face directory: config.json, and each weight file's name, size, time of change and samples of its
+        bytes. Of a run: its settings and step.
+        """
+        digest = hashlib.sha256((epath.Path(self.directory) / "config.json").read_bytes())
+        if self.run is not None:
+            digest.update((epath.Path(self.run) / "config.json").read_bytes())
+            digest.update(f"{self.run} {self.step}".encode())
+            return digest.hexdigest()
+        for path in sorted(epath.Path(self.directory).glob("*.safetensors")):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.length} {stat.mtime}".encode())
+            with path.open("rb") as f:
+                for i in range(_SAMPLES):
+                    f.seek(i * stat.length // _SAMPLES)
+                    digest.update(f.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+def open_model(model: str, step: int | None = None) -> ModelSource:
+    """Finds a model: a Hugging Face directory, a run directory, or a hub id.
+
+    Args:
+      step: which checkpoint of a run directory; None for the newest.
+
+    Raises:
+      UserError: nothing there, or an architecture that is not supported.
+    """
+    root = epath.Path(model)
+    if (root / "checkpoints").is_dir() and (root / "model").is_dir():
+        with Checkpoints(f"{model}/checkpoints", keep=None) as checkpoints:
+            steps = checkpoints.steps()
+        step = steps[-1] if step is None and steps else step
+        if step not in steps:
+            raise UserError(f"{model}: no checkpoint of step {step}; it has {steps or 'none'}: let the run save one first")
+        return ModelSource(str(root / "model"), read_model_config(root / "model"), model, step)
+    if step is not None:
+        raise UserError(f"{model}: config.step={step} was given but this is no run directory; leave it out")
+    directory = str(hf_io.resolve_model_dir(model))
+    return ModelSource(directory, read_model_config(directory))
+
+
+def param_specs(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.PartitionSpec]:
+    """Parameter path -> PartitionSpec, for every parameter of the family's weight table."""
+    return {s.path: param_spec(s.path, s.axes, s.shape(config), mesh) for s in weight_table(config)}
+
+
+def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
+    """Nested NamedShardings in the shape of the parameters."""
+    return nest({p: NamedSharding(mesh, spec) for p, spec in param_specs(config, mesh).items()})
+
+
+def begin_run(output: str, command: str, config: dict[str, Any], source: ModelSource) -> None:
+    """Makes the run directory, or finds the same run in it to continue.
+
+    Raises:
+      UserError: the directory holds something else, or a run with other settings.
+    """
+    root = epath.Path(output)
+    description = {"command": command, "config": config}
+    fault = ""
+    if jax.process_index() == 0:
+        try:
+            _begin_run(root, description, source)
+        except UserError as e:
+            fault = str(e)
+    _raise_everywhere(fault)
+
+
+def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSource) -> None:
+    path = root / "config.json"
+    if path.exists():
+        _check_same_run(path, description)
+        return
+    # What a start that was killed leaves behind is no reason to refuse.
+    if root.exists() and {p.name for p in root.iterdir()} - {"model", "config.json.tmp"}:
+        raise UserError(f"{root}: not empty and not a run directory; give another config.output")
+    if (root / "model").exists():
+        shutil.rmtree(root / "model")
+    (root / "model").mkdir(parents=True)
+    hf_io.copy_side_files(source.directory, root / "model")
+    (root / "model" / "config.json").write_text((epath.Path(source.directory) / "config.json").read_text())
+    # Last and at once: a directory without config.json is no run.
+    temporary = root / "config.json.tmp"
+    temporary.write_text(json.dumps(description, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _raise_everywhere(fault: str) -> None:
+    """Process 0 looked; the others must stop with it instead of waiting for it."""
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.int32(bool(fault)))
+        fault = fault or ("process 0 refused the run directory; its error says why" if failed else "")
+    if fault:
+        raise UserError(fault)
+
+
+def _check_same_run(path: epath.Path, description: dict[str, Any]) -> None:
+    try:
+        found = json.loads(path.read_text())
+        before, now = _flat(found["config"]), _flat(description["config"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not the settings of a run; give another config.output") from None
+    if found.get("command") != description["command"]:
+        raise UserError(f"{path}: belongs to {found.get('command')}; give another config.output")
+    for key in sorted({*before, *now}):
+        if key.split(".")[0] not in _MAY_CHANGE and before.get(key) != now.get(key):
+            raise UserError(
+                f"{path}: this run was begun with config.{key}={before.get(key)!r}, now {now.get(key)!r}; "
+                f"continue with the same settings or give another config.output"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

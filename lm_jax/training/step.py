@@ -1,0 +1,112 @@
+"""One optimiser step and one evaluation pass, for any objective.
+
+Axes: M microbatches, B rows, T tokens. A batch is a dict of [M, B, ...] arrays.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a method minimises, in a form that adds up exactly over microbatches, devices and hosts.
+
+    Attributes:
+      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone.
+      loss: (params, microbatch, totals) -> (loss, metrics, bad_example): the microbatch's *contributions*, sums
+        already divided by the totals of the whole step, so that adding contributions gives the mean. `bad_example` is
+        the largest id of an example whose loss is not finite, or -1.
+    """
+
+    count: Callable[[Batch], Sums]
+    loss: Callable[[Any, Batch, Sums], tuple[jax.Array, Sums, jax.Array]]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a step changes."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """The step function, to be jitted by the caller with the state's shardings and the state donated.
+
+    Returns:
+      (state, batch) -> (state, metrics): the objective's metrics, `loss`, `grad_norm` (before clipping),
+      `learning_rate` and `bad_example`.
+    """
+
+    def loss_fn(params, micro, totals):
+        loss, metrics, bad = objective.loss(params, micro, totals)
+        return loss, ({**metrics, "loss": loss}, bad)
+
+    def gradients(params, micro, totals):
+        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, micro, totals)
+        return grads, *aux
+
+    def train_step(state: TrainState, batch: Batch):
+        totals = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch))
+        first, rest = jax.tree.map(lambda x: x[0], batch), jax.tree.map(lambda x: x[1:], batch)
+        summed = gradients(state.params, first, totals)
+
+        def accumulate(carry, micro):
+            grads, metrics, bad = gradients(state.params, micro, totals)
+            add = (jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], metrics))
+            return (*add, jnp.maximum(carry[2], bad)), None
+
+        if jax.tree.leaves(rest)[0].shape[0]:
+            summed, _ = jax.lax.scan(accumulate, summed, rest)
+        grads, metrics, bad = summed
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
+            "bad_example": bad,
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def make_evaluate(objective: Objective) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
+    """(params, batches) -> metrics over all of them, exact: the totals are those of the whole evaluation set."""
+
+    @jax.jit
+    def count(batch):
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch))
+
+    @jax.jit
+    def contribution(params, batch, totals):
+        loss, metrics, _ = jax.lax.map(lambda micro: objective.loss(params, micro, totals), batch)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), {**metrics, "loss": loss})
+
+    def evaluate(params, batches):
+        batches = list(batches)
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
+        totals, sums = None, None
+        for batch in batches:
+            totals = count(batch) if totals is None else add(totals, count(batch))
+        for batch in batches:
+            part = contribution(params, batch, totals)
+            sums = part if sums is None else add(sums, part)
+        return {k: float(v) for k, v in sums.items()}
+
+    return evaluate

@@ -1,0 +1,220 @@
+"""`launch.musc_train`: token-aware preference optimisation of a policy on preference rows, start to finish."""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+
+from lm_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    ComputeConfig,
+    MeshConfig,
+    OptimConfig,
+    to_dict,
+)
+from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.data.packing import Segment, example_lengths
+from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
+from lm_jax.errors import UserError
+from lm_jax.inference.cached_scores import cached_scores, scores_key
+from lm_jax.inference.scoring import score
+from lm_jax.sharding import make_mesh, state_shardings
+from lm_jax.training.checkpoints import Checkpoints, abstract_like
+from lm_jax.training.flops import train_flops
+from lm_jax.training.loop import Run, StepCost, fit, resume
+from lm_jax.training.metrics import MetricsWriter, Progress
+from lm_jax.training.optim import make_optimizer, make_schedule
+from lm_jax.training.runs import begin_run, open_model, param_specs
+from lm_jax.training.step import TrainState, make_evaluate, make_train_step
+from musc_jax.examples import Pairs, load_pairs, rule_for
+from musc_jax.losses import LossConfig
+from musc_jax.objective import preference_objective
+from musc_jax.token_weights import FROM_COLUMNS, RULES, check_rule
+
+
+@dataclasses.dataclass(frozen=True)
+class MuscTrainConfig:
+    """`configs/musc_train.py` says what each key is for and why it has its value."""
+
+    model: str
+    reference: str | None
+    input: str
+    eval_input: str | None
+    output: str
+    seed: int
+    dtype: str
+    max_length: int
+    epochs: int
+    max_steps: int | None
+    weights: str
+    loss: LossConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+    checkpoints: CheckpointConfig
+    eval_every: int
+    reference_cache: str | None
+
+    def __post_init__(self):
+        check_rule(self.weights)
+        for name in ("max_length", "epochs", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.{name}: must be at least 1, got {getattr(self, name)}")
+        if 2 * self.max_length > self.batch.row_length:
+            raise UserError(
+                f"config.batch.row_length={self.batch.row_length} must hold a pair, 2 x config.max_length="
+                f"{2 * self.max_length} tokens; raise the one or lower the other"
+            )
+
+
+def train(config: MuscTrainConfig) -> None:
+    """Runs, or continues, the training that `config` describes; see the module's docstring of `launch.musc_train`.
+
+    Raises:
+      UserError: anything the user can mend.
+    """
+    began = time.monotonic()
+    mesh = make_mesh(config.mesh)
+    policy = open_model(config.model)
+    reference = open_model(config.reference) if config.reference else policy
+    tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)
+    encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(policy.directory, tokenizer))
+    train_pairs = load_pairs(config.input, encoder, config.weights)
+    eval_pairs = load_pairs(config.eval_input, encoder, config.weights) if config.eval_input else None
+    begin_run(config.output, "musc_train", to_dict(config), policy)
+
+    specs = param_specs(policy.config, mesh)
+    examples = _weighted_examples(config, mesh, reference, train_pairs, eval_pairs)
+    train_examples, eval_examples = examples[: len(train_pairs)], examples[len(train_pairs) :]
+    lengths = example_lengths(train_examples)
+    plan = plan_batches(lengths, config.batch, config.epochs, config.seed)
+    num_steps = min(len(plan), config.max_steps or len(plan))
+    for line in train_pairs.report + (eval_pairs.report if eval_pairs else []):
+        _say(line)
+    rule = rule_for(config.weights, train_pairs.rows)
+    _say(
+        f"{len(train_pairs)} pairs, weights {rule}: {num_steps} steps of about "
+        f"{len(train_pairs) * config.epochs / len(plan):.1f} pairs on mesh {dict(mesh.shape)}"
+    )
+
+    objective = preference_objective(policy.config, config.compute, config.loss)
+    schedule = make_schedule(config.optim, num_steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    values = ("weights", "ref_logprobs")
+    batches = BatchIterator(plan, train_examples, mesh, values)
+    with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
+        state, shardings = _start_state(policy, optimizer, checkpoints, specs, mesh, batches)
+        if int(state.step):
+            _say(f"continuing {config.output} after step {int(state.step)}")
+        metrics = MetricsWriter(config.output, int(state.step))
+        train_step = jax.jit(
+            make_train_step(objective, optimizer, schedule),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        evaluate = None
+        if eval_pairs:
+            eval_batch = dataclasses.replace(config.batch, microbatches=1)
+            eval_plan = plan_batches(example_lengths(eval_examples), eval_batch, 1, None)
+            run_eval = make_evaluate(objective)
+            evaluate = lambda params: run_eval(  # noqa: E731
+                params, BatchIterator(eval_plan, eval_examples, mesh, values)
+            )
+        fit(
+            Run(
+                state=state,
+                train_step=train_step,
+                batches=batches,
+                costs=[_step_cost(plan[i], train_examples, config, policy.config) for i in range(num_steps)],
+                evaluate=evaluate,
+                eval_every=config.eval_every,
+                describe=train_pairs.name,
+                checkpoints=checkpoints,
+                checkpoint_config=config.checkpoints,
+                metrics=metrics,
+                shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc"},
+            )
+        )
+        metrics.close()
+    _say_summary(config, num_steps, time.monotonic() - began)
+
+
+def _start_state(policy, optimizer, checkpoints, specs, mesh, batches) -> tuple[TrainState, TrainState]:
+    """The state to go on from, its data iterator positioned, and its shardings."""
+    abstract_params = policy.abstract_params(mesh, "float32")
+    abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), abstract_params)
+    shardings = state_shardings(abstract, specs, mesh)
+    if checkpoints.latest_step() is not None:
+        state, position = resume(checkpoints, abstract_like(abstract, shardings))
+        batches.set_state(position)
+        return state, shardings
+    params = policy.load_params(mesh, "float32")
+    create = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=shardings, donate_argnums=0)
+    return create(params), shardings
+
+
+def _weighted_examples(config, mesh, reference, train_pairs: Pairs, eval_pairs: Pairs | None):
+    """(chosen, rejected) segments with `weights` and `ref_logprobs`; the reference model runs once per response."""
+    segments = train_pairs.segments + (eval_pairs.segments if eval_pairs else [])
+    rule = rule_for(config.weights, train_pairs.rows)
+    if not config.loss.needs_reference and rule in (FROM_COLUMNS, "uniform"):
+        scores = {name: [np.zeros(len(s.response), np.float32) for s in segments] for name in ("logprobs", "entropies")}
+    else:
+        params = functools.cache(lambda: reference.load_params(mesh, "float32"))  # only where the cache is incomplete
+        progress: list[Progress] = []
+
+        def scorer(missing):
+            progress.append(Progress(len(segments), len(segments) - len(missing), "reference"))
+            return score(params(), missing, reference.config, config.compute, config.batch, mesh)
+
+        scores = cached_scores(
+            config.reference_cache or f"{config.output}/reference",
+            scores_key(segments, reference.fingerprint(), config.compute.dtype),
+            segments,
+            scorer,
+            lambda done, total: progress[0].update(done, {}),
+        )
+        for bar in progress:
+            bar.close()
+    weighted = []
+    for segment, logprobs, entropies in zip(segments, scores["logprobs"], scores["entropies"], strict=True):
+        weights = segment.values["weights"] if rule == FROM_COLUMNS else RULES[rule](logprobs, entropies)
+        weighted.append(Segment(segment.prompt, segment.response, {"weights": weights, "ref_logprobs": logprobs}))
+    return list(zip(weighted[::2], weighted[1::2], strict=True))
+
+
+def _step_cost(rows, examples, config, model) -> StepCost:
+    lengths = [len(segment) for row in rows for item in row for segment in examples[item]]
+    return StepCost(
+        tokens=sum(lengths),
+        slots=config.batch.rows * config.batch.row_length,
+        flops=train_flops(model, np.array(lengths)),
+    )
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _say_summary(config: MuscTrainConfig, num_steps: int, seconds: float) -> None:
+    with open(f"{config.output}/metrics.jsonl") as f:
+        records = [json.loads(line) for line in f]
+    trained = [r for r in records if "loss" in r]
+    first, last = trained[0], trained[-1]
+    _say(
+        f"done: {num_steps} steps in {seconds:.0f} s; loss {first['loss']:.4f} -> {last['loss']:.4f}, "
+        f"margin {last['rewards/margins']:.4f}, accuracy {last['rewards/accuracies']:.2f}"
+    )
+    _say(f"  metrics      {config.output}/metrics.jsonl  (tensorboard --logdir {config.output}/tensorboard)")
+    _say(f"  checkpoints  {config.output}/checkpoints")
+    _say(
+        f"  export       python -m launch.export_hf --config=configs/export_hf.py "
+        f"--config.model={config.output} --config.output={config.output}-hf"
+    )

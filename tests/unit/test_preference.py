@@ -1,0 +1,166 @@
+"""Preference rows: every layout gives the same pair, every fault is named with its row and its cure."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm_jax.data.preference import IDENTICAL, check_weight_lengths, preference_rows
+from lm_jax.data.rows import read_rows
+from lm_jax.data.text import EncodedResponse
+from lm_jax.errors import UserError
+
+DEMO = Path(__file__).parents[3] / "shared" / "data" / "musc_tdpo_demo.json"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def one(row):
+    data = preference_rows([row], "pairs.jsonl")
+    assert data.dropped == {}
+    (pair,) = data.rows
+    return pair
+
+
+def raised(rows):
+    with pytest.raises(UserError) as caught:
+        preference_rows(rows if isinstance(rows, list) else [rows], "pairs.jsonl")
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_strings_stay_strings():
+    pair = one({"prompt": "Hi", "chosen": "a", "rejected": "b", "constraints": ["x"]})
+    assert (pair.row, pair.id, pair.prompt, pair.chosen, pair.rejected) == (0, "0", "Hi", "a", "b")
+    assert pair.chosen_scores is None and pair.rejected_scores is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [user("Hi")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"prompt": [user("Hi")], "chosen": "a", "rejected": "b"},
+        {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"), assistant("b")]},
+        {"instruction": "Hi", "input": "", "chosen": "a", "rejected": "b", "history": ""},
+        {"instruction": "Hi", "input": None, "chosen": "a", "rejected": "b", "history": None, "prompt": None},
+    ],
+)
+def test_layouts_of_the_same_messages(row):
+    pair = one(row | {"id": 5})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([user("Hi")], [assistant("a")], [assistant("b")])
+    assert pair.id == "5"
+
+
+def test_the_shared_leading_messages_are_the_prompt():
+    start = [{"role": "system", "content": "S"}, user("1"), assistant("2"), user("3")]
+    tail = [user("5"), assistant("6")]
+    pair = one({"chosen": [*start, assistant("4"), *tail], "rejected": [*start, assistant("x"), *tail]})
+    assert (pair.prompt, pair.chosen) == (start, [assistant("4"), *tail])
+
+
+def test_alpaca_system_history_and_input():
+    row = {"instruction": "Do", "input": "this", "system": "S", "history": [["q", "a"]], "chosen": "c", "rejected": "r"}
+    expected = [{"role": "system", "content": "S"}, user("q"), assistant("a"), user("Do\nthis")]
+    assert one(row).prompt == expected
+    assert one({"instruction": "", "input": "this", "chosen": "c", "rejected": "r"}).prompt == [user("this")]
+
+
+def test_identical_pairs_are_dropped_and_counted_and_rows_keep_their_numbers():
+    rows = [{"prompt": "p", "chosen": "a", "rejected": b} for b in "abac"]
+    data = preference_rows(rows, "f")
+    assert [r.row for r in data.rows] == [1, 3] and data.dropped == {IDENTICAL: 2}
+    conversation = [user("Hi"), assistant("a")]
+    data = preference_rows([{"chosen": conversation, "rejected": list(conversation)}], "f")
+    assert data.rows == [] and data.dropped == {IDENTICAL: 1}
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+SCORED = GOOD | {"chosen_token_scores": [0.0, 2], "rejected_token_scores": [1]}
+
+
+@pytest.mark.parametrize(
+    ("row", "says", "cure"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "column 'rejected' is missing", "it has chosen, prompt"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "column 'rejected' is missing", "it has chosen, prompt"),
+        ({"chosen": "a", "rejected": "b"}, "column 'prompt' (or 'instruction') is missing; add it", "chosen, rejected"),
+        (GOOD | {"chosen": 3}, "chosen must be a string or messages, got int", "mend"),
+        (GOOD | {"chosen": [assistant("a")]}, "one of chosen and rejected is a string", "make them alike"),
+        (GOOD | {"chosen": [assistant("a")], "rejected": [assistant("b")]}, "prompt is a string but", "remove it"),
+        (GOOD | {"prompt": []}, "prompt is an empty list", "give a list"),
+        (GOOD | {"prompt": 3}, "prompt must be a string or messages, got int", "give a list"),
+        (GOOD | {"prompt": [{"role": "user"}]}, "prompt message 0 has no content", "give a list"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "share no leading message", "add a prompt column"),
+        ({"chosen": [user("a")], "rejected": [user("a"), assistant("b")]}, "chosen has no message after", "drop"),
+        (
+            {"chosen": [user("a"), user("b")], "rejected": [user("a"), user("c")]},
+            "chosen differs first in a user message",
+            "mend the row",
+        ),
+        ({"instruction": "", "input": "", "chosen": "a", "rejected": "b"}, "both empty", "drop the row"),
+        ({"instruction": 1, "chosen": "a", "rejected": "b"}, "instruction must be a string", "mend"),
+        ({"instruction": "i", "chosen": [assistant("a")], "rejected": [assistant("b")]}, "chosen must be a st", "mend"),
+        ({"instruction": "i", "history": "q", "chosen": "a", "rejected": "b"}, "history must be a list", "mend"),
+        ({"instruction": "i", "history": [["q"]], "chosen": "a", "rejected": "b"}, "history must be a list", "mend"),
+        (SCORED | {"chosen_token_scores": None}, "has only one of chosen_token_scores and rejected", "both or neither"),
+        (SCORED | {"chosen_token_scores": [1, float("nan")]}, "chosen_token_scores[1] is nan", "compute"),
+        (SCORED | {"rejected_token_scores": [float("inf")]}, "rejected_token_scores[0] is inf", "compute the weights"),
+        (SCORED | {"chosen_token_scores": [1, 2, -0.5]}, "chosen_token_scores[2] is -0.5", "compute the weights"),
+        (SCORED | {"chosen_token_scores": ["1"]}, "must be a list of numbers", "compute the weights anew"),
+        (SCORED | {"chosen_token_scores": [1, None]}, "must be a list of numbers", "compute the weights anew"),
+        (SCORED | {"chosen_token_scores": [True, 1.0]}, "must be a list of numbers", "compute the weights anew"),
+        (SCORED | {"chosen_token_scores": [[1], [1, 2]]}, "must be a list of numbers", "compute the weights anew"),
+        (SCORED | {"chosen_token_scores": 1.0}, "must be a list of numbers", "compute the weights anew"),
+    ],
+)
+def test_faulty_rows_are_named(row, says, cure):
+    error = raised(row)
+    assert error.startswith("pairs.jsonl row 0: ") and says in error and cure in error
+
+
+def test_a_mixture_of_layouts_is_named():
+    error = raised([GOOD, GOOD, {"instruction": "i", "chosen": "a", "rejected": "b"}])
+    assert error.startswith("pairs.jsonl row 2: the columns are instruction") and "row 0: prompt, chosen" in error
+    assert "split it (it has chosen, instruction, rejected)" in error
+    assert "row 1: prompt, chosen and rejected are strings, without token scores" in raised([SCORED, GOOD])
+
+
+def encoded(length, full_length):
+    ids = np.zeros(length, np.int32)
+    return EncodedResponse(ids, ids, full_length=full_length, boundary_split=False)
+
+
+def test_scores_must_fit_the_tokens():
+    pair = one(SCORED)
+    assert pair.chosen_scores.dtype == np.float32 and pair.chosen_scores.tolist() == [0, 2]
+    check_weight_lengths(pair, encoded(2, 2), encoded(1, 1), "pairs.jsonl")
+    check_weight_lengths(pair, encoded(1, 2), encoded(1, 1), "pairs.jsonl")  # truncated: the first score is used
+    check_weight_lengths(one(GOOD), encoded(9, 9), encoded(9, 9), "pairs.jsonl")
+    with pytest.raises(UserError) as caught:
+        check_weight_lengths(pair, encoded(2, 2), encoded(2, 2), "pairs.jsonl")
+    assert str(caught.value) == (
+        "pairs.jsonl row 0: rejected_token_scores has 1 values but the response has 2 tokens with this tokenizer; "
+        "weights computed with another tokenizer cannot be used: compute them anew (weights=...)"
+    )
+    with pytest.raises(UserError, match="chosen_token_scores has 2 values but the response has 3 tokens"):
+        check_weight_lengths(pair, encoded(2, 3), encoded(1, 1), "pairs.jsonl")
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason=f"the MuSC authors' demo rows are not at {DEMO}")
+def test_the_authors_rows():
+    raw = json.loads(DEMO.read_text())
+    data = preference_rows(read_rows(str(DEMO), ["instruction", "chosen", "rejected"]), DEMO.name)
+    assert len(data.rows) == 98 and data.dropped == {IDENTICAL: 2}
+    for pair in data.rows:
+        assert pair.prompt == [user(raw[pair.row]["instruction"])]
+        assert pair.chosen == [assistant(raw[pair.row]["chosen"])]
+        for scores in (pair.chosen_scores, pair.rejected_scores):
+            assert scores.min() >= 0 and scores.max() <= 2
