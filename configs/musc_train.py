@@ -61,6 +61,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.compute.remat = "full"  # least memory; `none` is fastest where it fits
     c.compute.attention = "auto"  # the platform's kernel
     c.compute.logprob_chunk = 256  # tokens a row whose logits exist at once
+    c.compute.scan_unroll = 1  # layers compiled together; all of them is fastest for a small model on a CPU
 
     c.checkpoints = ConfigDict()
     c.checkpoints.every = 100  # steps lost at most when a machine dies
@@ -74,6 +75,7 @@ def get_config(preset: str = "") -> ConfigDict:
         c.batch.row_length = 2048
         c.optim.learning_rate = 5e-6
         c.compute.remat = "none"
+        c.compute.scan_unroll = 64  # all layers
         c.checkpoints.every = 10
     elif preset:
         raise ValueError(f"unknown preset {preset!r}; choose tiny or none")

@@ -1,8 +1,9 @@
 """What every entry point shares: `--config=FILE.py[:preset] --config.key=value`, and errors as one line."""
 
+import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -10,40 +11,77 @@ from ml_collections import config_flags
 from lm_jax.config import from_config_dict
 from lm_jax.errors import UserError
 
+INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have it
+_GIVE = "give --config=configs/NAME.py[:preset]"
 
-def run(config_class: type, main: Callable[[Any], None]) -> None:
-    """Parses the flags, builds `config_class` strictly and makes the one call `main(config)`.
+
+def run(command: Callable[[], tuple[type, Callable[[Any], None]]]) -> None:
+    """Parses the flags, builds the command's config strictly and makes the one call `main(config)`.
 
     Exits with 0 on success and 1 on an error of the user's, whose one line is the last on stderr.
+
+    Args:
+      command: () -> (config class, main). It imports them, so that --help and a mistyped flag are answered at once and
+        Ctrl-C during the imports is caught too.
     """
     flag = config_flags.DEFINE_config_file("config", None, "settings file, with an optional :preset", lock_config=True)
-    flags.mark_flag_as_required("config")
 
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
-        except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as e:
-            _fail(f"{_first_line(e)}; see the keys in the config file, and --help")
+            if flag.value is not None:
+                flag.value.to_dict()  # a file that could not be read shows only now
+        except Exception as e:  # a config file may raise anything
+            _fail(_flag_fault(e, argv))
+        if flag.value is None:
+            _fail(f"no config file given; {_GIVE}")
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; settings are given as --config.key=value")
         return rest
 
     def call(_: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # checkpointing logs pages at INFO
+        # Checkpointing logs pages at INFO, and the traceback of every thread where a write fails; what fails is raised.
+        logging.set_verbosity(logging.FATAL)
         try:
+            config_class, main = command()
             main(from_config_dict(config_class, flag.value.to_dict()))
         except UserError as e:
             _fail(str(e))
+        except OSError as e:  # what a command does not foresee of paths, access and space
+            where = f"{e.filename}: " if e.filename else ""
+            _fail(f"{where}{e.strerror or e}; check the path, its access and its free space")
         except KeyboardInterrupt:
-            _fail("interrupted; the same command continues from the last checkpoint")
+            _fail("interrupted; a training run goes on from its last checkpoint with the same command", INTERRUPTED)
 
     app.run(call, flags_parser=parse)
 
 
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _flag_fault(error: Exception, argv: list[str]) -> str:
+    """What is wrong with the flags, and the cure."""
+    words = iter(argv[1:])
+    name = next((w if "=" in w else f"{w}={next(words, '')}" for w in words if re.match("--?config(=|$)", w)), None)
+    if name is None and any(re.match(r"--?config\.", w) for w in argv[1:]):
+        return f"no config file given; {_GIVE}"
+    if isinstance(error, OSError):
+        return f"{name}: no such config file; {_GIVE}"
+    if isinstance(error, (KeyError, AttributeError)) and "get_config" not in str(error):
+        meant = re.search(r'Did you mean "(\w+)"', str(error))
+        keys = [w.lstrip("-").split("=")[0] for w in argv[1:] if re.match(r"--?config\.", w)]
+        lacking = re.findall(r"\w+", str(error).split("\\n")[0])[-1:]
+        key = next((k for k in keys if {*lacking} & {*k.split(".")}), name)
+        return f"{key}: unknown key{f' (did you mean {meant[1]}?)' if meant else ''}; see the keys in the config file"
+    if isinstance(error, flags.IllegalFlagValueError) and "whilst parsing config file" not in str(error):
+        return f"{str(error).removeprefix('flag ')}; see the keys and their types in the config file"
+    if isinstance(error, flags.Error) and not isinstance(error, flags.IllegalFlagValueError):
+        return f"{error}; settings are given as --config=FILE.py --config.key=value"
+    cause: BaseException = error  # what get_config raised; absl and ml_collections wrap it, with a traceback as text
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    if "get_config() takes 0" in str(cause):
+        return f"{name}: this config file has no presets; leave out what follows the colon"
+    return f"{name}: {cause if isinstance(cause, ValueError) else f'{type(cause).__name__}: {cause}'}"
 
 
-def _fail(line: str) -> None:
+def _fail(line: str, status: int = 1) -> NoReturn:
     print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(status)

@@ -4,7 +4,13 @@
 """
 
 from launch import cli
-from lm_jax.commands.export import ExportConfig, export
+
+
+def command():
+    from lm_jax.commands.export import ExportConfig, export
+
+    return ExportConfig, export
+
 
 if __name__ == "__main__":
-    cli.run(ExportConfig, export)
+    cli.run(command)

@@ -5,7 +5,13 @@
 """
 
 from launch import cli
-from musc_jax.train import MuscTrainConfig, train
+
+
+def command():
+    from musc_jax.train import MuscTrainConfig, train
+
+    return MuscTrainConfig, train
+
 
 if __name__ == "__main__":
-    cli.run(MuscTrainConfig, train)
+    cli.run(command)

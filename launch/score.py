@@ -5,7 +5,13 @@
 """
 
 from launch import cli
-from lm_jax.commands.score import ScoreConfig, score_rows
+
+
+def command():
+    from lm_jax.commands.score import ScoreConfig, score_rows
+
+    return ScoreConfig, score_rows
+
 
 if __name__ == "__main__":
-    cli.run(ScoreConfig, score_rows)
+    cli.run(command)

@@ -80,12 +80,14 @@ class ComputeConfig:
     remat: str = "none"  # none | full | a name of lm_jax.models.decoder.REMAT_POLICIES
     attention: str = "auto"  # auto | a name of lm_jax.models.attention.IMPLEMENTATIONS
     logprob_chunk: int = 256  # tokens of a row whose logits exist at one time
+    scan_unroll: int = 1  # layers that one iteration of the scan holds: more copy less and compile longer
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"config.dtype: {self.dtype!r} is not a dtype to train in; choose float32 or bfloat16")
-        if self.logprob_chunk < 1:
-            raise UserError(f"config.compute.logprob_chunk: must be at least 1, got {self.logprob_chunk}")
+        for name in ("logprob_chunk", "scan_unroll"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.compute.{name}: must be at least 1, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)

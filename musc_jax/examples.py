@@ -66,7 +66,9 @@ def load_pairs(path: str, encoder: TextEncoder, weights: str) -> Pairs:
     for row, chosen, rejected in zip(rows, encoded[::2], encoded[1::2], strict=True):
         if use_scores:
             if row.chosen_scores is None:
-                raise UserError(f"{where} row {row.row}: no token scores, which config.weights=columns needs; choose a rule")
+                raise UserError(
+                    f"{where} row {row.row}: no token scores, which config.weights=columns needs; choose a rule"
+                )
             check_weight_lengths(row, chosen, rejected, where)
         for text, scores in ((chosen, row.chosen_scores), (rejected, row.rejected_scores)):
             values = {"weights": scores[: len(text.response_ids)]} if use_scores else {}

@@ -4,6 +4,7 @@ import dataclasses
 
 from lm_jax import hf_io
 from lm_jax.config import MeshConfig
+from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
 from lm_jax.training.runs import open_model
 
@@ -18,6 +19,12 @@ class ExportConfig:
     dtype: str
     max_shard_bytes: int
     mesh: MeshConfig
+
+    def __post_init__(self):
+        if self.dtype not in hf_io.DTYPES:
+            raise UserError(f"config.dtype: cannot export {self.dtype!r}; choose from {', '.join(hf_io.DTYPES)}")
+        if self.max_shard_bytes < 1:
+            raise UserError(f"config.max_shard_bytes: must be at least 1, got {self.max_shard_bytes}")
 
 
 def export(config: ExportConfig) -> None:

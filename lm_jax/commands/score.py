@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
+from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
@@ -31,6 +32,13 @@ class ScoreConfig:
     mesh: MeshConfig
     compute: ComputeConfig
 
+    def __post_init__(self):
+        if not 1 <= self.max_length <= self.batch.row_length:
+            raise UserError(
+                f"config.max_length={self.max_length} must lie between 1 and config.batch.row_length="
+                f"{self.batch.row_length}, which has to hold a prompt and its response; raise the one or lower the other"
+            )
+
 
 def score_rows(config: ScoreConfig) -> None:
     """Scores every row's response under its prompt and writes `config.output` (JSONL), whole or not at all.
@@ -42,6 +50,9 @@ def score_rows(config: ScoreConfig) -> None:
       UserError: anything the user can mend, naming file or row.
     """
     mesh = make_mesh(config.mesh)
+    check_batch(config.batch, mesh)
+    if epath.Path(config.output).is_dir():
+        raise UserError(f"{config.output}: is a directory; give config.output a file name")
     source = open_model(config.model)
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
@@ -52,8 +63,6 @@ def score_rows(config: ScoreConfig) -> None:
         [r["response"] for r in rows],
         [f"{where} row {i}" for i in range(len(rows))],
     )
-    if epath.Path(config.output).is_dir():
-        raise UserError(f"{config.output}: is a directory; give config.output a file name")
     segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
     params = source.load_params(mesh, "float32")
     progress = Progress(len(rows), 0, "row")

@@ -62,7 +62,9 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
     Filling runs ahead in Grain's threads, so that the device does not wait for it.
     """
 
-    def __init__(self, plan: BatchPlan, examples: Sequence[Example], mesh: jax.sharding.Mesh, values: Sequence[str] = ()):
+    def __init__(
+        self, plan: BatchPlan, examples: Sequence[Example], mesh: jax.sharding.Mesh, values: Sequence[str] = ()
+    ):
         batch, processes = plan.batch, jax.process_count()
         check_batch(batch, mesh)
         micro_rows = batch.rows // batch.microbatches
@@ -72,7 +74,9 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
         def fill(step: int) -> dict[str, np.ndarray]:
             rows = plan[step]
             micro = [rows[m * micro_rows : (m + 1) * micro_rows][mine] for m in range(batch.microbatches)]
-            flat = fill_rows([r for m in micro for r in m], examples, batch.row_length, batch.max_examples_per_row, values)
+            flat = fill_rows(
+                [r for m in micro for r in m], examples, batch.row_length, batch.max_examples_per_row, values
+            )
             return {k: v.reshape(batch.microbatches, share, *v.shape[1:]) for k, v in flat.items()}
 
         dataset = grain.MapDataset.source(range(len(plan))).map(fill)
@@ -83,9 +87,7 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
     def __next__(self) -> dict[str, jax.Array]:
         local = next(self._iterator)
         return {
-            k: jax.make_array_from_process_local_data(
-                self._sharding, v, (v.shape[0], self._micro_rows, *v.shape[2:])
-            )
+            k: jax.make_array_from_process_local_data(self._sharding, v, (v.shape[0], self._micro_rows, *v.shape[2:]))
             for k, v in local.items()
         }
 
@@ -105,7 +107,7 @@ def check_batch(batch: BatchConfig, mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config.batch: every size must be at least 1, got {batch}")
     if batch.rows % batch.microbatches or (batch.rows // batch.microbatches) % parts:
         raise UserError(
-            f"config.batch.rows={batch.rows} must be a multiple of config.batch.microbatches={batch.microbatches} times "
-            f"the mesh's data x fsdp={parts}; the next one is "
+            f"config.batch.rows={batch.rows} must be a multiple of config.batch.microbatches={batch.microbatches} "
+            f"times the mesh's data x fsdp={parts}; the next one is "
             f"{-(-batch.rows // (batch.microbatches * parts)) * batch.microbatches * parts}"
         )

@@ -61,14 +61,16 @@ def pack(
     if len(lengths) and lengths.max() > row_length:
         worst = int(lengths.argmax())
         raise UserError(
-            f"example {worst} takes {lengths[worst]} tokens and a row holds {row_length}; raise config.batch.row_length "
-            f"or lower config.max_length"
+            f"example {worst} takes {lengths[worst]} tokens and a row holds {row_length}; raise "
+            f"config.batch.row_length or lower config.max_length"
         )
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
     rows: list[np.ndarray] = []
     for start in range(0, len(order), _WINDOW):
         window = order[start : start + _WINDOW]
-        rows += _first_fit_decreasing(window[np.argsort(-lengths[window], kind="stable")], lengths, row_length, max_examples)
+        rows += _first_fit_decreasing(
+            window[np.argsort(-lengths[window], kind="stable")], lengths, row_length, max_examples
+        )
     return rows if rng is None else [rows[i] for i in rng.permutation(len(rows))]
 
 

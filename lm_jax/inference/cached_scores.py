@@ -54,9 +54,7 @@ def cached_scores(
         done = len(segments) - missing.size
         for batch in scorer([segments[i] for i in missing]):
             if batch and jax.process_index() == 0:
-                store.write(
-                    [int(missing[s.row]) for s in batch], {f: [getattr(s, f) for s in batch] for f in FIELDS}
-                )
+                store.write([int(missing[s.row]) for s in batch], {f: [getattr(s, f) for s in batch] for f in FIELDS})
             done += len(batch)
             progress(done, len(segments))
     if jax.process_count() > 1:

@@ -132,9 +132,10 @@ def _row_backward(window, block, residuals, d_out):
             d_probs = jnp.einsum("kqe,kse->kqs", d_out_block, v_block, preferred_element_type=jnp.float32)
             d_scores = (probs * (d_probs - inner_block[..., None]) * scale).astype(q.dtype)
             d_q += jnp.einsum("kqs,kse->kqe", d_scores, k_block, preferred_element_type=jnp.float32)
-            d_k_block = jnp.einsum("kqs,kqe->kse", d_scores, q_flat, preferred_element_type=jnp.float32)
+            # Kept as [K, E, S]: the other order would have XLA on CPU transpose the [Q, S] operand, at 3x the cost.
+            d_k_block = jnp.einsum("kqe,kqs->kes", q_flat, d_scores, preferred_element_type=jnp.float32)
             d_v_block = jnp.einsum(
-                "kqs,kqe->kse", probs.astype(v.dtype), d_out_block, preferred_element_type=jnp.float32
+                "kqe,kqs->kes", d_out_block, probs.astype(v.dtype), preferred_element_type=jnp.float32
             )
             return d_q, _add_at(d_k, d_k_block, s_start), _add_at(d_v, d_v_block, s_start)
 
@@ -142,15 +143,15 @@ def _row_backward(window, block, residuals, d_out):
         d_q, *carry = jax.lax.fori_loop(jnp.min(first_block) // block, i + 1, key_block, (d_q, *carry))
         return tuple(carry), d_q.reshape(kv_heads, groups, block, dim)
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
+    zeros = jnp.zeros((kv_heads, dim, length), jnp.float32)
     (d_k, d_v), d_q = jax.lax.scan(query_block, (zeros, zeros), jnp.arange(length // block))
     d_q = jnp.moveaxis(d_q, 0, 2).reshape(q.shape)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    return d_q.astype(q.dtype), d_k.swapaxes(1, 2).astype(k.dtype), d_v.swapaxes(1, 2).astype(v.dtype), None
 
 
 def _add_at(total, block_value, start):
-    old = jax.lax.dynamic_slice_in_dim(total, start, block_value.shape[1], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + block_value, start, axis=1)
+    old = jax.lax.dynamic_slice_in_dim(total, start, block_value.shape[-1], axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + block_value, start, axis=2)
 
 
 _row.defvjp(_row_forward, _row_backward)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.models.attention import attention
+from lm_jax.models.linear import Linear
 from lm_jax.models.rope import apply_rope, rope_cos_sin
 from lm_jax.sharding import constrain
 
@@ -55,10 +56,9 @@ class Attention(nn.Module):
     def __call__(self, x, cos, sin, segment_ids, window_index):
         """x [B, T, D]; cos, sin [B, T, E/2]; window_index: which of the distinct windows this layer has."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        dense = functools.partial(nn.DenseGeneral, dtype=dtype)
-        q = dense((c.num_heads, c.head_dim), use_bias=c.qkv_bias, name="q")(x)
-        k = dense((c.num_kv_heads, c.head_dim), use_bias=c.qkv_bias, name="k")(x)
-        v = dense((c.num_kv_heads, c.head_dim), use_bias=c.qkv_bias, name="v")(x)
+        q = Linear((c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
+        k = Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
+        v = Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="v")(x)
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, dtype, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, dtype, name="k_norm")(k)
@@ -74,20 +74,19 @@ class Attention(nn.Module):
         else:
             out = jax.lax.switch(window_index, variants, q, k, v, segment_ids)
         out = checkpoint_name(constrain(out, "batch", "length", "heads", "head_dim"), "attention")
-        return dense(c.d_model, axis=(-2, -1), use_bias=c.o_bias, name="o")(out)
+        return Linear((c.d_model,), c.o_bias, num_axes=2, name="o")(out)
 
 
 class FeedForward(nn.Module):
     config: ModelConfig
-    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x):
         c = self.config
-        dense = functools.partial(nn.Dense, dtype=jnp.dtype(self.compute.dtype), use_bias=c.mlp_bias)
-        gate, up = dense(c.d_ff, name="gate")(x), dense(c.d_ff, name="up")(x)
+        gate = Linear((c.d_ff,), c.mlp_bias, name="gate")(x)
+        up = Linear((c.d_ff,), c.mlp_bias, name="up")(x)
         inner = constrain(ACTIVATIONS[c.activation](gate) * up, "batch", "length", "mlp")
-        return dense(c.d_model, name="down")(inner)
+        return Linear((c.d_model,), c.mlp_bias, name="down")(inner)
 
 
 class Block(nn.Module):
@@ -99,7 +98,7 @@ class Block(nn.Module):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         attn = Attention(c, self.compute, name="attn")
         x = x + attn(RMSNorm(c.norm_eps, dtype, name="attn_norm")(x), cos, sin, segment_ids, window_index)
-        x = x + FeedForward(c, self.compute, name="mlp")(RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x))
+        x = x + FeedForward(c, name="mlp")(RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x))
         return constrain(x, "batch", "length", "embed"), None
 
 
@@ -137,6 +136,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
+            unroll=min(self.compute.scan_unroll, c.num_layers),
         )
         windows = distinct_windows(c)
         window_indices = jnp.array([windows.index(w) for w in c.layer_windows], jnp.int32)

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lm_jax.models.linear import contract_rows
 from lm_jax.sharding import constrain
 
 
@@ -42,17 +43,17 @@ def token_logprobs(
         x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]), 1, 0)
 
-    embedding = constrain(embedding.astype(hidden.dtype), "vocab", "embed")  # gathered over fsdp once, not per chunk
+    embedding = constrain(embedding, "vocab", "embed")  # gathered over fsdp once, not per chunk
 
-    def body(embedding, inputs):
+    def body(_, inputs):
         needed, hidden_chunk, target_chunk = inputs
         zeros = jnp.zeros(target_chunk.shape, jnp.float32)
-        return embedding, jax.lax.cond(
+        return None, jax.lax.cond(
             needed, _chunk_logprobs, lambda *_: (zeros, zeros), hidden_chunk, embedding, target_chunk
         )
 
     needed = jnp.arange(num_chunks) * chunk < jnp.max(counts)
-    _, outputs = jax.lax.scan(body, embedding, (needed, chunked(hidden), chunked(targets)))
+    _, outputs = jax.lax.scan(body, None, (needed, chunked(hidden), chunked(targets)))
     back = jnp.argsort(order, axis=1)
 
     def unchunked(x):  # [num_chunks, B, C] -> [B, T]
@@ -65,7 +66,7 @@ def token_logprobs(
 @functools.partial(jax.checkpoint, prevent_cse=False)  # inside a scan, where common subexpressions cannot meet
 def _chunk_logprobs(hidden, embedding, targets):
     """[B, C, D], [V, D], [B, C] -> log-probs and entropies [B, C]."""
-    logits = jnp.einsum("bcd,vd->bcv", hidden, embedding, preferred_element_type=jnp.float32)
+    logits = contract_rows(hidden, embedding, jnp.float32)
     logits = constrain(logits, "batch", "length", "vocab")
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     # Compare-and-sum instead of a gather: it stays local where the vocabulary is cut over devices.

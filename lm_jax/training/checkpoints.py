@@ -1,5 +1,6 @@
 """Checkpoints of a run: asynchronous, atomic, the newest few kept. The only file that imports orbax."""
 
+import os
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ class Checkpoints:
     def __init__(self, directory: str, keep: int):
         policies = ocp.training
         self._directory = directory
+        absolute = directory if "://" in directory else os.path.abspath(directory)  # orbax refuses relative paths
         self._checkpointer = ocp.training.Checkpointer(
-            directory,
+            absolute,
             # When to save is the training loop's decision, which also has to save the final step.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.preservation_policies.LatestN(keep),

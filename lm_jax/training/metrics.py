@@ -10,7 +10,7 @@ from etils import epath
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to `metrics.jsonl` and the same scalars to `tensorboard/`.
+    """Appends one JSON object a line to `metrics.jsonl` and the same scalars to `tensorboard/`; a context manager.
 
     Resuming at step s drops what was logged after s, so that the file reads as if the run had never stopped.
     """
@@ -30,6 +30,12 @@ class MetricsWriter:
         self._file = path.open("a")
         self._board = SummaryWriter(os.fspath(epath.Path(directory) / "tensorboard"), purge_step=resume_step + 1)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
     def write(self, step: int, metrics: dict) -> None:
         """Writes scalars; a None value (unknown on this machine) is left out."""
         if self._file is None:
@@ -41,6 +47,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Waits for TensorBoard's thread, which would otherwise complain of the process's end."""
         if self._file is not None:
             self._file.close()
             self._board.close()

@@ -1,0 +1,18 @@
+"""The main job on an embedded default: a small Llama is made, trained on preference pairs and exported.
+
+    python -m launch.quickstart
+"""
+
+import sys
+
+from lm_jax.errors import UserError
+
+OUTPUT = "runs/quickstart"
+
+if __name__ == "__main__":
+    from lm_jax.commands.quickstart import quickstart
+
+    try:
+        quickstart(OUTPUT)
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,90 @@
+"""Contraction of activations with a weight, with a gradient that needs no transposed copies.
+
+Autodiff of `dot_general` asks for the weight gradient in transposed order; XLA on CPU then evaluates whatever produced
+the operands once more in column order, which made a feed-forward layer's backward pass over twice as slow. Written out,
+every contraction has its operands as they lie. The weight gradient also accumulates in the weight's own dtype, fp32 for
+master weights, whatever the compute dtype.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("num_axes", "out_dtype"))
+def contract(x: jax.Array, weight: jax.Array, num_axes: int = 1, out_dtype=None) -> jax.Array:
+    """Contracts the last `num_axes` axes of x with the first ones of the weight, in x's dtype.
+
+    Args:
+      x: [..., *C], C the contracted axes.
+      weight: [*C, *F] in any float dtype; cast to x's. Its gradient is in its own dtype.
+      num_axes: how many axes C has.
+      out_dtype: of the result; None: x's.
+
+    Returns:
+      [..., *F].
+    """
+    contracted = range(x.ndim - num_axes, x.ndim), range(num_axes)
+    return _dot(x, weight.astype(x.dtype), contracted, out_dtype or x.dtype)
+
+
+def _forward(x, weight, num_axes, out_dtype):
+    return contract(x, weight, num_axes, out_dtype), (x, weight)
+
+
+def _backward(num_axes, out_dtype, residuals, grad):
+    x, weight = residuals
+    grad = grad.astype(x.dtype)
+    batch, features = range(x.ndim - num_axes), range(num_axes, weight.ndim)
+    d_x = _dot(grad, weight.astype(x.dtype), (range(grad.ndim - len(features), grad.ndim), features), x.dtype)
+    return d_x, _dot(x, grad, (batch, batch), weight.dtype)
+
+
+contract.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("out_dtype",))
+def contract_rows(x: jax.Array, rows: jax.Array, out_dtype=None) -> jax.Array:
+    """As `contract`, for a weight whose rows are the features: [..., D] with [F, D] gives [..., F]."""
+    return _dot(x, rows.astype(x.dtype), ((x.ndim - 1,), (1,)), out_dtype or x.dtype)
+
+
+def _rows_forward(x, rows, out_dtype):
+    return contract_rows(x, rows, out_dtype), (x, rows)
+
+
+def _rows_backward(out_dtype, residuals, grad):
+    x, rows = residuals
+    grad = grad.astype(x.dtype)
+    batch = range(x.ndim - 1)
+    d_x = _dot(grad, rows.astype(x.dtype), ((grad.ndim - 1,), (0,)), x.dtype)
+    return d_x, _dot(grad, x, (batch, batch), rows.dtype)
+
+
+contract_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _dot(a, b, contracted, dtype):
+    axes = tuple(tuple(c) for c in contracted)
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
+
+
+class Linear(nn.Module):
+    """y = x W + b over the last `num_axes` axes of x. Parameters: kernel [*C, *F] and, with a bias, bias [*F]; fp32."""
+
+    features: tuple[int, ...]
+    use_bias: bool = False
+    num_axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[x.ndim - self.num_axes :] + self.features
+        fan_in = math.prod(shape[: self.num_axes])
+        kernel = self.param("kernel", nn.initializers.normal(fan_in**-0.5), shape, jnp.float32)
+        y = contract(x, kernel, self.num_axes)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(x.dtype)
+        return y

@@ -1,0 +1,125 @@
+"""Running the launchers, and the small inputs that they run on."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.checkpoints import make_checkpoint, make_tokenizer
+from tests.conftest import ROOT
+
+# Sequences of at most 64 tokens, two pairs and more a row, a handful of steps an epoch.
+SMALL_TRAIN = ("max_length=64", "batch.row_length=128", "batch.rows=2")
+SMALL_SCORE = ("max_length=64", "batch.row_length=64", "batch.rows=2")
+# Not the same on every machine and in every run.
+TIMING = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization", "num_compiles"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A command that ended: its exit status (negative: the signal), and what it wrote."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    def ok(self) -> "Done":
+        assert self.status == 0, f"exit status {self.status}; stderr ends with:\n{self.stderr[-4000:]}"
+        return self
+
+    def error(self) -> str:
+        """The one line of a user's error, without its `error: `."""
+        assert self.status == 1, f"exit status {self.status}; stderr ends with:\n{self.stderr[-4000:]}"
+        assert "Traceback" not in self.stderr, self.stderr[-4000:]
+        last = self.stderr.rstrip("\n").split("\n")[-1]
+        assert last.startswith("error: ") and len(last) < 1000, self.stderr[-4000:]
+        return last.removeprefix("error: ")
+
+
+def arguments(name: str, *settings: object, preset: str = "") -> list[str]:
+    """The flags of `python -m launch.NAME`. A setting is `key=value`; one that begins with `--` is taken as it is."""
+    config = f"--config=configs/{name}.py{preset and f':{preset}'}"
+    return [config, *(s if str(s).startswith("--") else f"--config.{s}" for s in map(str, settings))]
+
+
+def start(name: str, *flags: str, **options) -> subprocess.Popen:
+    """The command as a user starts it, in a process of its own."""
+    return subprocess.Popen([sys.executable, "-m", f"launch.{name}", *flags], cwd=ROOT, text=True, **options)
+
+
+def run(name: str, *flags: str) -> Done:
+    """`start`, then wait for the end."""
+    process = start(name, *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    stdout, stderr = process.communicate(timeout=300)
+    return Done(process.returncode, stdout, stderr)
+
+
+# Importing JAX and transformers takes longer than most commands here run, so many of them are forked from one process
+# that has imported both, and computed nothing.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        "musc_jax.train",
+        "lm_jax.commands.score",
+        "lm_jax.commands.export",
+        "datasets",
+        "transformers.modeling_utils",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+    ]
+)
+
+
+def fork(name: str, *flags: str, devices: int = 1) -> Done:
+    """`run` without the imports: the same code and exit status, in a process forked from one that has them."""
+    with tempfile.TemporaryDirectory() as directory:
+        out, err = (Path(directory) / n for n in ("out", "err"))
+        process = _FORKS.Process(target=_forked, args=(name, flags, devices, str(out), str(err)))
+        process.start()
+        process.join(300)
+        return Done(process.exitcode, out.read_text(), err.read_text())
+
+
+def _forked(name, flags, devices, out, err):
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(ROOT)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    sys.argv = [f"launch/{name}.py", *flags]
+    runpy.run_module(f"launch.{name}", run_name="__main__")
+
+
+def make_model(path: Path, **overrides) -> str:
+    """A tiny Llama with a tokenizer."""
+    make_checkpoint(path, "llama", **overrides)
+    make_tokenizer(path)
+    return str(path)
+
+
+def make_pairs(path: Path, number: int = 12, **columns) -> str:
+    """Preference rows whose lengths differ, string prompts."""
+    rows = [
+        {
+            "id": f"pair-{i}",
+            "prompt": f"say that {i} cats sat",
+            "chosen": f"{i} cats sat on the hat and the mat"[: 12 + 2 * i],
+            "rejected": f"{i} dogs ran"[: 6 + i],
+            **{name: value(i) for name, value in columns.items()},
+        }
+        for i in range(number)
+    ]
+    return write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_rows(path: Path | str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,125 @@
+"""Chunked log-probs and entropies against torch on whole logits, their gradients, and the memory they take."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from lm_jax.models.logprobs import token_logprobs
+
+B, T, D, V = 3, 11, 8, 29
+MASKS = {
+    "all": np.ones((B, T)),
+    "ragged": np.array([[0] * 3 + [1] * 8, [1, 0] * 5 + [1], [0] * 10 + [1]]),
+    "empty-row": np.array([[1] * 11, [0] * 11, [0, 1] * 5 + [0]]),
+    "none": np.zeros((B, T)),
+}
+CHUNKS = [1, 4, 11, 256]  # 4 does not divide 11
+
+
+@functools.cache
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((B, T, D)).astype(np.float32)
+    embedding = rng.standard_normal((V, D)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    return hidden, embedding, targets, rng.standard_normal((2, B, T)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def ours(hidden, embedding, targets, mask, cotangents, chunk):
+    """[log-probs, entropies, d hidden, d embedding]"""
+    fn = functools.partial(token_logprobs, targets=targets, mask=mask, chunk=chunk)
+    outputs, pull_back = jax.vjp(fn, hidden, embedding)
+    return [*outputs, *pull_back(tuple(cotangents))]
+
+
+def theirs(hidden, embedding, targets, mask, cotangents):
+    hidden, embedding = torch.tensor(hidden, requires_grad=True), torch.tensor(embedding, requires_grad=True)
+    log_probs = torch.log_softmax(hidden @ embedding.T, dim=-1)
+    mask = torch.tensor(mask, dtype=torch.float32)
+    picked = log_probs.gather(-1, torch.tensor(targets, dtype=torch.long)[..., None])[..., 0] * mask
+    entropy = -(log_probs.exp() * log_probs).sum(-1) * mask
+    (torch.tensor(cotangents[0]) * picked + torch.tensor(cotangents[1]) * entropy).sum().backward()
+    return [x.numpy() for x in (picked.detach(), entropy.detach(), hidden.grad, embedding.grad)]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_equals_torch(mask, chunk):
+    hidden, embedding, targets, cotangents = inputs()
+    mask = MASKS[mask]
+    expected = theirs(hidden, embedding, targets, mask, cotangents)
+    got = ours(hidden, embedding, targets, mask, cotangents, chunk)
+    for what, a, b in zip(("log-probs", "entropies", "d hidden", "d embedding"), got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=what)
+    for what, a in zip(("log-probs", "entropies", "d hidden"), got, strict=False):
+        assert not np.asarray(a)[mask == 0].any(), f"{what} outside the mask"
+
+
+def test_masked_out_targets_are_not_read():
+    """Padding has whatever target; ids out of range there change nothing."""
+    hidden, embedding, targets, cotangents = inputs()
+    wild = np.where(MASKS["ragged"] > 0, targets, -7)
+    for a, b in zip(
+        ours(hidden, embedding, targets, MASKS["ragged"], cotangents, 4),
+        ours(hidden, embedding, wild, MASKS["ragged"], cotangents, 4),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_large_logits():
+    """No overflow at logits in the hundreds, where exp alone would be infinite."""
+    hidden, embedding, targets, _ = inputs()
+    logprobs, entropies = token_logprobs(200 * hidden, embedding, targets, np.ones((B, T)), 4)
+    log_probs = torch.log_softmax(torch.tensor(200 * hidden).double() @ torch.tensor(embedding).double().T, dim=-1)
+    expected = log_probs.gather(-1, torch.tensor(targets, dtype=torch.long)[..., None])[..., 0]
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-6, atol=1e-3)
+    np.testing.assert_allclose(entropies, -(log_probs.exp() * log_probs).sum(-1), atol=1e-3)
+
+
+def test_bfloat16_gives_float32():
+    """bf16 hidden states: products of bf16 numbers summed, normalised and returned in fp32."""
+    hidden, embedding, targets, cotangents = inputs()
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (hidden, embedding)]
+    got = ours(jnp.asarray(hidden, jnp.bfloat16), embedding, targets, MASKS["all"], cotangents, 4)
+    expected = theirs(*rounded, targets, MASKS["all"], cotangents)
+    assert got[0].dtype == got[1].dtype == jnp.float32
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(got[2:], expected[2:], strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2e-2, atol=1e-2 * np.abs(b).max())
+
+
+def temporary_bytes(length, chunk, vocab=4096, width=16):
+    """Peak temporary memory of the compiled gradient of the sum of one row's log-probs and entropies."""
+    struct = jax.ShapeDtypeStruct
+
+    def loss(hidden, embedding, targets, mask):
+        return sum(map(jnp.sum, token_logprobs(hidden, embedding, targets, mask, chunk)))
+
+    compiled = (
+        jax.jit(jax.grad(loss, argnums=(0, 1)))
+        .lower(
+            struct((1, length, width), jnp.float32),
+            struct((vocab, width), jnp.float32),
+            struct((1, length), jnp.int32),
+            struct((1, length), jnp.float32),
+        )
+        .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_length_times_vocabulary():
+    """Four times the tokens cost a few copies of [T, D], and one chunk's logits are what a chunk costs."""
+    vocab, width, chunk = 4096, 16, 32
+    short, long = temporary_bytes(256, chunk), temporary_bytes(1024, chunk)
+    per_token = (long - short) / 768
+    assert per_token < 10 * width * 4, f"{per_token} bytes a token"
+    assert short < 8 * chunk * vocab * 4
+    assert temporary_bytes(1024, 1024) > 4 * long, "whole logits would show"
