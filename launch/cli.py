@@ -1,6 +1,8 @@
 """What every entry point shares: `--config=FILE.py[:preset] --config.key=value`, and errors as one line."""
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -24,6 +26,8 @@ def run(command: Callable[[], tuple[type, Callable[[Any], None]]]) -> None:
       command: () -> (config class, main). It imports them, so that --help and a mistyped flag are answered at once and
         Ctrl-C during the imports is caught too.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started this wants it ignored
+        signal.signal(signal.SIGINT, _interrupted)
     flag = config_flags.DEFINE_config_file("config", None, "settings file, with an optional :preset", lock_config=True)
 
     def parse(argv: list[str]) -> list[str]:
@@ -50,8 +54,6 @@ def run(command: Callable[[], tuple[type, Callable[[Any], None]]]) -> None:
         except OSError as e:  # what a command does not foresee of paths, access and space
             where = f"{e.filename}: " if e.filename else ""
             _fail(f"{where}{e.strerror or e}; check the path, its access and its free space")
-        except KeyboardInterrupt:
-            _fail("interrupted; a training run goes on from its last checkpoint with the same command", INTERRUPTED)
 
     app.run(call, flags_parser=parse)
 
@@ -82,6 +84,19 @@ def _flag_fault(error: Exception, argv: list[str]) -> str:
     return f"{name}: {cause if isinstance(cause, ValueError) else f'{type(cause).__name__}: {cause}'}"
 
 
-def _fail(line: str, status: int = 1) -> NoReturn:
-    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    sys.exit(status)
+def _fail(line: str) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    _end(line, 1)
+
+
+def _interrupted(*_) -> NoReturn:
+    # No KeyboardInterrupt: raised inside a callback of the garbage collector, and JAX has one, it would be lost
+    _end("interrupted; a training run goes on from its last checkpoint with the same command", INTERRUPTED)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    # No shutdown of the interpreter: threads of XLA and of the checkpointing may be at work, and at times crash under
+    # it. What is on disk survives a SIGKILL, so it survives this.
+    os.write(2, f"error: {' '.join(line.split())}\n".encode())
+    os._exit(status)

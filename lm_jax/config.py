@@ -14,6 +14,8 @@ from lm_jax.errors import UserError
 
 T = TypeVar("T")
 
+SCHEDULES = ("cosine", "linear", "constant")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -120,6 +122,16 @@ class OptimConfig:
     eps: float
     weight_decay: float  # AdamW, on matrices only
     clip_norm: float  # global gradient norm; 0 turns clipping off
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"config.optim.schedule: unknown {self.schedule!r}; choose from {', '.join(SCHEDULES)}")
+        for name in ("warmup_ratio", "final_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"config.optim.{name}: must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise UserError(f"config.optim.{name}: must not be negative, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)

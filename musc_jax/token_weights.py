@@ -45,6 +45,7 @@ RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "perplexity": perplexity,
     "entropy": entropy,
 }
+RULES_ON_SCORES = tuple(name for name in RULES if name != "uniform")  # those that read the model's scores
 FROM_COLUMNS = "columns"  # not a rule: the rows bring `chosen_token_scores` and `rejected_token_scores`
 AUTO = "auto"  # columns where the rows bring them, else uniform
 

@@ -1,7 +1,6 @@
 """`launch.musc_train`: token-aware preference optimisation of a policy on preference rows, start to finish."""
 
 import dataclasses
-import functools
 import json
 import sys
 import time
@@ -17,24 +16,26 @@ from lm_jax.config import (
     OptimConfig,
     to_dict,
 )
-from lm_jax.data.order import BatchIterator, plan_batches
-from lm_jax.data.packing import Segment, example_lengths
+from lm_jax.data.order import BatchIterator, check_batch, plan_batches
+from lm_jax.data.packing import example_lengths
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.inference.cached_scores import cached_scores, scores_key
-from lm_jax.inference.scoring import score
+from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh, state_shardings
 from lm_jax.training.checkpoints import Checkpoints, abstract_like
 from lm_jax.training.flops import train_flops
 from lm_jax.training.loop import Run, StepCost, fit, resume
-from lm_jax.training.metrics import MetricsWriter, Progress
+from lm_jax.training.metrics import MetricsWriter
 from lm_jax.training.optim import make_optimizer, make_schedule
 from lm_jax.training.runs import begin_run, open_model, param_specs
 from lm_jax.training.step import TrainState, make_evaluate, make_train_step
 from musc_jax.examples import Pairs, load_pairs, rule_for
 from musc_jax.losses import LossConfig
 from musc_jax.objective import preference_objective
-from musc_jax.token_weights import FROM_COLUMNS, RULES, check_rule
+from musc_jax.reference import no_scores, reference_scores, weighted_pairs
+from musc_jax.token_weights import RULES_ON_SCORES, check_rule
+
+VALUES = ("weights", "ref_logprobs")  # what goes along with every response token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,58 +82,47 @@ def train(config: MuscTrainConfig) -> None:
     """
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
+    check_batch(config.batch, mesh)
+    check_compute(config.compute)
     policy = open_model(config.model)
     reference = open_model(config.reference) if config.reference else policy
+    if reference.config.vocab_size != policy.config.vocab_size:
+        raise UserError(
+            f"{config.reference}: its vocabulary has {reference.config.vocab_size} tokens, that of {config.model} "
+            f"{policy.config.vocab_size}; the reference must read the same tokens"
+        )
     tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(policy.directory, tokenizer))
     train_pairs = load_pairs(config.input, encoder, config.weights)
     eval_pairs = load_pairs(config.eval_input, encoder, config.weights) if config.eval_input else None
+    for pairs in filter(None, (train_pairs, eval_pairs)):
+        _say("\n".join(pairs.report))
     begin_run(config.output, "musc_train", to_dict(config), policy)
+    train_examples, eval_examples = _examples(config, mesh, reference, train_pairs, eval_pairs)
 
-    specs = param_specs(policy.config, mesh)
-    examples = _weighted_examples(config, mesh, reference, train_pairs, eval_pairs)
-    train_examples, eval_examples = examples[: len(train_pairs)], examples[len(train_pairs) :]
-    lengths = example_lengths(train_examples)
-    plan = plan_batches(lengths, config.batch, config.epochs, config.seed)
+    plan = plan_batches(example_lengths(train_examples), config.batch, config.epochs, config.seed)
     num_steps = min(len(plan), config.max_steps or len(plan))
-    for line in train_pairs.report + (eval_pairs.report if eval_pairs else []):
-        _say(line)
-    rule = rule_for(config.weights, train_pairs.rows)
     _say(
-        f"{len(train_pairs)} pairs, weights {rule}: {num_steps} steps of about "
+        f"{len(train_pairs)} pairs, weights {rule_for(config.weights, train_pairs.rows)}: {num_steps} steps of about "
         f"{len(train_pairs) * config.epochs / len(plan):.1f} pairs on mesh {dict(mesh.shape)}"
     )
-
     objective = preference_objective(policy.config, config.compute, config.loss)
     schedule = make_schedule(config.optim, num_steps)
     optimizer = make_optimizer(config.optim, schedule)
-    values = ("weights", "ref_logprobs")
-    batches = BatchIterator(plan, train_examples, mesh, values)
+    batches = BatchIterator(plan, train_examples, mesh, VALUES)
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
-        state, shardings = _start_state(policy, optimizer, checkpoints, specs, mesh, batches)
+        state, shardings = _start_state(policy, optimizer, checkpoints, mesh, batches)
         if int(state.step):
             _say(f"continuing {config.output} after step {int(state.step)}")
         metrics = MetricsWriter(config.output, int(state.step))
-        train_step = jax.jit(
-            make_train_step(objective, optimizer, schedule),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        evaluate = None
-        if eval_pairs:
-            eval_batch = dataclasses.replace(config.batch, microbatches=1)
-            eval_plan = plan_batches(example_lengths(eval_examples), eval_batch, 1, None)
-            run_eval = make_evaluate(objective)
-            evaluate = lambda params: run_eval(  # noqa: E731
-                params, BatchIterator(eval_plan, eval_examples, mesh, values)
-            )
+        step = make_train_step(objective, optimizer, schedule)
         fit(
             Run(
                 state=state,
-                train_step=train_step,
+                train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
                 batches=batches,
                 costs=[_step_cost(plan[i], train_examples, config, policy.config) for i in range(num_steps)],
-                evaluate=evaluate,
+                evaluate=_evaluation(config, objective, eval_examples, mesh) if eval_pairs else None,
                 eval_every=config.eval_every,
                 describe=train_pairs.name,
                 checkpoints=checkpoints,
@@ -145,11 +135,31 @@ def train(config: MuscTrainConfig) -> None:
     _say_summary(config, num_steps, time.monotonic() - began)
 
 
-def _start_state(policy, optimizer, checkpoints, specs, mesh, batches) -> tuple[TrainState, TrainState]:
+def _examples(config, mesh, reference, train_pairs: Pairs, eval_pairs: Pairs | None):
+    """(chosen, rejected) segments with weights and reference log-probs, of the training and the evaluation pairs."""
+    rule = rule_for(config.weights, train_pairs.rows)
+    segments = train_pairs.segments + (eval_pairs.segments if eval_pairs else [])
+    if config.loss.needs_reference or rule in RULES_ON_SCORES:
+        cache = config.reference_cache or f"{config.output}/reference"
+        scores = reference_scores(segments, reference, cache, config.compute, config.batch, mesh)
+    else:
+        scores = no_scores(segments)
+    examples = weighted_pairs(segments, scores, rule)
+    return examples[: len(train_pairs)], examples[len(train_pairs) :]
+
+
+def _evaluation(config, objective, examples, mesh):
+    """params -> metrics over all evaluation pairs."""
+    plan = plan_batches(example_lengths(examples), dataclasses.replace(config.batch, microbatches=1), 1, None)
+    evaluate = make_evaluate(objective)
+    return lambda params: evaluate(params, BatchIterator(plan, examples, mesh, VALUES))
+
+
+def _start_state(policy, optimizer, checkpoints, mesh, batches) -> tuple[TrainState, TrainState]:
     """The state to go on from, its data iterator positioned, and its shardings."""
     abstract_params = policy.abstract_params(mesh, "float32")
     abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), abstract_params)
-    shardings = state_shardings(abstract, specs, mesh)
+    shardings = state_shardings(abstract, param_specs(policy.config, mesh), mesh)
     if checkpoints.latest_step() is not None:
         state, position = resume(checkpoints, abstract_like(abstract, shardings))
         batches.set_state(position)
@@ -157,36 +167,6 @@ def _start_state(policy, optimizer, checkpoints, specs, mesh, batches) -> tuple[
     params = policy.load_params(mesh, "float32")
     create = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=shardings, donate_argnums=0)
     return create(params), shardings
-
-
-def _weighted_examples(config, mesh, reference, train_pairs: Pairs, eval_pairs: Pairs | None):
-    """(chosen, rejected) segments with `weights` and `ref_logprobs`; the reference model runs once per response."""
-    segments = train_pairs.segments + (eval_pairs.segments if eval_pairs else [])
-    rule = rule_for(config.weights, train_pairs.rows)
-    if not config.loss.needs_reference and rule in (FROM_COLUMNS, "uniform"):
-        scores = {name: [np.zeros(len(s.response), np.float32) for s in segments] for name in ("logprobs", "entropies")}
-    else:
-        params = functools.cache(lambda: reference.load_params(mesh, "float32"))  # only where the cache is incomplete
-        progress: list[Progress] = []
-
-        def scorer(missing):
-            progress.append(Progress(len(segments), len(segments) - len(missing), "reference"))
-            return score(params(), missing, reference.config, config.compute, config.batch, mesh)
-
-        scores = cached_scores(
-            config.reference_cache or f"{config.output}/reference",
-            scores_key(segments, reference.fingerprint(), config.compute.dtype),
-            segments,
-            scorer,
-            lambda done, total: progress[0].update(done, {}),
-        )
-        for bar in progress:
-            bar.close()
-    weighted = []
-    for segment, logprobs, entropies in zip(segments, scores["logprobs"], scores["entropies"], strict=True):
-        weights = segment.values["weights"] if rule == FROM_COLUMNS else RULES[rule](logprobs, entropies)
-        weighted.append(Segment(segment.prompt, segment.response, {"weights": weights, "ref_logprobs": logprobs}))
-    return list(zip(weighted[::2], weighted[1::2], strict=True))
 
 
 def _step_cost(rows, examples, config, model) -> StepCost:

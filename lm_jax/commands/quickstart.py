@@ -62,14 +62,14 @@ def quickstart(directory: str, seed: int = 0) -> None:
         "--config.dtype=float32",
     )
 
-    evaluations = [r for r in map(json.loads, (root / "run/metrics.jsonl").read_text().splitlines()) if "eval_loss" in r]
+    records = map(json.loads, (root / "run/metrics.jsonl").read_text().splitlines())
+    evaluations = [r for r in records if "eval_loss" in r]
     print("\nheld-out pairs (64 prompts that training never saw): chosen response preferred")
     print("  step   loss   accuracy   margin")
     print("     0  0.6931      -       0.0000   (the policy is its own reference)")
     for r in evaluations:
-        print(
-            f"  {r['step']:4d}  {r['eval_loss']:.4f}   {r['eval_rewards/accuracies']:6.1%}   {r['eval_rewards/margins']:.4f}"
-        )
+        accuracy, margin = r["eval_rewards/accuracies"], r["eval_rewards/margins"]
+        print(f"  {r['step']:4d}  {r['eval_loss']:.4f}   {accuracy:6.1%}   {margin:.4f}")
     print(f"\nall in {time.monotonic() - began:.0f} s. Where everything is:")
     for path, what in (
         ("data/pairs.jsonl", "preference pairs, one JSON object a line"),

@@ -14,6 +14,7 @@ from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.inference.scoring import score
+from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
 from lm_jax.training.metrics import Progress
 from lm_jax.training.runs import open_model
@@ -51,6 +52,7 @@ def score_rows(config: ScoreConfig) -> None:
     """
     mesh = make_mesh(config.mesh)
     check_batch(config.batch, mesh)
+    check_compute(config.compute)
     if epath.Path(config.output).is_dir():
         raise UserError(f"{config.output}: is a directory; give config.output a file name")
     source = open_model(config.model)

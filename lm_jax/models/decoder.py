@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.errors import UserError
-from lm_jax.models.attention import attention
+from lm_jax.models.attention import IMPLEMENTATIONS, attention
 from lm_jax.models.linear import Linear
 from lm_jax.models.rope import apply_rope, rope_cos_sin
 from lm_jax.sharding import constrain
@@ -121,11 +121,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """tokens, positions, segment_ids [B, T] int32 -> hidden [B, T, D] after the final norm, in the compute dtype.
-
-        Raises:
-          UserError: an unknown remat policy or attention implementation.
-        """
+        """tokens, positions, segment_ids [B, T] int32 -> hidden [B, T, D] after the final norm, in the compute dtype."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         embed = nn.Embed(c.vocab_size, c.d_model, dtype=dtype, name="embed")
         x = constrain(embed(tokens), "batch", "length", "embed")
@@ -151,14 +147,15 @@ def distinct_windows(config: ModelConfig) -> list[int | None]:
     return list(dict.fromkeys(config.layer_windows))
 
 
+def check_compute(compute: ComputeConfig) -> None:
+    """Raises UserError for a name that no remat policy or attention implementation has, before anything is compiled."""
+    for key, known in (("remat", ("none", *REMAT_POLICIES)), ("attention", ("auto", *IMPLEMENTATIONS))):
+        if (name := getattr(compute, key)) not in known:
+            raise UserError(f"config.compute.{key}: unknown {name!r}; choose from {', '.join(known)}")
+
+
 def _remat(block, policy: str):
-    if policy == "none":
-        return block
-    if policy not in REMAT_POLICIES:
-        raise UserError(
-            f"config.compute.remat: unknown policy {policy!r}; choose from none, {', '.join(REMAT_POLICIES)}"
-        )
-    return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
+    return block if policy == "none" else nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
 def output_embedding(params: dict, config: ModelConfig) -> jax.Array:

@@ -114,7 +114,7 @@ def gradient_fn(config, loss, compute):
 
 
 def loss_and_gradients(params, config, pairs, loss, rows, compute=COMPUTE):
-    """(loss, metrics, {path: gradient}) of the pairs laid out in `rows`; always five rows, so that one shape compiles."""
+    """(loss, metrics, {path: gradient}) of pairs laid out in `rows`; always five rows, so that one shape compiles."""
     rows = rows + [[]] * (len(PAIRS) - len(rows))
     batch = fill_rows(rows, pairs, ROW_LENGTH, MAX_PAIRS, ("weights", "ref_logprobs"))
     (total, metrics), grads = gradient_fn(config, loss, compute)(params, batch)

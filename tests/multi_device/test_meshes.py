@@ -1,0 +1,180 @@
+"""Eight devices compute what one does, hold only their share, and a checkpoint moves between meshes."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.multi_device
+
+# (data, fsdp, tensor): microbatches. Accumulation is exact, so what it gives is compared with one microbatch too.
+MESHES = {(1, 1, 8): 1, (2, 2, 2): 2, (8, 1, 1): 1, (1, 8, 1): 1}
+ONE = (1, 1, 1)
+RTOL = 1e-5
+
+
+def name_of(sizes):
+    return "x".join(map(str, sizes))
+
+
+def computed(directory):
+    """Runs in a process with 8 devices: everything on one device and on every mesh. Returns what the tests look at."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
+    from lm_jax.data.order import BatchIterator, plan_batches
+    from lm_jax.data.packing import Segment, example_lengths
+    from lm_jax.inference.scoring import score
+    from lm_jax.models.decoder import Decoder
+    from lm_jax.models.weights import flatten
+    from lm_jax.sharding import make_mesh, state_shardings
+    from lm_jax.training.checkpoints import Checkpoints, abstract_like
+    from lm_jax.training.loop import checkpoint_items, resume
+    from lm_jax.training.optim import make_optimizer, make_schedule
+    from lm_jax.training.runs import param_specs
+    from lm_jax.training.step import TrainState, make_train_step
+    from musc_jax.losses import LossConfig
+    from musc_jax.objective import preference_objective
+
+    # 4 key/value heads: a tensor axis of 8 does not divide them. Two windows: both ways through attention.
+    model = ModelConfig(
+        "qwen2", 64, 2, 32, 48, 8, 4, 4, RopeConfig(1e4), 1e-5, 64, qkv_bias=True, layer_windows=(None, 7)
+    )
+    compute = ComputeConfig("float32", logprob_chunk=16)
+    batch = BatchConfig(rows=8, row_length=32, microbatches=1, max_examples_per_row=3)
+    # A large epsilon: AdamW would make as much of a gradient that is nothing but rounding as of any other.
+    optim = OptimConfig(1e-2, "constant", 0.0, 0.0, 0.9, 0.99, eps=1e-3, weight_decay=0.1, clip_norm=0.5)
+    schedule = make_schedule(optim, 1)
+    optimizer = make_optimizer(optim, schedule)
+    objective = preference_objective(model, compute, LossConfig("sigmoid", 0.5, 0.0, 0.0, nll_weight=0.2))
+
+    rng = np.random.default_rng(0)
+
+    def segment(prompt):
+        size = int(rng.integers(1, 10))
+        values = {"weights": rng.uniform(0, 2, size), "ref_logprobs": rng.normal(-4, 1, size)}
+        return Segment(prompt, rng.integers(0, 64, size), values)
+
+    pairs = [(segment(prompt), segment(prompt)) for prompt in rng.integers(0, 64, (11, 2))]
+    ids = jnp.ones((1, 4), jnp.int32)
+    params = jax.jit(Decoder(model, compute).init)(jax.random.key(0), ids, ids, ids)["params"]
+    params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.2 * rng.standard_normal(x.shape)), params)
+
+    def on_mesh(sizes, microbatches):
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+        abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+        shardings = state_shardings(abstract, param_specs(model, mesh), mesh)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, shardings.params)
+            segments = [s for pair in pairs for s in pair]
+            scores = sorted(s for part in score(placed, segments, model, compute, batch, mesh) for s in part)
+            state = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=shardings)(placed)
+            layout = dataclasses.replace(batch, microbatches=microbatches)
+            plan = plan_batches(example_lengths(pairs), layout, 1, seed=0)
+            assert len(plan) == 1 and len(scores) == len(segments)
+            arrays = next(BatchIterator(plan, pairs, mesh, ("weights", "ref_logprobs")))
+            step = jax.jit(
+                make_train_step(objective, optimizer, schedule), donate_argnums=0, out_shardings=(shardings, None)
+            )
+            state, metrics = step(state, arrays)
+        return abstract_like(abstract, shardings), state, {k: float(v) for k, v in metrics.items()}, scores
+
+    def cuts(tree):
+        """{path: into how many parts its array is cut}, from what a device holds."""
+        return {p: x.size // x.addressable_shards[0].data.size for p, x in flatten(tree).items()}
+
+    def errors(got, expected):
+        """The largest difference as a share of the largest entry of all arrays: what cancels is no measure."""
+        got, expected = flatten(jax.device_get(got)), flatten(jax.device_get(expected))
+        largest = max(np.abs(x).max() for x in expected.values())
+        return {p: float(np.abs(got[p] - x).max() / largest) for p, x in expected.items()}
+
+    def moment(state, name):
+        return optax.tree_utils.tree_get(state.opt_state, name)
+
+    _, expected, expected_metrics, expected_scores = on_mesh(ONE, 1)
+    found = {}
+    for sizes, microbatches in MESHES.items():
+        abstract, state, metrics, scores = on_mesh(sizes, microbatches)
+        found[name_of(sizes)] = {
+            "scores": max(
+                float(np.abs(getattr(a, f) - getattr(b, f)).max())
+                for a, b in zip(scores, expected_scores, strict=True)
+                for f in ("logprobs", "entropies")
+            ),
+            "metrics": {
+                k: abs(v - expected_metrics[k]) / max(abs(expected_metrics[k]), 1e-3) for k, v in metrics.items()
+            },
+            "gradients": errors(moment(state, "mu"), moment(expected, "mu")),
+            "params": errors(state.params, expected.params),
+            "moved": errors(state.params, params),
+            "cuts": {"params": cuts(state.params), **{m: cuts(moment(state, m)) for m in ("mu", "nu")}},
+        }
+        if sizes == (2, 2, 2):
+            with Checkpoints(directory, keep=1) as checkpoints:
+                checkpoints.save(1, checkpoint_items(state, {"data": {"next": 1}}))
+            saved = state
+
+    with Checkpoints(directory, keep=1) as checkpoints:
+        restored, position = resume(checkpoints, abstract)  # as the last mesh, 1x8x1, lays it out
+    leaves = [jax.tree.leaves(tree) for tree in (restored, saved, abstract)]
+    found["restored"] = {
+        "position": position,
+        "equal": all(bool(np.array_equal(a, b)) for a, b, _ in zip(*leaves, strict=True)),
+        "laid_out": all(a.sharding == c.sharding for a, _, c in zip(*leaves, strict=True)),
+        "moved": any(a.sharding != b.sharding for a, b, _ in zip(*leaves, strict=True)),
+    }
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(run_python, tmp_path_factory):
+    out = run_python("-m", "tests.multi_device.test_meshes", str(tmp_path_factory.mktemp("run") / "c"), devices=8)
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(params=MESHES, ids=name_of)
+def sizes(request):
+    return request.param
+
+
+def test_scores_equal_one_device(found, sizes):
+    assert found[name_of(sizes)]["scores"] < RTOL
+
+
+def test_step_equals_one_device(found, sizes):
+    here = found[name_of(sizes)]
+    assert {"loss", "grad_norm", "rewards/margins", "nll_loss"} <= set(here["metrics"])
+    for what in ("metrics", "gradients", "params"):
+        assert max(here[what].values()) < RTOL, {k: v for k, v in here[what].items() if v >= RTOL}
+    assert min(here["moved"].values()) > 1e-4, "some parameter did not move, so its gradient was not seen"
+
+
+def test_each_device_holds_its_share(found, sizes):
+    """Every matrix is cut along fsdp and tensor, in the optimiser too; key/value heads where they can be."""
+    _, fsdp, tensor = sizes
+    kv = tensor if 4 % tensor == 0 else 1
+    whole = {"layers/attn/q/bias": tensor, "layers/attn/k/bias": kv, "layers/attn/v/bias": kv}
+    for what, cuts in found[name_of(sizes)]["cuts"].items():
+        assert len(cuts) == 15, what
+        for path, parts in cuts.items():
+            if path.endswith("scale"):
+                expected = fsdp
+            elif path in whole:
+                expected = whole[path]
+            else:
+                expected = fsdp * (kv if path.split("/")[2:3] in (["k"], ["v"]) else tensor)
+            assert parts == expected, f"{what} {path} is cut into {parts}"
+
+
+def test_checkpoint_moves_to_another_mesh(found):
+    """Saved on 2x2x2, restored on 1x8x1, bit for bit."""
+    assert found["restored"] == {"position": {"next": 1}, "equal": True, "laid_out": True, "moved": True}
+
+
+if __name__ == "__main__":
+    print(json.dumps(computed(sys.argv[1])))

@@ -1,0 +1,129 @@
+"""The sharded training step and the scoring pass compile for a TPU pod, on a machine without one."""
+
+import importlib.util
+import json
+import os
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.multi_device
+
+TOPOLOGY, CHIPS = "v5e:4x4", 16
+# libtpu asks the machine what it is; on a machine that is no TPU these answer.
+ENVIRONMENT = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "JAX_PLATFORMS": "cpu",
+}
+HBM = 16 * 2**30  # bytes of a v5e chip
+MESHES = {"1x16x1": (1, 16, 1), "2x4x2": (2, 4, 2)}
+ROWS, ROW_LENGTH, LAYERS = 32, 4096, 2
+
+
+def computed(sizes):
+    """Runs in a process of its own: compiles for `sizes` chips and returns bytes of each program on each chip."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from lm_jax.config import ComputeConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
+    from lm_jax.inference.scoring import packed_logprobs
+    from lm_jax.models.registry import weight_table
+    from lm_jax.models.weights import nest
+    from lm_jax.sharding import batch_sharding, make_mesh, state_shardings
+    from lm_jax.training.optim import make_optimizer, make_schedule
+    from lm_jax.training.runs import param_shardings, param_specs
+    from lm_jax.training.step import TrainState, make_train_step
+    from musc_jax.losses import LossConfig
+    from musc_jax.objective import preference_objective
+
+    # Llama-3.2-1B, with fewer of its layers.
+    model = ModelConfig(
+        "llama", 128_256, LAYERS, 2048, 8192, 32, 8, 64, RopeConfig(5e5), 1e-5, 131_072, tie_embeddings=True
+    )
+    compute = ComputeConfig("bfloat16", remat="full", logprob_chunk=256)
+    devices = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices
+    mesh = make_mesh(MeshConfig(*sizes), list(devices))
+    assert mesh.size == CHIPS and devices[0].platform == "tpu"
+
+    optim = OptimConfig(5e-6, "cosine", 0.1, 0.0, 0.9, 0.999, 1e-8, 0.0, 1.0)
+    schedule = make_schedule(optim, 100)
+    optimizer = make_optimizer(optim, schedule)
+    objective = preference_objective(model, compute, LossConfig("sigmoid", 0.1, 0.0, 0.0, 0.0))
+    shapes = nest({s.path: jax.ShapeDtypeStruct(s.shape(model), jnp.float32) for s in weight_table(model)})
+    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), shapes)
+    shardings = state_shardings(state, param_specs(model, mesh), mesh)
+
+    def placed(tree, shardings):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def batch(*leading):
+        sharding = batch_sharding(mesh, len(leading) - 1)
+
+        def struct(dtype, width):
+            return jax.ShapeDtypeStruct((*leading, width), dtype, sharding=sharding)
+
+        integers = ("tokens", "positions", "segment_ids", "targets")
+        return (
+            {name: struct(jnp.int32, ROW_LENGTH) for name in integers}
+            | {name: struct(jnp.float32, ROW_LENGTH) for name in ("loss_mask", "weights", "ref_logprobs")}
+            | {"example_ids": struct(jnp.int32, 8)}
+        )
+
+    step = jax.jit(make_train_step(objective, optimizer, schedule), donate_argnums=0, out_shardings=(shardings, None))
+    with jax.set_mesh(mesh):
+        programs = {
+            "train": step.lower(placed(state, shardings), batch(1, ROWS)),
+            "score": packed_logprobs.lower(
+                placed(shapes, param_shardings(model, mesh)), batch(ROWS), config=model, compute=compute
+            ),
+        }
+        found = {"params": sum(x.size for x in jax.tree.leaves(shapes))}
+        for name, lowered in programs.items():
+            compiled = lowered.compile()
+            memory = compiled.memory_analysis()
+            found[name] = {
+                "arguments": memory.argument_size_in_bytes,
+                "outputs": memory.output_size_in_bytes,
+                "aliased": memory.alias_size_in_bytes,
+                "temporary": memory.temp_size_in_bytes,
+                "collectives": [c for c in ("all-gather", "reduce-scatter", "all-reduce") if c in compiled.as_text()],
+            }
+    return found
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def found(request, run_python):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, which compiles for TPUs, is not installed here (Linux on x86-64 alone has it)")
+    return json.loads(run_python("-m", "tests.multi_device.test_tpu_compile", request.param).splitlines()[-1])
+
+
+def test_train_step_compiles(found):
+    """Each chip holds a sixteenth of the fp32 parameters and both moments, updated in place, and fits its memory."""
+    state = 3 * 4 * found["params"]
+    train = found["train"]
+    assert state / CHIPS < train["arguments"] < 1.1 * state / CHIPS
+    assert train["aliased"] > 0.9 * state / CHIPS, "the state is not donated"
+    assert 0 < train["temporary"] < HBM - train["arguments"]
+    assert train["collectives"]
+
+
+def test_scoring_pass_compiles(found):
+    params = 4 * found["params"]
+    score = found["score"]
+    assert params / CHIPS < score["arguments"] < 1.2 * params / CHIPS
+    assert 0 < score["temporary"] < found["train"]["temporary"], "scoring keeps nothing for a backward pass"
+
+
+def test_no_whole_logits(found):
+    """One chip's logits of all its tokens would take more than the step takes in all."""
+    logits = ROWS * ROW_LENGTH // CHIPS * 128_256 * 4
+    assert found["train"]["temporary"] < logits and found["score"]["temporary"] < logits
+
+
+if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
+    print(json.dumps(computed(MESHES[sys.argv[1]])))
