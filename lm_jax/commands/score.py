@@ -37,7 +37,7 @@ class ScoreConfig:
         if not 1 <= self.max_length <= self.batch.row_length:
             raise UserError(
                 f"config.max_length={self.max_length} must lie between 1 and config.batch.row_length="
-                f"{self.batch.row_length}, which has to hold a prompt and its response; raise the one or lower the other"
+                f"{self.batch.row_length}, which holds a prompt and its response; raise the one or lower the other"
             )
 
 

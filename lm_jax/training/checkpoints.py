@@ -92,9 +92,16 @@ class Checkpoints:
         except Exception as e:
             raise UserError(
                 f"{self._directory}/{step}: checkpoint does not fit this run or is damaged "
-                f"({str(e).splitlines()[0][:300]}); "
+                f"({_first_cause(e)}); "
                 f"use the model and optimiser it was written with, or delete that step to fall back to an older one"
             ) from e
+
+
+def _first_cause(error: BaseException) -> str:
+    """What orbax wraps in pages of its own: its first line."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def abstract_like(state: Any, shardings: Any) -> Any:

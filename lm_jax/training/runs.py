@@ -104,7 +104,7 @@ def open_model(model: str, step: int | None = None) -> ModelSource:
             steps = checkpoints.steps()
         step = steps[-1] if step is None and steps else step
         if step not in steps:
-            raise UserError(f"{model}: no checkpoint of step {step}; it has {steps or 'none'}: let the run save one first")
+            raise UserError(f"{model}: no checkpoint of step {step}; it has {steps or 'none'}; let the run save one")
         return ModelSource(str(root / "model"), read_model_config(root / "model"), model, step)
     if step is not None:
         raise UserError(f"{model}: config.step={step} was given but this is no run directory; leave it out")

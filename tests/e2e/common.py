@@ -22,7 +22,7 @@ TIMING = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization", 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A command that ended: its exit status (negative: the signal), and what it wrote."""
+    """A command that ended: its exit status (negative: the signal) and what it wrote."""
 
     status: int
     stdout: str
@@ -32,10 +32,10 @@ class Done:
         assert self.status == 0, f"exit status {self.status}; stderr ends with:\n{self.stderr[-4000:]}"
         return self
 
-    def error(self) -> str:
-        """The one line of a user's error, without its `error: `."""
+    def error(self, noise: bool = False) -> str:
+        """The one line of a user's error, without its `error: `. `noise`: libraries may write before it."""
         assert self.status == 1, f"exit status {self.status}; stderr ends with:\n{self.stderr[-4000:]}"
-        assert "Traceback" not in self.stderr, self.stderr[-4000:]
+        assert noise or "Traceback" not in self.stderr, self.stderr[-4000:]
         last = self.stderr.rstrip("\n").split("\n")[-1]
         assert last.startswith("error: ") and len(last) < 1000, self.stderr[-4000:]
         return last.removeprefix("error: ")
@@ -75,14 +75,24 @@ _FORKS.set_forkserver_preload(
 )
 
 
+class Fork:
+    """`start` without the imports: the same code, exit status and signals, forked from a process that has them."""
+
+    def __init__(self, name: str, *flags: str, devices: int = 1):
+        self._directory = tempfile.TemporaryDirectory()
+        self._out, self._err = (Path(self._directory.name) / n for n in ("out", "err"))
+        self.process = _FORKS.Process(target=_forked, args=(name, flags, devices, str(self._out), str(self._err)))
+        self.process.start()
+
+    def wait(self) -> Done:
+        self.process.join(300)
+        with self._directory:
+            return Done(self.process.exitcode, *(p.read_text() if p.exists() else "" for p in (self._out, self._err)))
+
+
 def fork(name: str, *flags: str, devices: int = 1) -> Done:
-    """`run` without the imports: the same code and exit status, in a process forked from one that has them."""
-    with tempfile.TemporaryDirectory() as directory:
-        out, err = (Path(directory) / n for n in ("out", "err"))
-        process = _FORKS.Process(target=_forked, args=(name, flags, devices, str(out), str(err)))
-        process.start()
-        process.join(300)
-        return Done(process.exitcode, out.read_text(), err.read_text())
+    """`run` without the imports; see `Fork`."""
+    return Fork(name, *flags, devices=devices).wait()
 
 
 def _forked(name, flags, devices, out, err):

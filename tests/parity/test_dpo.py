@@ -261,13 +261,13 @@ def test_layouts_give_the_same_loss_and_gradients(params, config, segments, refe
             np.testing.assert_allclose(other[path], gradient, rtol=0, atol=1e-5 * largest, err_msg=f"{name} {path}")
 
 
-@pytest.mark.parametrize("policy", REMAT_POLICIES)
-def test_remat_changes_nothing(policy, params, config, segments, reference_logprobs):
+@pytest.mark.parametrize("how", [*({"remat": policy} for policy in REMAT_POLICIES), {"scan_unroll": 2}], ids=str)
+def test_remat_and_unrolling_change_nothing(how, params, config, segments, reference_logprobs):
     pairs = make_pairs(segments, reference_logprobs)
     loss = LossConfig("sigmoid", BETA, 0.0, 0.0, 0.0)
     rows = packed_rows(pairs)
     plain, _, expected = loss_and_gradients(params[0], config, pairs, loss, rows)
-    compute = ComputeConfig("float32", remat=policy, logprob_chunk=16)
+    compute = ComputeConfig("float32", logprob_chunk=16, **how)
     total, _, grads = loss_and_gradients(params[0], config, pairs, loss, rows, compute)
     np.testing.assert_allclose(total, plain, rtol=1e-6)
     for path, gradient in expected.items():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from lm_jax.errors import UserError
 from lm_jax.models import blockwise_attention
 from lm_jax.models.attention import IMPLEMENTATIONS, attention
 
@@ -155,9 +154,3 @@ def test_auto_is_the_cpus():
     q, k, v = make_qkv(len(RAGGED), 40, 2, 1)
     auto, blockwise = (attention(q, k, v, segment_ids, implementation=i) for i in ("auto", "blockwise"))
     np.testing.assert_array_equal(auto, blockwise)
-
-
-def test_unknown_implementation():
-    q, k, v = make_qkv(1, 4, 1, 1)
-    with pytest.raises(UserError, match="config.compute.attention: unknown implementation 'flsh'; choose"):
-        attention(q, k, v, jnp.ones((1, 4), jnp.int32), implementation="flsh")

@@ -16,6 +16,7 @@ from lm_jax.config import (
     to_dict,
 )
 from lm_jax.errors import UserError
+from lm_jax.models.decoder import check_compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ MODEL = ModelConfig(
     max_position=64,
     layer_windows=(None, 6),
 )
+OPTIM = OptimConfig(5e-6, "cosine", 0.1, 0.0, 0.9, 0.999, 1e-8, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ MODEL = ModelConfig(
         MODEL,
         ComputeConfig("bfloat16"),
         MeshConfig(-1, 1, 1),
-        OptimConfig(5e-6, "cosine", 0.1, 0.0, 0.9, 0.999, 1e-8, 0.0, 1.0),
+        OPTIM,
         Outer("a", False, Inner(1), None, (1, None)),
     ],
     ids=lambda c: type(c).__name__,
@@ -136,6 +138,30 @@ def test_windows_default_to_full_attention():
         (lambda: dataclasses.replace(MODEL, num_kv_heads=3), "4 query heads are no multiple of 3 key/value heads"),
         (lambda: ComputeConfig("float16"), "config.dtype: 'float16' is not a dtype to train in; choose float32 or"),
         (lambda: ComputeConfig("float32", logprob_chunk=0), "config.compute.logprob_chunk: must be at least 1, got 0"),
+        (lambda: ComputeConfig("float32", scan_unroll=0), "config.compute.scan_unroll: must be at least 1, got 0"),
+        (
+            lambda: check_compute(ComputeConfig("float32", remat="ful")),
+            "config.compute.remat: unknown 'ful'; choose from n",
+        ),
+        (
+            lambda: check_compute(ComputeConfig("float32", attention="flsh")),
+            "config.compute.attention: unknown 'flsh'; choose from auto, blockwise",
+        ),
+        (
+            lambda: dataclasses.replace(OPTIM, schedule="cos"),
+            "config.optim.schedule: unknown 'cos'; choose from cosine, l",
+        ),
+        (
+            lambda: dataclasses.replace(OPTIM, warmup_ratio=1.5),
+            r"config.optim.warmup_ratio: must lie in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: dataclasses.replace(OPTIM, final_ratio=-0.1),
+            r"config.optim.final_ratio: must lie in \[0, 1\], got -0.1",
+        ),
+        (lambda: dataclasses.replace(OPTIM, clip_norm=-1.0), "config.optim.clip_norm: must not be negative, got -1.0"),
+        (lambda: dataclasses.replace(OPTIM, learning_rate=-1e-6), "config.optim.learning_rate: must not be negative"),
+        (lambda: dataclasses.replace(OPTIM, weight_decay=-0.1), "config.optim.weight_decay: must not be negative"),
     ],
 )
 def test_values_that_cannot_be(make, message):

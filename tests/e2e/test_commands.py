@@ -1,0 +1,121 @@
+"""`launch.score` on what people have, and --help."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+
+from tests.conftest import ROOT
+from tests.e2e import common
+from tests.e2e.common import SMALL_SCORE, Fork, arguments, fork, run
+
+LAUNCHERS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return common.make_model(tmp_path_factory.mktemp("model"))
+
+
+def flags(model: str, rows: list[dict], output: Path, *settings: str) -> list[str]:
+    path = common.write_rows(output.parent / "rows.jsonl", rows)
+    return arguments("score", f"model={model}", f"input={path}", f"output={output}", *SMALL_SCORE, *settings)
+
+
+def test_score_formats(model, tmp_path):
+    """Strings and messages; the order, every other column, and what each added column means."""
+    chat = [{"role": "user", "content": "what is this"}]
+    rows = [
+        {"id": 7, "prompt": "the cat", "response": " and the hat", "tags": ["a", {"b": None}], "ünï": "çode"},
+        {"id": 5, "prompt": chat, "response": "that"},
+        {"id": 9, "prompt": chat, "response": [{"role": "assistant", "content": "that"}]},
+        *({"id": i, "prompt": "say " * (i % 3), "response": f"{i} " * (1 + i % 5)} for i in range(1, 20) if i % 3),
+    ]
+    done = run("score", *flags(model, rows, tmp_path / "scored.jsonl")).ok()
+    scored = common.read_rows(tmp_path / "scored.jsonl")
+    assert '"truncated": 0' in done.stdout
+    added = {"prompt_token_ids", "token_ids", "logprob", "num_tokens", "token_logprobs", "token_entropies"}
+    assert [{k: v for k, v in row.items() if k not in added} for row in scored] == rows
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    for row in scored:
+        assert added <= row.keys()
+        assert row["num_tokens"] == len(row["token_ids"]) == len(row["token_logprobs"]) == len(row["token_entropies"])
+        assert row["logprob"] == pytest.approx(sum(row["token_logprobs"]), abs=1e-4) and row["logprob"] < 0
+        assert min(row["token_entropies"]) > 0
+        assert row["token_ids"][-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(row["token_ids"][:-1])
+        assert text == (row["response"] if isinstance(row["response"], str) else "that")
+    assert tokenizer.decode(scored[0]["prompt_token_ids"]) == "the cat"
+    template = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(scored[1]["prompt_token_ids"]) == template
+    assert scored[1]["token_logprobs"] == scored[2]["token_logprobs"]
+
+
+def test_a_score_depends_on_its_row_alone(model, tmp_path):
+    """Not on its neighbours in a packed row, nor on the shape of a batch."""
+    rows = [{"prompt": f"say {i}", "response": "yes " * i} for i in range(1, 9)]
+    fork("score", *flags(model, rows, tmp_path / "together.jsonl", "batch.row_length=256")).ok()
+    fork("score", *flags(model, rows, tmp_path / "alone.jsonl", "batch.max_examples_per_row=1", "batch.rows=3")).ok()
+    together, alone = (common.read_rows(tmp_path / f"{n}.jsonl") for n in ("together", "alone"))
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_allclose(a["token_logprobs"], b["token_logprobs"], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a["token_entropies"], b["token_entropies"], rtol=0, atol=1e-5)
+
+
+def test_long_rows_are_cut_and_counted(model, tmp_path):
+    rows = [{"prompt": "say", "response": "yes"}, {"prompt": "say", "response": "0123456789 " * 30}]
+    done = fork("score", *flags(model, rows, tmp_path / "scored.jsonl")).ok()
+    short, long = common.read_rows(tmp_path / "scored.jsonl")
+    assert '"truncated": 1' in done.stdout and '"rows": 2' in done.stdout
+    assert len(long["prompt_token_ids"]) + long["num_tokens"] == 64
+    assert short["token_ids"][-1] != long["token_ids"][-1]  # the end token went with the tail
+
+
+def test_the_output_appears_whole_or_not_at_all(model, tmp_path):
+    """An error in the last row leaves the old file as it was, and so does a kill while the rows are scored."""
+    output = tmp_path / "scored.jsonl"
+    output.write_text("old\n")
+    rows = [{"prompt": "say", "response": "yes"}] * 3
+    line = fork("score", *flags(model, [*rows, {"prompt": "say", "response": ""}], output)).error()
+    assert "rows.jsonl row 3" in line and "drop the row" in line
+    assert output.read_text() == "old\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.jsonl", "scored.jsonl"}
+    scoring = Fork("score", *flags(model, rows * 1000, output))
+    while not list(tmp_path.glob(".scored.jsonl.*")):  # until the new file is being written
+        assert scoring.process.is_alive(), scoring.wait().stderr
+        time.sleep(0.0005)
+    scoring.process.kill()
+    assert scoring.wait().status == -signal.SIGKILL
+    assert output.read_text() == "old\n"
+    fork("score", *flags(model, rows, output)).ok()
+    assert len(common.read_rows(output)) == 3
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_help(name):
+    """At once, without JAX; it shows the command to copy."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", f"launch.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert time.monotonic() - began < 3
+    assert f"python -m launch.{name} --config=configs/{name}.py" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "absl" in imported and not imported & {"jax", "transformers", "flax"}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_command_in_a_config_parses(name):
+    """The docstring's command is the first thing that a newcomer copies."""
+    text = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+    assert f"python -m launch.{name} --config=configs/{name}.py" in text
+    settings = re.findall(r"--config\.\S+", text)
+    assert len(settings) >= 2
+    # The files that it names are not here, so it ends with an error: about them, not about its flags
+    assert "no such" in fork(name, f"--config=configs/{name}.py", *settings).error()
