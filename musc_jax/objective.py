@@ -26,7 +26,7 @@ def preference_objective(model: ModelConfig, compute: ComputeConfig, loss: LossC
         }
 
     def contributions(params, batch: Batch, totals: Sums):
-        logprobs, _ = packed_logprobs(params, batch, model, compute)
+        logprobs, _ = packed_logprobs(params, batch, model, compute, with_entropy=False)
         ids = batch["example_ids"]
 
         def sums(values):  # [B, T] -> [B * P, 2]

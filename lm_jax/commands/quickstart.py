@@ -46,6 +46,7 @@ def quickstart(directory: str, seed: int = 0) -> None:
         f"--config.eval_input={demo.eval_pairs}",
         f"--config.output={root}/run",
         f"--config.max_length={_MAX_LENGTH}",
+        "--config.batch.rows=4",
         f"--config.batch.row_length={5 * _MAX_LENGTH}",
         "--config.epochs=6",
         "--config.eval_every=20",

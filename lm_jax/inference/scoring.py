@@ -31,15 +31,17 @@ class TokenScores(NamedTuple):
     entropies: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "with_entropy"))
 def packed_logprobs(
-    params: dict, batch: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig
-) -> tuple[jax.Array, jax.Array]:
-    """A packed batch [B, T] -> (log-probs, entropies) [B, T] fp32, zero where `loss_mask` is."""
+    params: dict, batch: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig, with_entropy: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
+    """A packed batch [B, T] -> (log-probs, entropies or None) [B, T] fp32, zero where `loss_mask` is."""
     decoder = Decoder(config, compute)
     hidden = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
     embedding = output_embedding(params, config)
-    return token_logprobs(hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk)
+    return token_logprobs(
+        hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk, with_entropy
+    )
 
 
 def score(

@@ -13,8 +13,8 @@ from lm_jax.sharding import constrain
 
 
 def token_logprobs(
-    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
+    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int, with_entropy: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
     """Log-prob of each target and entropy of its distribution, fp32, in chunks of `chunk` tokens a row.
 
     The gradient recomputes a chunk's logits, so memory is B * chunk * V however long the rows are. Only masked-in
@@ -26,9 +26,10 @@ def token_logprobs(
       targets: [B, T] int32, the token that follows.
       mask: [B, T], nonzero where a result is wanted.
       chunk: tokens of a row whose logits exist at one time.
+      with_entropy: training has no use for entropies, and their gradient costs passes over the logits.
 
     Returns:
-      (log-probs [B, T], entropies [B, T]) in nats, zero where the mask is zero.
+      (log-probs [B, T], entropies [B, T] or None) in nats, zero where the mask is zero.
     """
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -45,12 +46,17 @@ def token_logprobs(
 
     embedding = constrain(embedding, "vocab", "embed")  # gathered over fsdp once, not per chunk
 
-    def body(_, inputs):
-        needed, hidden_chunk, target_chunk = inputs
+    # Around the choice, not inside of it: a cond saves what its branches computed, [tokens, vocabulary] masks among it.
+    # prevent_cse is for code outside of a scan, where common subexpressions could meet.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def chunk_logprobs(needed, hidden_chunk, target_chunk, embedding):
         zeros = jnp.zeros(target_chunk.shape, jnp.float32)
-        return None, jax.lax.cond(
-            needed, _chunk_logprobs, lambda *_: (zeros, zeros), hidden_chunk, embedding, target_chunk
-        )
+        nothing = (zeros, zeros if with_entropy else None)
+        compute = functools.partial(_chunk_logprobs, with_entropy=with_entropy)
+        return jax.lax.cond(needed, compute, lambda *_: nothing, hidden_chunk, embedding, target_chunk)
+
+    def body(_, inputs):
+        return None, chunk_logprobs(*inputs, embedding)
 
     needed = jnp.arange(num_chunks) * chunk < jnp.max(counts)
     _, outputs = jax.lax.scan(body, None, (needed, chunked(hidden), chunked(targets)))
@@ -60,11 +66,10 @@ def token_logprobs(
         x = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
         return jnp.where(wanted, jnp.take_along_axis(x, back, axis=1), 0.0)
 
-    return tuple(unchunked(x) for x in outputs)
+    return tuple(None if x is None else unchunked(x) for x in outputs)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # inside a scan, where common subexpressions cannot meet
-def _chunk_logprobs(hidden, embedding, targets):
+def _chunk_logprobs(hidden, embedding, targets, with_entropy):
     """[B, C, D], [V, D], [B, C] -> log-probs and entropies [B, C]."""
     logits = contract_rows(hidden, embedding, jnp.float32)
     logits = constrain(logits, "batch", "length", "vocab")
@@ -72,5 +77,7 @@ def _chunk_logprobs(hidden, embedding, targets):
     # Compare-and-sum instead of a gather: it stays local where the vocabulary is cut over devices.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    if not with_entropy:
+        return target_logit - log_norm, None
     mean_logit = jnp.sum(jnp.exp(logits - log_norm[..., None]) * logits, axis=-1)
     return target_logit - log_norm, log_norm - mean_logit
