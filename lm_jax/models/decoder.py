@@ -123,8 +123,11 @@ class Decoder(nn.Module):
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """tokens, positions, segment_ids [B, T] int32 -> hidden [B, T, D] after the final norm, in the compute dtype."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        embed = nn.Embed(c.vocab_size, c.d_model, dtype=dtype, name="embed")
-        x = constrain(embed(tokens), "batch", "length", "embed")
+        embed = nn.Embed(c.vocab_size, c.d_model, name="embed")
+        # The table is gathered over fsdp; left to itself, XLA gathers the activations of all rows instead.
+        table = constrain(embed.embedding, "vocab", "embed")
+        # Cast after the lookup, so that a token's gradients add up in fp32.
+        x = constrain(jnp.take(table, tokens, axis=0).astype(dtype), "batch", "length", "embed")
         cos, sin = rope_cos_sin(c.rope, c.head_dim, c.max_position, positions, segment_ids)
         scanned = nn.scan(
             _remat(Block, self.compute.remat),

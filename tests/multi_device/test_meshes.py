@@ -133,7 +133,8 @@ def computed(directory):
 
 @pytest.fixture(scope="module")
 def found(run_python, tmp_path_factory):
-    out = run_python("-m", "tests.multi_device.test_meshes", str(tmp_path_factory.mktemp("run") / "c"), devices=8)
+    directory = str(tmp_path_factory.mktemp("run") / "c")
+    out = run_python("-m", "tests.multi_device.test_meshes", directory, devices=8, timeout=900)
     return json.loads(out.splitlines()[-1])
 
 

@@ -101,7 +101,7 @@ def computed():
 def found(run_python):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which compiles for TPUs, is not installed here (Linux on x86-64 alone has it)")
-    return json.loads(run_python("-m", "tests.multi_device.test_tpu_compile").splitlines()[-1])
+    return json.loads(run_python("-m", "tests.multi_device.test_tpu_compile", timeout=900).splitlines()[-1])
 
 
 def test_train_step_compiles(found):
