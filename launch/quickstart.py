@@ -16,3 +16,5 @@ if __name__ == "__main__":
         quickstart(OUTPUT)
     except UserError as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command starts anew")

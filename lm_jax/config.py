@@ -139,6 +139,11 @@ class CheckpointConfig:
     every: int  # steps between saves; the last step is always saved
     keep: int  # newest checkpoints kept
 
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.checkpoints.{name}: must be at least 1, got {getattr(self, name)}")
+
 
 def from_config_dict(cls: type[T], config: Mapping[str, Any], where: str = "config") -> T:
     """Builds dataclass `cls` from a mapping (ConfigDict or dict), recursively.

@@ -240,10 +240,9 @@ def export_hf(
         raise UserError(f"export dtype {dtype!r}: not supported; use {', '.join(DTYPES)}")
     table, flat = weight_table(config), flatten(params)
     _check_params(flat, table, config)
-    occupied = writer and output.exists() and not (output.is_dir() and not any(output.iterdir()))
     # Every process must learn of it, or the others would wait in the first gather.
-    if multihost_utils.broadcast_one_to_all(np.int32(occupied)):
-        raise UserError(f"output {output}: exists and is not empty; choose another directory or remove it")
+    if multihost_utils.broadcast_one_to_all(np.int32(writer and _occupied(output))):
+        raise UserError(_OCCUPIED.format(output))
     hf_config = {**_hf_config(config, source_dir), "dtype": dtype, "torch_dtype": dtype}
 
     origins = {name: (spec, i) for spec in table for i, name in enumerate(spec.hf_names(config))}
@@ -271,6 +270,19 @@ def export_hf(
             copy_side_files(source_dir, partial)
             _write_json(partial / "config.json", hf_config)
     multihost_utils.sync_global_devices("export_hf")
+
+
+_OCCUPIED = "output {}: exists and is not empty; choose another directory or remove it"
+
+
+def check_output(output_dir: str | Path) -> None:
+    """Raises UserError where `export_hf` would refuse the output, for callers that load a large model first."""
+    if _occupied(Path(output_dir)):
+        raise UserError(_OCCUPIED.format(output_dir))
+
+
+def _occupied(output: Path) -> bool:
+    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
 
 
 def _check_params(flat: Mapping[str, Any], table: Sequence[WeightSpec], config: ModelConfig) -> None:

@@ -64,8 +64,8 @@ class MuscTrainConfig:
 
     def __post_init__(self):
         check_rule(self.weights)
-        for name in ("max_length", "epochs", "eval_every"):
-            if getattr(self, name) < 1:
+        for name in ("max_length", "epochs", "eval_every", "max_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"config.{name}: must be at least 1, got {getattr(self, name)}")
         if 2 * self.max_length > self.batch.row_length:
             raise UserError(
@@ -97,6 +97,8 @@ def train(config: MuscTrainConfig) -> None:
     eval_pairs = load_pairs(config.eval_input, encoder, config.weights) if config.eval_input else None
     for pairs in filter(None, (train_pairs, eval_pairs)):
         _say("\n".join(pairs.report))
+    for source in (policy, reference):
+        param_specs(source.config, mesh)  # raises where the mesh does not fit the model, before anything is written
     begin_run(config.output, "musc_train", to_dict(config), policy)
     train_examples, eval_examples = _examples(config, mesh, reference, train_pairs, eval_pairs)
 
@@ -114,24 +116,23 @@ def train(config: MuscTrainConfig) -> None:
         state, shardings = _start_state(policy, optimizer, checkpoints, mesh, batches)
         if int(state.step):
             _say(f"continuing {config.output} after step {int(state.step)}")
-        metrics = MetricsWriter(config.output, int(state.step))
         step = make_train_step(objective, optimizer, schedule)
-        fit(
-            Run(
-                state=state,
-                train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
-                batches=batches,
-                costs=[_step_cost(plan[i], train_examples, config, policy.config) for i in range(num_steps)],
-                evaluate=_evaluation(config, objective, eval_examples, mesh) if eval_pairs else None,
-                eval_every=config.eval_every,
-                describe=train_pairs.name,
-                checkpoints=checkpoints,
-                checkpoint_config=config.checkpoints,
-                metrics=metrics,
-                shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc"},
+        with MetricsWriter(config.output, int(state.step)) as metrics:
+            fit(
+                Run(
+                    state=state,
+                    train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+                    batches=batches,
+                    costs=[_step_cost(plan[i], train_examples, config, policy.config) for i in range(num_steps)],
+                    evaluate=_evaluation(config, objective, eval_examples, mesh) if eval_pairs else None,
+                    eval_every=config.eval_every,
+                    describe=train_pairs.name,
+                    checkpoints=checkpoints,
+                    checkpoint_config=config.checkpoints,
+                    metrics=metrics,
+                    shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc"},
+                )
             )
-        )
-        metrics.close()
     _say_summary(config, num_steps, time.monotonic() - began)
 
 

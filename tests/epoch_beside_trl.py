@@ -2,8 +2,8 @@
 
     python -m tests.epoch_beside_trl OUTPUT_DIR [--trl_dtype float32|bfloat16]
 
-Steady state leaves out what happens once: start-up, loading, compilation (our first step and first reference batch, which
-are counted at the mean of the others; TRL's first step likewise). Both include one pass of the reference model.
+Steady state leaves out what happens once: start-up, loading, compilation (our first step and first reference batch, and
+TRL's first step, are counted at the mean of the others). Both include one pass of the reference model.
 """
 
 import argparse

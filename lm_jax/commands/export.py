@@ -33,6 +33,7 @@ def export(config: ExportConfig) -> None:
     Raises:
       UserError: no such run or step, or an output that exists.
     """
+    hf_io.check_output(config.output)
     mesh = make_mesh(config.mesh)
     source = open_model(config.model, config.step)
     params = source.load_params(mesh, "float32")

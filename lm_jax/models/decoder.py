@@ -121,7 +121,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """tokens, positions, segment_ids [B, T] int32 -> hidden [B, T, D] after the final norm, in the compute dtype."""
+        """tokens, positions, segment_ids [B, T] int32 -> hidden [B, T, D] after the final norm, in compute.dtype."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         embed = nn.Embed(c.vocab_size, c.d_model, name="embed")
         # The table is gathered over fsdp; left to itself, XLA gathers the activations of all rows instead.

@@ -389,5 +389,5 @@ def test_interrupted(model, pairs, tmp_path, ctrl_c):
 
 
 def test_nothing_but_the_inputs_is_touched():
-    """The commands above ran in the checkout."""
+    """Every command above ran in the checkout."""
     assert not (ROOT / "run").exists()

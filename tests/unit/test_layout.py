@@ -19,7 +19,8 @@ LAYERS = (
     ("lm_jax.hf_io",),
     ("lm_jax.data",),
     ("lm_jax.inference", "lm_jax.training"),
-    ("lm_jax.commands", "lm_jax.lab"),
+    ("lm_jax.lab",),
+    ("lm_jax.commands",),
     ("musc_jax", "main_jax"),
     ("launch",),
 )
