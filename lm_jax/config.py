@@ -5,6 +5,7 @@ these dataclasses and refuses a key that is unknown or missing, so no value is e
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -129,9 +130,12 @@ class OptimConfig:
         for name in ("warmup_ratio", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"config.optim.{name}: must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise UserError(f"config.optim.{name}: must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "clip_norm", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"config.optim.{name}: must be a number of at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"config.optim.{name}: must lie in [0, 1), got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,5 +188,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_config_dict`: nested plain dicts and lists, ready for JSON."""
-    as_dict = dataclasses.asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in as_dict.items()}
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

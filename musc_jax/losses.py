@@ -5,6 +5,7 @@ Axes: P pairs. Every loss takes sums over a response's tokens that the caller fo
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,10 @@ class LossConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UserError(f"config.loss.kind: unknown loss {self.kind!r}; choose from {', '.join(KINDS)}")
-        if self.beta <= 0:
-            raise UserError(f"config.loss.beta: must be positive, got {self.beta}")
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"config.loss.beta: must be a positive number, got {self.beta}")
+        if not 0 <= self.nll_weight < math.inf:
+            raise UserError(f"config.loss.nll_weight: must be a number of at least 0, got {self.nll_weight}")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"config.loss.label_smoothing: must lie in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.kind not in ("sigmoid", "robust"):

@@ -94,18 +94,19 @@ def train(config: MuscTrainConfig) -> None:
     tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(policy.directory, tokenizer))
     train_pairs = load_pairs(config.input, encoder, config.weights)
-    eval_pairs = load_pairs(config.eval_input, encoder, config.weights) if config.eval_input else None
+    rule = rule_for(config.weights, train_pairs.rows)
+    eval_pairs = load_pairs(config.eval_input, encoder, rule) if config.eval_input else None
     for pairs in filter(None, (train_pairs, eval_pairs)):
         _say("\n".join(pairs.report))
     for source in (policy, reference):
         param_specs(source.config, mesh)  # raises where the mesh does not fit the model, before anything is written
     begin_run(config.output, "musc_train", to_dict(config), policy)
-    train_examples, eval_examples = _examples(config, mesh, reference, train_pairs, eval_pairs)
+    train_examples, eval_examples = _examples(config, rule, mesh, reference, train_pairs, eval_pairs)
 
     plan = plan_batches(example_lengths(train_examples), config.batch, config.epochs, config.seed)
     num_steps = min(len(plan), config.max_steps or len(plan))
     _say(
-        f"{len(train_pairs)} pairs, weights {rule_for(config.weights, train_pairs.rows)}: {num_steps} steps of about "
+        f"{len(train_pairs)} pairs, weights {rule}: {num_steps} steps of about "
         f"{len(train_pairs) * config.epochs / len(plan):.1f} pairs on mesh {dict(mesh.shape)}"
     )
     objective = preference_objective(policy.config, config.compute, config.loss)
@@ -136,9 +137,8 @@ def train(config: MuscTrainConfig) -> None:
     _say_summary(config, num_steps, time.monotonic() - began)
 
 
-def _examples(config, mesh, reference, train_pairs: Pairs, eval_pairs: Pairs | None):
+def _examples(config, rule: str, mesh, reference, train_pairs: Pairs, eval_pairs: Pairs | None):
     """(chosen, rejected) segments with weights and reference log-probs, of the training and the evaluation pairs."""
-    rule = rule_for(config.weights, train_pairs.rows)
     segments = train_pairs.segments + (eval_pairs.segments if eval_pairs else [])
     if config.loss.needs_reference or rule in RULES_ON_SCORES:
         cache = config.reference_cache or f"{config.output}/reference"
@@ -151,7 +151,7 @@ def _examples(config, mesh, reference, train_pairs: Pairs, eval_pairs: Pairs | N
 
 def _evaluation(config, objective, examples, mesh):
     """params -> metrics over all evaluation pairs."""
-    plan = plan_batches(example_lengths(examples), dataclasses.replace(config.batch, microbatches=1), 1, None)
+    plan = plan_batches(example_lengths(examples), config.batch, 1, None)
     evaluate = make_evaluate(objective)
     return lambda params: evaluate(params, BatchIterator(plan, examples, mesh, VALUES))
 

@@ -101,7 +101,7 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
 
 
 def check_batch(batch: BatchConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError where rows, microbatches, mesh and processes do not fit."""
+    """Raises UserError where rows, microbatches and mesh do not fit."""
     parts = batch_divisor(mesh)
     if min(batch.rows, batch.microbatches, batch.row_length, batch.max_examples_per_row) < 1:
         raise UserError(f"config.batch: every size must be at least 1, got {batch}")

@@ -3,6 +3,7 @@
 Axes: B rows, T tokens of a row.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -59,14 +60,14 @@ def score(
     Args:
       params: parameters on `mesh`.
       segments: prompts (at least one token each) and responses.
-      batch: rows and row length of a forward pass; `microbatches` is not used.
+      batch: a forward pass takes the rows of one microbatch.
       mesh: the mesh that the parameters live on.
 
     Raises:
       UserError: a segment longer than a row.
     """
-    # A forward pass holds one layer's activations, so there is nothing to accumulate over.
-    batch = BatchConfig(batch.rows, batch.row_length, 1, batch.max_examples_per_row)
+    # One microbatch at a time, so that what fits in training fits here.
+    batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
     examples = [(segment,) for segment in segments]
     plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None)
     iterator = BatchIterator(plan, examples, mesh)

@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.errors import UserError
@@ -29,7 +28,6 @@ ACTIVATIONS = {
 # What the backward pass finds saved; everything else of a layer is computed again.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "save_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -73,7 +71,7 @@ class Attention(nn.Module):
             out = variants[0](q, k, v, segment_ids)
         else:
             out = jax.lax.switch(window_index, variants, q, k, v, segment_ids)
-        out = checkpoint_name(constrain(out, "batch", "length", "heads", "head_dim"), "attention")
+        out = constrain(out, "batch", "length", "heads", "head_dim")
         return Linear((c.d_model,), c.o_bias, num_axes=2, name="o")(out)
 
 

@@ -76,7 +76,7 @@ def make_train_step(
         grads, metrics, bad = summed
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "bad_example": bad,
         }

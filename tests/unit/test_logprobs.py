@@ -60,6 +60,21 @@ def test_equals_torch(mask, chunk):
         assert not np.asarray(a)[mask == 0].any(), f"{what} outside the mask"
 
 
+def test_without_entropy():
+    """The same log-probs to the bit and the same gradients, and no entropies."""
+    hidden, embedding, targets, cotangents = inputs()
+    fn = functools.partial(token_logprobs, targets=targets, mask=MASKS["ragged"], chunk=4)
+    expected, _ = fn(hidden, embedding)
+    got, entropies = fn(hidden, embedding, with_entropy=False)
+    assert entropies is None
+    np.testing.assert_array_equal(got, expected)
+    cotangents = np.stack([cotangents[0], np.zeros((B, T), np.float32)])
+    _, _, *grads = theirs(hidden, embedding, targets, MASKS["ragged"], cotangents)
+    _, pull_back = jax.vjp(lambda h, e: fn(h, e, with_entropy=False)[0], hidden, embedding)
+    for a, b in zip(pull_back(cotangents[0]), grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_masked_out_targets_are_not_read():
     """Padding has whatever target; ids out of range there change nothing."""
     hidden, embedding, targets, cotangents = inputs()
