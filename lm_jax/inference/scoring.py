@@ -68,6 +68,7 @@ def score(
     """
     # One microbatch at a time, so that what fits in training fits here.
     batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
+    compute = dataclasses.replace(compute, scan_unroll=1)  # there are no residuals whose copies unrolling would save
     examples = [(segment,) for segment in segments]
     plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None)
     iterator = BatchIterator(plan, examples, mesh)
