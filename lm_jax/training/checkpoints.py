@@ -10,9 +10,14 @@ from lm_jax.errors import UserError
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; a context manager that waits for what is still being written."""
+    """The checkpoints of one run directory; a context manager that waits for what is still being written.
 
-    def __init__(self, directory: str, keep: int):
+    Args:
+      directory: of the checkpoints; made if need be.
+      keep: newest checkpoints kept; None to read only, which leaves the directory as it is.
+    """
+
+    def __init__(self, directory: str, keep: int | None):
         policies = ocp.training
         self._directory = directory
         absolute = directory if "://" in directory else os.path.abspath(directory)  # orbax refuses relative paths
@@ -21,7 +26,8 @@ class Checkpoints:
             # When to save is the training loop's decision, which also has to save the final step.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,  # what a killed save left behind
+            # What a killed save left behind. A reader leaves it alone: it may be a save under way in another process.
+            cleanup_tmp_directories=keep is not None,
         )
         self._saving = None
 
