@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python and make:
-#   make quickstart   the main job on an embedded default, in a few minutes on two cores
+#   make quickstart   the main job on an embedded default, in a few minutes on two cores (about a minute once installed)
 #   make test         ruff and every test
 # Choose the interpreter with PYTHON=python3.12. Both share .venv and install only when pyproject.toml changed.
 

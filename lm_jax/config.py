@@ -132,7 +132,7 @@ class OptimConfig:
                 raise UserError(f"config.optim.{name}: must lie in [0, 1], got {getattr(self, name)}")
         for name in ("learning_rate", "weight_decay", "clip_norm", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"config.optim.{name}: must be a number of at least 0, got {getattr(self, name)}")
+                raise UserError(f"config.optim.{name}: must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"config.optim.{name}: must lie in [0, 1), got {getattr(self, name)}")

@@ -27,7 +27,7 @@ class LossConfig:
         if self.kind not in KINDS:
             raise UserError(f"config.loss.kind: unknown loss {self.kind!r}; choose from {', '.join(KINDS)}")
         if not 0 < self.beta < math.inf:
-            raise UserError(f"config.loss.beta: must be a positive number, got {self.beta}")
+            raise UserError(f"config.loss.beta: must be positive, got {self.beta}")
         if not 0 <= self.nll_weight < math.inf:
             raise UserError(f"config.loss.nll_weight: must be a number of at least 0, got {self.nll_weight}")
         if not 0 <= self.label_smoothing < 0.5:
