@@ -5,9 +5,11 @@ Z end tokens, M tokens between two looks.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -115,13 +117,40 @@ def prefill(
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def place(slots: Slots, prompts: Prompts, tokens: jax.Array, lengths: jax.Array, to: Placement) -> Slots:
     """Copies prompts into slots, whatever those held. `tokens` [R, P] and `lengths` [R] are the prompts'."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Not left to the partitioner, which masks and moves whole caches: the few prompts go everywhere, slots stay
+    rows, by_layer = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES, "tensor")
+    specs = Slots(**{name: by_layer if name == "cache" else rows for name in Slots._fields})
+    whole = PartitionSpec()
+    return jax.shard_map(
+        functools.partial(_place, parts=[mesh.shape[axis] for axis in BATCH_AXES]),
+        in_specs=(specs, Prompts(by_layer, rows), whole, whole, whole),
+        out_specs=specs,
+        check_vma=False,
+    )(slots, prompts, tokens, lengths, to)
+
+
+def _place(slots: Slots, prompts: Prompts, tokens, lengths, to: Placement, parts) -> Slots:
+    part = jax.lax.axis_index(BATCH_AXES[0]) * parts[1] + jax.lax.axis_index(BATCH_AXES[1])
+    here = to.row // prompts.hidden.shape[0] == part  # the prompts that this part of the mesh has
+    slot = to.slot - part * slots.ends.size
+    slot = jnp.where((slot >= 0) & (slot < slots.ends.size), slot, slots.ends.size)  # others are dropped
+
+    def take(x, axis):
+        taken = jnp.take(x, to.row % prompts.hidden.shape[0], axis=axis)
+        return jnp.where(here.reshape(-1, *(1,) * (x.ndim - axis - 1)), taken, jnp.zeros((), x.dtype))
+
+    taken = jax.tree.map(functools.partial(take, axis=1), prompts.cache), take(prompts.hidden, 0)
+    if math.prod(parts) > 1:
+        flat, unravel = jax.flatten_util.ravel_pytree(taken)  # one exchange instead of one an array
+        taken = unravel(jax.lax.psum(flat, BATCH_AXES))
+    cache, hidden = taken
 
     def put(old, new):
-        return old.at[to.slot].set(new, mode="drop")
+        return old.at[slot].set(new, mode="drop")
 
-    def put_cache(old, new):
-        # Prompts' caches are as long as the longest prompt, or as the window's ring, which then is the slots' too
-        return old.at[:, to.slot, :, : new.shape[-2], : new.shape[-1]].set(new[:, to.row], mode="drop")
+    def put_blocks(old, new):
+        return tuple(o.at[:, slot].set(n, mode="drop") for o, n in zip(old, new, strict=False)) + old[len(new) :]
 
     seen = slots.seen
     if seen is not None:
@@ -130,8 +159,12 @@ def place(slots: Slots, prompts: Prompts, tokens: jax.Array, lengths: jax.Array,
         in_prompt = jnp.zeros((tokens.shape[0], seen.shape[1]), bool).at[rows, tokens].max(given)
         seen = put(seen, in_prompt[to.row])
     return Slots(
-        cache=jax.tree.map(put_cache, slots.cache, prompts.cache),
-        hidden=put(slots.hidden, prompts.hidden[to.row]),
+        # Prompts' caches have the first blocks of the slots'; a ring that goes round has them all
+        cache=tuple(
+            KVCache(put_blocks(old.k, new.k), put_blocks(old.v, new.v))
+            for old, new in zip(slots.cache, cache, strict=True)
+        ),
+        hidden=put(slots.hidden, hidden),
         ends=put(slots.ends, lengths[to.row]),
         produced=put(slots.produced, jnp.zeros_like(to.budget)),
         budget=put(slots.budget, to.budget),
@@ -179,8 +212,8 @@ def decode(
         produced = slots.produced + slots.active
         ended = jnp.any(token[:, None] == end_ids, axis=1) | (produced >= slots.budget)
         active = slots.active & ~ended
-        # A finished slot's place is overwritten by the next prompt: it goes on computing, to no effect
-        ends = slots.ends + active
+        # A finished slot computes on, as a row of padding that nobody reads and for which no block is read
+        ends = jnp.where(active, slots.ends + 1, 0)
         hidden, cache = decoder.apply({"params": params}, token[:, None], ends[:, None] - 1, None, slots.cache, ends)
         seen = slots.seen if slots.seen is None else slots.seen.at[rows, token].set(True)
         slots = Slots(cache, hidden[:, 0], ends, produced, slots.budget, active, slots.keys, seen)

@@ -27,6 +27,7 @@ from lm_jax.models.cache import CHUNK, make_cache
 from lm_jax.sharding import batch_divisor
 
 _PREFILL_ROWS = 16  # R: with T this many tokens a step keep the matmuls busy
+_PLACED = 8  # prompts that move into slots together: about as many as finish in a chunk
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,9 +94,7 @@ class LocalGenerator:
 
     def _encode(self, requests, sampling) -> tuple[list[_Row], list[Completion]]:
         try:
-            prompts = self._encoder.encode_prompts(
-                [_not_blank(r) for r in requests], [f"row {r.id}" for r in requests]
-            )
+            prompts = self._encoder.encode_prompts([_not_blank(r) for r in requests], [f"row {r.id}" for r in requests])
         except UserError:
             prompts = [None] * len(requests)  # one of them has a fault: each by itself
         rows, failed = [], []
@@ -125,7 +124,7 @@ class _Run:
         self._tokens = np.zeros((g._prefill_rows, longest), np.int32)
         self._lengths = np.zeros(g._prefill_rows, np.int32)
         cache = make_cache(g._config, g._prefill_rows, longest, g._compute.dtype, g._mesh)
-        self._places = min(member.k.shape[-1] for member in cache)
+        self._places = min(member.places for member in cache)
         self._prompts = Prompts(cache, None)
         with_seen = self._filters.repetition_penalty
         self._slots = make_slots(g._config, g._compute, g._num_slots, length, with_seen, g._mesh)
@@ -147,8 +146,8 @@ class _Run:
             if not self._ready:
                 self._prefill()
             pairs = [(self._ready.popleft(), free.pop(0)) for _ in range(min(len(free), len(self._ready)))]
-            for at in range(0, len(pairs), self._generator._prefill_rows):
-                self._place(pairs[at : at + self._generator._prefill_rows])
+            for at in range(0, len(pairs), _PLACED):
+                self._place(pairs[at : at + _PLACED])
 
     def _prefill(self) -> None:
         g = self._generator
@@ -158,9 +157,7 @@ class _Run:
             self._tokens[r, : len(row.prompt)] = row.prompt
             self._lengths[r] = len(row.prompt)
         self._lengths[len(rows) :] = 1
-        self._prompts = prefill(
-            g._params, self._prompts.cache, *self._given(), np.int32(first), g._config, g._compute
-        )
+        self._prompts = prefill(g._params, self._prompts.cache, *self._given(), np.int32(first), g._config, g._compute)
         for r, row in enumerate(rows):
             self._ready.extend((r, _Sequence(row, i)) for i in range(len(row.samples)))
 
@@ -179,12 +176,11 @@ class _Run:
         return min(same, len(prompt) - 1) // CHUNK
 
     def _place(self, pairs: list[tuple[tuple[int, _Sequence], int]]) -> None:
-        size = self._generator._prefill_rows
         to = Placement(
-            np.zeros(size, np.int32),
-            np.full(size, len(self._in_slot), np.int32),
-            np.zeros(size, np.int32),
-            np.zeros((size, 2), np.uint32),
+            np.zeros(_PLACED, np.int32),
+            np.full(_PLACED, len(self._in_slot), np.int32),
+            np.zeros(_PLACED, np.int32),
+            np.zeros((_PLACED, 2), np.uint32),
         )
         for j, ((r, sequence), slot) in enumerate(pairs):
             to.row[j], to.slot[j], to.budget[j] = r, slot, sequence.row.budget

@@ -40,9 +40,7 @@ def packed_logprobs(
     decoder = Decoder(config, compute)
     hidden = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
     embedding = output_embedding(params, config)
-    return token_logprobs(
-        hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk, with_entropy
-    )
+    return token_logprobs(hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk, with_entropy)
 
 
 def score(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.models.attention import IMPLEMENTATIONS, attention
-from lm_jax.models.cache import KVCache, cached_attention, key_positions
+from lm_jax.models.cache import KVCache, cached_attention, layer_order, write_cache
 from lm_jax.models.linear import Linear
 from lm_jax.models.rope import apply_rope, rope_cos_sin
 from lm_jax.sharding import constrain
@@ -52,10 +52,12 @@ class Attention(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, cos, sin, where, which, cache):
-        """x [B, T, D]; cos, sin [B, T, E/2]; `where` [B, T] segment ids, or with a cache what `_over_cache` needs.
+    def __call__(self, x, cos, sin, where, which):
+        """x [B, T, D]; cos, sin [B, T, E/2]; `where`: segment ids [B, T], or (positions [B, T], held [B], cache).
 
-        `which`: the layer's window among the distinct ones, and its number among the layers that share it.
+        `which`: the number of the layer's variant below, and of the layer in the cache's member.
+
+        Returns ([B, T, D], this layer's new keys and values where there is a cache).
         """
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         q = Linear((c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
@@ -67,26 +69,28 @@ class Attention(nn.Module):
         q = constrain(apply_rope(q, cos, sin), "batch", "length", "heads", "head_dim")
         k = constrain(apply_rope(k, cos, sin), "batch", "length", "kv_heads", "head_dim")
         v = constrain(v, "batch", "length", "kv_heads", "head_dim")
-        window_index, layer = which
+        variant, index = which
         # A window is static in every kernel; layers of one scan that differ choose between the compiled variants.
-        if cache is None:
-            variants = [functools.partial(_over_tokens, window=w, compute=self.compute) for w in c.distinct_windows]
+        if isinstance(where, jax.Array):
+            new, operands = None, (q, k, v, where)
+            variants = [
+                functools.partial(attention, window=w, implementation=self.compute.attention)
+                for w in c.distinct_windows
+            ]
         else:
-            variants = [functools.partial(_over_cache, window=w, member=i) for i, w in enumerate(c.distinct_windows)]
-        operands = (q, k, v, where, layer, cache)
-        out, cache = variants[0](*operands) if len(variants) == 1 else jax.lax.switch(window_index, variants, *operands)
+            positions, held, cache = where
+            new, operands = (k, v), (q, k, v, index, positions, held)
+            windows = [c.layer_windows[layer_order(c, len(cache)).member.index(m)] for m in range(len(cache))]
+            variants = [
+                functools.partial(_over_cache, cache=kv, window=w) for kv, w in zip(cache, windows, strict=True)
+            ]
+        out = variants[0](*operands) if len(variants) == 1 else jax.lax.switch(variant, variants, *operands)
         out = constrain(out, "batch", "length", "heads", "head_dim")
-        return Linear((c.d_model,), c.o_bias, num_axes=2, name="o")(out), cache
+        return Linear((c.d_model,), c.o_bias, num_axes=2, name="o")(out), new
 
 
-def _over_tokens(q, k, v, segment_ids, layer, cache, *, window, compute):
-    return attention(q, k, v, segment_ids, window=window, implementation=compute.attention), cache
-
-
-def _over_cache(q, k, v, where, layer, cache, *, window, member):
-    positions, ends, keys_at = where
-    out, new = cached_attention(q, k, v, cache[member], layer, positions, ends, keys_at[member], window=window)
-    return out, (*cache[:member], new, *cache[member + 1 :])
+def _over_cache(q, k, v, index, positions, held, *, cache, window):
+    return cached_attention(q, k, v, cache, index, positions, held, window=window)
 
 
 class FeedForward(nn.Module):
@@ -106,14 +110,13 @@ class Block(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, carry, which, cos, sin, where):
+    def __call__(self, x, which, cos, sin, where):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        x, cache = carry
         attn = Attention(c, self.compute, name="attn")
-        out, cache = attn(RMSNorm(c.norm_eps, dtype, name="attn_norm")(x), cos, sin, where, which, cache)
+        out, new = attn(RMSNorm(c.norm_eps, dtype, name="attn_norm")(x), cos, sin, where, which)
         x = x + out
         x = x + FeedForward(c, name="mlp")(RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x))
-        return (constrain(x, "batch", "length", "embed"), cache), None
+        return constrain(x, "batch", "length", "embed"), new
 
 
 class OutputEmbedding(nn.Module):
@@ -148,7 +151,8 @@ class Decoder(nn.Module):
           tokens, positions: [B, T] int32.
           segment_ids: [B, T] int32; None with a cache, where a row is one sequence.
           cache: see `lm_jax.models.cache`, also for what `positions` may be.
-          ends: [B] int32, tokens that each row has when these are written; with a cache.
+          ends: [B] int32, tokens that each row has when these are written, and what lies beyond is padding; with a
+            cache. Rows that end before these tokens begin are all padding and are left as they are.
 
         Returns:
           hidden [B, T, D] after the final norm, in compute.dtype; with a cache (hidden, the cache).
@@ -160,9 +164,10 @@ class Decoder(nn.Module):
         # Cast after the lookup, so that a token's gradients add up in fp32.
         x = constrain(jnp.take(table, tokens, axis=0).astype(dtype), "batch", "length", "embed")
         cos, sin = rope_cos_sin(c.rope, c.head_dim, c.max_position, positions, segment_ids)
-        where = segment_ids
-        if cache is not None:
-            where = positions, ends, tuple(key_positions(ends, member.k.shape[-1]) for member in cache)
+        if cache is None:
+            where, order = segment_ids, layer_order(c, len(c.distinct_windows))
+        else:
+            where, order = (positions, jnp.minimum(ends, positions[:, 0]), cache), layer_order(c, len(cache))
         scanned = nn.scan(
             _remat(Block, self.compute.remat),
             variable_axes={"params": 0},
@@ -171,16 +176,12 @@ class Decoder(nn.Module):
             length=c.num_layers,
             unroll=min(self.compute.scan_unroll, c.num_layers),
         )
-        windows = c.layer_windows
-        which = (
-            jnp.array([c.distinct_windows.index(w) for w in windows], jnp.int32),
-            jnp.array([windows[:i].count(w) for i, w in enumerate(windows)], jnp.int32),
-        )
-        (x, cache), _ = scanned(c, self.compute, name="layers")((x, cache), which, cos, sin, where)
+        which = tuple(jnp.array(x, jnp.int32) for x in order)
+        x, new = scanned(c, self.compute, name="layers")(x, which, cos, sin, where)
         if not c.tie_embeddings:
             OutputEmbedding(c, name="lm_head")()
         x = RMSNorm(c.norm_eps, dtype, name="final_norm")(x)
-        return x if cache is None else (x, cache)
+        return x if cache is None else (x, write_cache(cache, new, order, positions, ends > positions[:, 0]))
 
 
 def check_compute(compute: ComputeConfig) -> None:
