@@ -51,12 +51,12 @@ def prompt_problem(prompt: Text) -> str | None:
 
 
 def _seed(sampling: SamplingConfig, request_id: str, first: int) -> int:
-    """For the samples from `first` on: the same in any order of requests, and positive in 31 bits, as all servers take.
+    """For the samples from `first` on: the same in any order of requests, and within 31 bits, as every server takes.
 
-    vLLM adds 0, 1, ... for the samples of one request, so those asked for later start from an unrelated number.
+    vLLM adds 0, 1, ... for the samples of one request: those asked for later start from an unrelated number.
     """
     digest = hashlib.sha256(f"{sampling.seed} {first} {request_id}".encode(errors="surrogatepass")).digest()
-    return 1 + int.from_bytes(digest[:8], "big") % (2**31 - 1)
+    return 1 + int.from_bytes(digest[:8], "big") % (2**31 - 2**16)
 
 
 def request_body(request: Request, sampling: SamplingConfig, model: str, n: int, first: int) -> dict[str, Any]:
@@ -95,7 +95,8 @@ def read_samples(content: bytes, chat: bool) -> list[Sample] | Fault:
         if not choices or not all(isinstance(text, str | None) for text, _ in choices):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Fault("broken answer", f"the answer holds no choices but {content.decode(errors='replace')!r}")
+        text = content.decode(errors="replace").strip() or "nothing"
+        return Fault("broken answer", f"the answer holds no choices but: {text}")
     for text, reason in choices:
         if reason == "abort":  # a server that is shutting down says so
             return Fault("abort", "the server broke off (finish_reason 'abort')")

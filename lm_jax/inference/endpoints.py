@@ -4,6 +4,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import queue
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_jax.errors import UserError
+from lm_jax.inference.endpoint_gate import Gate
 from lm_jax.inference.endpoint_wire import Fault, prompt_problem, read_samples, request_body, server_message, wait_hint
 from lm_jax.inference.requests import Completion, Request, Sample, SamplingConfig
 
@@ -110,7 +112,7 @@ class _Run:
     def __init__(self, setup: EndpointGenerator, requests: Sequence[Request], sampling: SamplingConfig, key: str):
         self._setup, self._sampling, self._key = setup, sampling, key
         self._total, self._requests = len(requests), iter(requests)
-        self._gate = _Gate(setup.concurrency)
+        self._gate = Gate(setup.concurrency)
         self._room = asyncio.Semaphore(4 * setup.concurrency)  # in flight, or answered and not yet taken
         self._answers: queue.SimpleQueue[Completion | None] = queue.SimpleQueue()  # None: the thread is done
         self._error: BaseException | None = None
@@ -294,7 +296,7 @@ class _Run:
             return Fault("time-out", f"no answer within timeout={self._setup.timeout:g} s")
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            return Fault("connection", self._clean(f"connection failed: {cause or type(cause).__name__}"))
+            return Fault("connection", self._clean(f"connection failed: {str(cause) or type(cause).__name__}"))
         except Exception as error:  # what a client library raises besides; one row must not end the others
             return Fault("client", self._clean(f"{type(error).__name__}: {error}"), "row")
 
@@ -317,7 +319,8 @@ class _Run:
     def _clean(self, text: str) -> str:
         """One line of bounded length without the key, whatever the server wrote."""
         if self._key != "EMPTY":
-            text = text.replace(self._key, "[key]")
+            for form in (self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1]):
+                text = text.replace(form, "[key]")
         text = " ".join(text.split())
         return text if len(text) <= _ERROR_CHARS else text[:_ERROR_CHARS] + "..."
 
@@ -329,47 +332,6 @@ class _Run:
         self._said[kind] = now
         seen = f"; {self._seen[kind]} like this so far" if self._seen[kind] > 1 else ""
         print(f"{self._setup.url}: {message}; {then}{seen}", file=sys.stderr, flush=True)
-
-
-class _Gate:
-    """Lets at most `width` in. While a server has too many requests nobody enters, and afterwards fewer than before."""
-
-    def __init__(self, size: int):
-        self._size, self._limit = size, float(size)
-        self._inside = 0
-        self._opens, self._narrowed = 0.0, -math.inf
-        self._left = asyncio.Event()
-
-    @property
-    def width(self) -> int:
-        return int(self._limit)
-
-    async def __aenter__(self) -> None:
-        while True:
-            if (wait := self._opens - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            elif self._inside >= self.width:
-                self._left.clear()
-                await self._left.wait()
-            else:
-                self._inside += 1
-                return
-
-    async def __aexit__(self, *_) -> None:
-        self._inside -= 1
-        self._left.set()
-
-    def narrow(self, seconds: float, sent: float) -> None:
-        """Closes for `seconds`, and halves the width unless it was halved after `sent`, when the request went out."""
-        now = time.monotonic()
-        self._opens = max(self._opens, now + seconds)
-        if sent >= self._narrowed:
-            self._limit, self._narrowed = max(1.0, self._limit / 2), now
-
-    def widen(self) -> None:
-        """After a success: a tenth more each time that `width` of them have come back."""
-        self._limit = min(self._size, self._limit + 0.1)
-        self._left.set()
 
 
 def _is_plain_url(url: str) -> bool:
