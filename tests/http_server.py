@@ -28,12 +28,19 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What goes back. `after` seconds are waited first; `cut` closes halfway ("half") or before anything ("all")."""
+    """What goes back.
+
+    Attributes:
+      after: seconds that are waited first.
+      between: seconds between one byte of the body and the next.
+      cut: closes the connection halfway ("half") or before anything is sent ("all").
+    """
 
     body: dict | bytes = b""
     status: int = 200
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     after: float = 0.0
+    between: float = 0.0
     cut: str | None = None
 
 
@@ -134,7 +141,12 @@ class _Handler(BaseHTTPRequestHandler):
         }.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if reply.cut else body)
+        body = body[: len(body) // 2] if reply.cut else body
+        for part in [body[i : i + 1] for i in range(len(body))] if reply.between else [body]:
+            self.wfile.write(part)
+            if not owner.wait(reply.between, self.connection):
+                self.close_connection = True
+                return
 
     def log_message(self, *_):
         pass
