@@ -282,8 +282,8 @@ def test_a_fault_that_passes(reply):
     [
         (Reply({"error": {"message": "on fire"}}, 500), "HTTP 500: on fire (4 attempts)", 4),
         (Reply({"choices": []}), "no choices", 4),
-        (Reply({}, after=30), "no answer within timeout=0.4 s (3 attempts)", 3),
-        (Reply(b"x" * 1000, between=0.1), "no answer within timeout=0.4 s (3 attempts)", 3),  # of all, not of a byte
+        (Reply({}, after=30), "no answer within timeout=0.25 s (3 attempts)", 3),
+        (Reply(b"x" * 1000, between=0.1), "no answer within timeout=0.25 s (3 attempts)", 3),  # of all, not of a byte
     ],
 )
 def test_a_fault_that_stays_is_recorded(reply, says, attempts):
@@ -291,7 +291,7 @@ def test_a_fault_that_stays_is_recorded(reply, says, attempts):
         return reply if asked.prompt == "prompt1" else completion(asked)
 
     with Server(script) as server:
-        found = collect(generator(server, timeout=0.4, max_retries=3, concurrency=1), rows(3))
+        found = collect(generator(server, timeout=0.25, max_retries=3, concurrency=1), rows(3))
     assert says in found["row1"].error and not found["row1"].samples
     assert found["row0"].error is found["row2"].error is None
     assert sum(asked.prompt == "prompt1" for asked in server.asked) == attempts
@@ -469,6 +469,13 @@ def test_a_server_that_never_answers_is_not_asked_for_each_row():
     assert "no answer in 3 attempts (no answer within timeout=0.1 s)" in str(error) and len(server.asked) <= 12
 
 
+def test_a_server_that_is_there_and_broken_gets_all_retries():
+    with Server(lambda asked: Reply({"error": "engine is dead"}, 500)) as server:
+        _, error = collect_until_error(generator(server, max_retries=7, max_failed_share=0.0), rows(2))
+    assert "2 of 2 requests failed" in str(error) and "HTTP 500: engine is dead (8 attempts)" in str(error)
+    assert len(server.asked) == 16
+
+
 def test_too_large_a_share_of_failures_ends_the_run():
     def script(asked):
         if int(asked.prompt.removeprefix("prompt")) % 5:
@@ -529,7 +536,7 @@ def test_concurrency_is_real_and_bounded(concurrency):
         return Reply(completion(asked).body, after=0.01)
 
     with Server(script) as server:
-        assert {c.error for c in collect(generator(server, concurrency=concurrency), rows(100)).values()} == {None}
+        assert {c.error for c in collect(generator(server, concurrency=concurrency), rows(60)).values()} == {None}
     assert max(asked.in_flight for asked in server.asked) == concurrency
 
 
