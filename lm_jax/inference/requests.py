@@ -74,14 +74,14 @@ class Sample:
     Attributes:
       text: without end token and without the stop that ended it.
       finish_reason: "stop" (an end token or a stop) or "length".
-      num_tokens: generated, the end token included.
+      num_tokens: generated, the end token included; None from an endpoint that gave only the sum of several samples.
       token_ids: those tokens; None from an endpoint.
       logprobs: nats, of the model's own distribution (before filters and temperature); None from an endpoint.
     """
 
     text: str
     finish_reason: str
-    num_tokens: int
+    num_tokens: int | None
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
 
