@@ -38,16 +38,6 @@ class EndpointConfig:
     concurrency: int
     timeout: float  # seconds
 
-    def __post_init__(self):
-        if self.url and not self.url.startswith(("http://", "https://")):
-            raise UserError(f"config.endpoint.url={self.url!r}: give an address such as http://localhost:8000/v1")
-        if self.url and not self.model:
-            raise UserError("config.endpoint.model: empty; give the name that the server has for the model")
-        if self.concurrency < 1:
-            raise UserError(f"config.endpoint.concurrency={self.concurrency}: must be at least 1")
-        if not 0 < self.timeout < float("inf"):
-            raise UserError(f"config.endpoint.timeout={self.timeout}: must be a positive number of seconds")
-
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
@@ -114,19 +104,21 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
     check_output(config.output)
     if os.path.realpath(config.output) == os.path.realpath(config.input):
         raise UserError(f"config.output={config.output!r}: the input itself; give another file name")
-    runs_here = generator is None and not config.endpoint.url
-    mesh = _check_local(config) if runs_here else None
+    if generator is None and config.endpoint.url:
+        generator = _endpoint(config.endpoint)
+    mesh = _check_local(config) if generator is None else None
     rows = _read(config)
-    local = _open_local(config, mesh) if runs_here else None
+    local = None if mesh is None else _open_local(config, mesh)
     journal = _open_journal(config, rows, local)
     try:
         if journal is not None and journal.finished:
             print(f"{config.output}: finished already, with these settings", file=sys.stderr)
-            failed = sum(row["finish_reason"] == "error" for row in read_rows(config.output))
+            failed = sum("error" in row for row in read_rows(config.output))
             _report(config, len(rows), failed, 0, begin)
             return
-        generator = generator or _make_generator(config, local)
-        failed, tokens = _answer(config, generator, rows, journal)
+        missing, failed, tokens = _missing(journal, len(rows)), 0, 0
+        if missing:
+            failed, tokens = _answer(config, generator or _load(config, local), rows, missing, journal)
         if journal is not None:
             journal.finish({**row, **journal.value(number)} for number, row in enumerate(rows))
             _report(config, len(rows), failed, tokens, begin)
@@ -166,18 +158,25 @@ def _check_stop(stop: Sequence[str | int], tokenizer: Any) -> None:
             raise UserError(f"config.stop: the tokenizer has no token {one!r}; its special tokens are {special}")
 
 
-def _make_generator(config: GenerateConfig, local: _Local | None) -> Generator:
-    if local is None:
-        from lm_jax.inference.endpoints import EndpointGenerator
-
-        e = config.endpoint
-        return EndpointGenerator(e.url, e.model, e.concurrency, e.timeout, config.max_failed_share)
+def _load(config: GenerateConfig, local: _Local) -> Generator:
     from lm_jax.inference.sampling import LocalGenerator
 
     params = local.source.load_params(local.mesh, config.dtype)
     return LocalGenerator(
         params, local.source.config, local.tokenizer, local.end_ids, config.compute, config.decode, local.mesh
     )
+
+
+def _endpoint(config: EndpointConfig) -> Generator:
+    from lm_jax.inference.endpoints import EndpointGenerator
+
+    try:
+        # Which share may fail is decided here, over all rows: of a restart's few rows more may fail
+        return EndpointGenerator(
+            config.url, config.model, concurrency=config.concurrency, timeout=config.timeout, max_failed_share=1.0
+        )
+    except UserError as error:
+        raise UserError(f"config.endpoint.{error}") from error
 
 
 def _read(config: GenerateConfig) -> list[dict[str, Any]]:
@@ -221,11 +220,12 @@ def _open_journal(config: GenerateConfig, rows: list[dict[str, Any]], local: _Lo
 def _identity(config: GenerateConfig, rows: list[dict[str, Any]], local: _Local | None) -> dict[str, Any]:
     """What the output depends on. Where it is computed, in which batches and on what devices may change."""
     where = os.path.basename(config.input.rstrip("/"))
-    settings = {f"config.{name}": getattr(config, name) for name in ("dtype", *_SAMPLING)}
+    settings = {f"config.{name}": getattr(config, name) for name in _SAMPLING}
     if local is None:
         settings |= {"config.endpoint.model": config.endpoint.model}
     else:
         settings |= {
+            "config.dtype": config.dtype,
             "config.decode.max_length": config.decode.max_length,
             "config.compute.dtype": config.compute.dtype,
             "fingerprint of config.model": local.source.fingerprint(),
@@ -242,17 +242,21 @@ def _identity(config: GenerateConfig, rows: list[dict[str, Any]], local: _Local 
 
 
 def _answer(
-    config: GenerateConfig, generator: Generator, rows: list[dict[str, Any]], journal: Journal | None
+    config: GenerateConfig,
+    generator: Generator,
+    rows: list[dict[str, Any]],
+    missing: list[int],
+    journal: Journal | None,
 ) -> tuple[int, int]:
     """Answers the missing rows: (rows without answer, tokens generated)."""
-    missing = _missing(journal, len(rows))
     by_id = {str(rows[number]["id"]): number for number in missing}
     requests = [Request(i, rows[n]["prompt"], rows[n].get("max_new_tokens")) for i, n in by_id.items()]
     done, tokens, reasons = len(rows) - len(missing), 0, collections.Counter()
     progress, begin = Progress(len(rows), done, "row"), time.monotonic()
     first: dict[str, str] = {}
+    answers = generator.generate(requests, config.sampling)
     try:
-        for completions in generator.generate(requests, config.sampling) if requests else ():
+        for completions in answers:
             values = [(by_id[c.id], _columns(c, config.num_samples)) for c in completions]
             if journal is not None:
                 journal.append(values)
@@ -262,11 +266,13 @@ def _answer(
                     reasons[reason := re.sub(alike, "#", value["error"])] += 1
                     first.setdefault(reason, value["error"])
             done += len(values)
-            tokens += sum(sample.num_tokens for c in completions for sample in c.samples)
+            tokens += sum(sample.num_tokens or 0 for c in completions for sample in c.samples)
             progress.update(done, {"tok/s": f"{tokens / max(time.monotonic() - begin, 1e-9):.0f}"})
             if reasons.total() > config.max_failed_share * len(rows):
                 _raise_failed(config, reasons, first, len(rows))
     finally:
+        if hasattr(answers, "close"):
+            answers.close()  # else requests under way would go on
         progress.close()
     return reasons.total(), tokens
 
