@@ -74,6 +74,11 @@ class ModelConfig:
                 f"model config: {self.num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads"
             )
 
+    @property
+    def distinct_windows(self) -> tuple[int | None, ...]:
+        """The windows that occur, in order of first appearance."""
+        return tuple(dict.fromkeys(self.layer_windows))
+
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
@@ -110,6 +115,20 @@ class BatchConfig:
     row_length: int  # tokens a row
     microbatches: int  # gradient accumulation; exact: sums over all microbatches are divided once
     max_examples_per_row: int  # bounds the per-row arrays of pairs (static shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How many sequences are generated at a time, and how long they may get."""
+
+    slots: int  # sequences that decode side by side, over all devices
+    max_length: int  # tokens of prompt and response; never more than the model's context
+    chunk: int  # tokens a sequence between two looks at what has finished
+
+    def __post_init__(self):
+        for name in ("slots", "max_length", "chunk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.decode.{name}: must be at least 1, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,8 @@ def attention(
     if mesh.empty or mesh.size == 1:
         return fn(q, k, v, segment_ids)
     # Rows and heads are independent, so each device attends over what it holds, with no collective inside.
-    k, v = (_repeat_kv_heads(x, q.shape[2], mesh.shape["tensor"]) for x in (k, v))
+    repeats = kv_head_repeats(q.shape[2], k.shape[2], mesh.shape["tensor"])
+    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
     heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
     sharded = jax.shard_map(
         fn, in_specs=(heads, heads, heads, PartitionSpec(BATCH_AXES, None)), out_specs=heads, check_vma=False
@@ -51,12 +52,10 @@ def attention(
     return sharded(q, k, v, segment_ids)
 
 
-def _repeat_kv_heads(x: jax.Array, num_heads: int, parts: int) -> jax.Array:
-    """Repeats key/value heads as little as lets `parts` devices hold whole groups: [B, T, K, E] -> [B, T, K*r, E]."""
-    kv_heads = x.shape[2]
-    groups = num_heads // kv_heads
-    repeats = next(r for r in range(1, groups + 1) if groups % r == 0 and kv_heads * r % parts == 0)
-    return jnp.repeat(x, repeats, axis=2)
+def kv_head_repeats(num_heads: int, num_kv_heads: int, parts: int) -> int:
+    """How often each key/value head is repeated, as little as lets `parts` devices hold whole groups."""
+    groups = num_heads // num_kv_heads
+    return next(r for r in range(1, groups + 1) if groups % r == 0 and num_kv_heads * r % parts == 0)
 
 
 def reference_attention(q, k, v, segment_ids, *, window):

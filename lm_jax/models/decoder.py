@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.models.attention import IMPLEMENTATIONS, attention
+from lm_jax.models.cache import KVCache, cached_attention, key_positions
 from lm_jax.models.linear import Linear
 from lm_jax.models.rope import apply_rope, rope_cos_sin
 from lm_jax.sharding import constrain
@@ -51,8 +52,11 @@ class Attention(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids, window_index):
-        """x [B, T, D]; cos, sin [B, T, E/2]; window_index: which of the distinct windows this layer has."""
+    def __call__(self, x, cos, sin, where, which, cache):
+        """x [B, T, D]; cos, sin [B, T, E/2]; `where` [B, T] segment ids, or with a cache what `_over_cache` needs.
+
+        `which`: the layer's window among the distinct ones, and its number among the layers that share it.
+        """
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         q = Linear((c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
         k = Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
@@ -63,16 +67,26 @@ class Attention(nn.Module):
         q = constrain(apply_rope(q, cos, sin), "batch", "length", "heads", "head_dim")
         k = constrain(apply_rope(k, cos, sin), "batch", "length", "kv_heads", "head_dim")
         v = constrain(v, "batch", "length", "kv_heads", "head_dim")
+        window_index, layer = which
         # A window is static in every kernel; layers of one scan that differ choose between the compiled variants.
-        variants = [
-            functools.partial(attention, window=w, implementation=self.compute.attention) for w in distinct_windows(c)
-        ]
-        if len(variants) == 1:
-            out = variants[0](q, k, v, segment_ids)
+        if cache is None:
+            variants = [functools.partial(_over_tokens, window=w, compute=self.compute) for w in c.distinct_windows]
         else:
-            out = jax.lax.switch(window_index, variants, q, k, v, segment_ids)
+            variants = [functools.partial(_over_cache, window=w, member=i) for i, w in enumerate(c.distinct_windows)]
+        operands = (q, k, v, where, layer, cache)
+        out, cache = variants[0](*operands) if len(variants) == 1 else jax.lax.switch(window_index, variants, *operands)
         out = constrain(out, "batch", "length", "heads", "head_dim")
-        return Linear((c.d_model,), c.o_bias, num_axes=2, name="o")(out)
+        return Linear((c.d_model,), c.o_bias, num_axes=2, name="o")(out), cache
+
+
+def _over_tokens(q, k, v, segment_ids, layer, cache, *, window, compute):
+    return attention(q, k, v, segment_ids, window=window, implementation=compute.attention), cache
+
+
+def _over_cache(q, k, v, where, layer, cache, *, window, member):
+    positions, ends, keys_at = where
+    out, new = cached_attention(q, k, v, cache[member], layer, positions, ends, keys_at[member], window=window)
+    return out, (*cache[:member], new, *cache[member + 1 :])
 
 
 class FeedForward(nn.Module):
@@ -92,12 +106,14 @@ class Block(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, window_index, cos, sin, segment_ids):
+    def __call__(self, carry, which, cos, sin, where):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        x, cache = carry
         attn = Attention(c, self.compute, name="attn")
-        x = x + attn(RMSNorm(c.norm_eps, dtype, name="attn_norm")(x), cos, sin, segment_ids, window_index)
+        out, cache = attn(RMSNorm(c.norm_eps, dtype, name="attn_norm")(x), cos, sin, where, which, cache)
+        x = x + out
         x = x + FeedForward(c, name="mlp")(RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x))
-        return constrain(x, "batch", "length", "embed"), None
+        return (constrain(x, "batch", "length", "embed"), cache), None
 
 
 class OutputEmbedding(nn.Module):
@@ -118,8 +134,25 @@ class Decoder(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """tokens, positions, segment_ids [B, T] int32 -> hidden [B, T, D] after the final norm, in compute.dtype."""
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        cache: tuple[KVCache, ...] | None = None,
+        ends: jax.Array | None = None,
+    ):
+        """Packed sequences, or with a cache the next tokens of rows whose earlier ones it holds.
+
+        Args:
+          tokens, positions: [B, T] int32.
+          segment_ids: [B, T] int32; None with a cache, where a row is one sequence.
+          cache: see `lm_jax.models.cache`, also for what `positions` may be.
+          ends: [B] int32, tokens that each row has when these are written; with a cache.
+
+        Returns:
+          hidden [B, T, D] after the final norm, in compute.dtype; with a cache (hidden, the cache).
+        """
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         embed = nn.Embed(c.vocab_size, c.d_model, name="embed")
         # The table is gathered over fsdp; left to itself, XLA gathers the activations of all rows instead.
@@ -127,6 +160,9 @@ class Decoder(nn.Module):
         # Cast after the lookup, so that a token's gradients add up in fp32.
         x = constrain(jnp.take(table, tokens, axis=0).astype(dtype), "batch", "length", "embed")
         cos, sin = rope_cos_sin(c.rope, c.head_dim, c.max_position, positions, segment_ids)
+        where = segment_ids
+        if cache is not None:
+            where = positions, ends, tuple(key_positions(ends, member.k.shape[-1]) for member in cache)
         scanned = nn.scan(
             _remat(Block, self.compute.remat),
             variable_axes={"params": 0},
@@ -135,17 +171,16 @@ class Decoder(nn.Module):
             length=c.num_layers,
             unroll=min(self.compute.scan_unroll, c.num_layers),
         )
-        windows = distinct_windows(c)
-        window_indices = jnp.array([windows.index(w) for w in c.layer_windows], jnp.int32)
-        x, _ = scanned(c, self.compute, name="layers")(x, window_indices, cos, sin, segment_ids)
+        windows = c.layer_windows
+        which = (
+            jnp.array([c.distinct_windows.index(w) for w in windows], jnp.int32),
+            jnp.array([windows[:i].count(w) for i, w in enumerate(windows)], jnp.int32),
+        )
+        (x, cache), _ = scanned(c, self.compute, name="layers")((x, cache), which, cos, sin, where)
         if not c.tie_embeddings:
             OutputEmbedding(c, name="lm_head")()
-        return RMSNorm(c.norm_eps, dtype, name="final_norm")(x)
-
-
-def distinct_windows(config: ModelConfig) -> list[int | None]:
-    """The windows that occur, in order of first appearance."""
-    return list(dict.fromkeys(config.layer_windows))
+        x = RMSNorm(c.norm_eps, dtype, name="final_norm")(x)
+        return x if cache is None else (x, cache)
 
 
 def check_compute(compute: ComputeConfig) -> None:

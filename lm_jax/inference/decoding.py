@@ -1,0 +1,201 @@
+"""The compiled half of the sampler: prefill, moving prompts into slots, and decoding in chunks of steps.
+
+Axes: R rows of a prefill, B slots, P tokens of the longest prompt, T tokens of a chunk, D model, V vocabulary,
+Z end tokens, M tokens between two looks.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm_jax.config import ComputeConfig, ModelConfig
+from lm_jax.inference.token_choice import Filters, Strengths, choose_tokens
+from lm_jax.models.cache import CHUNK, KVCache, make_cache
+from lm_jax.models.decoder import Decoder, output_embedding
+from lm_jax.models.linear import contract_rows
+from lm_jax.sharding import BATCH_AXES, constrain
+
+
+class Slots(NamedTuple):
+    """B sequences in the middle of their generation."""
+
+    cache: tuple[KVCache, ...]
+    hidden: jax.Array  # [B, D] final hidden state of the last token in the cache
+    ends: jax.Array  # [B] int32, tokens in the cache
+    produced: jax.Array  # [B] int32, tokens of the response so far
+    budget: jax.Array  # [B] int32, tokens that the response may have
+    active: jax.Array  # [B] bool
+    keys: jax.Array  # [B, 2] uint32, the random stream of each sequence
+    seen: jax.Array | None  # [B, V] bool, tokens in prompt or response; with a repetition penalty only
+
+
+class Prompts(NamedTuple):
+    """R prompts whose keys and values are ready."""
+
+    cache: tuple[KVCache, ...]
+    hidden: jax.Array  # [R, D] of each prompt's last token
+
+
+class Placement(NamedTuple):
+    """Which prompt goes to which slot: J pairs, those with a slot of B or more go nowhere."""
+
+    row: jax.Array  # [J] int32 of the prompts
+    slot: jax.Array  # [J] int32
+    budget: jax.Array  # [J] int32
+    keys: jax.Array  # [J, 2] uint32
+
+
+def make_slots(
+    config: ModelConfig, compute: ComputeConfig, rows: int, length: int, with_seen: bool, mesh: Mesh
+) -> Slots:
+    """`rows` empty slots for sequences of at most `length` tokens."""
+
+    def zeros(dtype, *shape):
+        return jnp.zeros((rows, *shape), dtype, device=NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+    return Slots(
+        cache=make_cache(config, rows, length, compute.dtype, mesh),
+        hidden=zeros(compute.dtype, config.d_model),
+        ends=zeros(jnp.int32),
+        produced=zeros(jnp.int32),
+        budget=zeros(jnp.int32),
+        active=zeros(bool),
+        keys=zeros(jnp.uint32, 2),
+        seen=zeros(bool, config.vocab_size) if with_seen else None,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",))
+def prefill(
+    params: dict,
+    cache: tuple[KVCache, ...],
+    tokens: jax.Array,
+    lengths: jax.Array,
+    first: jax.Array,
+    config: ModelConfig,
+    compute: ComputeConfig,
+) -> Prompts:
+    """Runs prompts through the model, a chunk of T tokens of every row at a time: one shape whatever their lengths.
+
+    Args:
+      cache: of R rows; chunks before `first` are in it already.
+      tokens: [R, P] int32, P a multiple of T.
+      lengths: [R] int32, at least 1.
+      first: [] int32, the chunk to begin with; no row ends before it.
+    """
+    decoder = Decoder(config, compute)
+    offsets = jnp.arange(CHUNK)
+
+    def chunk(i, carry):
+        hidden, cache = carry
+        start = i * CHUNK
+        # What pads a row's end stays within the context: a dynamic rope looks at the largest position
+        positions = jnp.minimum(start + offsets, config.max_position - 1)
+        out, cache = decoder.apply(
+            {"params": params},
+            jax.lax.dynamic_slice_in_dim(tokens, start, CHUNK, axis=1),
+            jnp.broadcast_to(positions, (tokens.shape[0], CHUNK)),
+            None,
+            cache,
+            jnp.minimum(lengths, start + CHUNK),
+        )
+        last = lengths - 1 - start
+        here = (last >= 0) & (last < CHUNK)
+        of_last = jnp.take_along_axis(out, jnp.clip(last, 0, CHUNK - 1)[:, None, None], axis=1)[:, 0]
+        return jnp.where(here[:, None], of_last, hidden), cache
+
+    hidden = jnp.zeros((tokens.shape[0], config.d_model), jnp.dtype(compute.dtype))
+    hidden, cache = jax.lax.fori_loop(first, (jnp.max(lengths) - 1) // CHUNK + 1, chunk, (hidden, cache))
+    return Prompts(cache, hidden)
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def place(slots: Slots, prompts: Prompts, tokens: jax.Array, lengths: jax.Array, to: Placement) -> Slots:
+    """Copies prompts into slots, whatever those held. `tokens` [R, P] and `lengths` [R] are the prompts'."""
+
+    def put(old, new):
+        return old.at[to.slot].set(new, mode="drop")
+
+    def put_cache(old, new):
+        # Prompts' caches are as long as the longest prompt, or as the window's ring, which then is the slots' too
+        return old.at[:, to.slot, :, : new.shape[-2], : new.shape[-1]].set(new[:, to.row], mode="drop")
+
+    seen = slots.seen
+    if seen is not None:
+        given = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        in_prompt = jnp.zeros((tokens.shape[0], seen.shape[1]), bool).at[rows, tokens].max(given)
+        seen = put(seen, in_prompt[to.row])
+    return Slots(
+        cache=jax.tree.map(put_cache, slots.cache, prompts.cache),
+        hidden=put(slots.hidden, prompts.hidden[to.row]),
+        ends=put(slots.ends, lengths[to.row]),
+        produced=put(slots.produced, jnp.zeros_like(to.budget)),
+        budget=put(slots.budget, to.budget),
+        active=put(slots.active, True),
+        keys=put(slots.keys, to.keys),
+        seen=seen,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "config", "compute", "filters"), donate_argnames=("slots",))
+def decode(
+    params: dict,
+    slots: Slots,
+    keep: jax.Array,
+    end_ids: jax.Array,
+    strengths: Strengths,
+    steps: int,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    filters: Filters,
+) -> tuple[Slots, jax.Array, jax.Array]:
+    """Up to `steps` tokens for every active slot; ends early where none is left.
+
+    Args:
+      keep: [B] bool, False for sequences to give up.
+      end_ids: [Z] int32, tokens after which a sequence is done.
+
+    Returns:
+      (slots, tokens [M, B] int32, log-probs [M, B] fp32), M = steps. A slot's tokens are the first ones of its column,
+      as many as `produced` grew by.
+    """
+    decoder = Decoder(config, compute)
+    embedding = constrain(output_embedding(params, config), "vocab", "embed")
+    rows = jnp.arange(keep.shape[0])
+
+    def unfinished(carry):
+        step, slots, *_ = carry
+        return (step < steps) & jnp.any(slots.active)
+
+    def one(carry):
+        step, slots, tokens, logprobs = carry
+        logits = constrain(contract_rows(slots.hidden, embedding, jnp.float32), "batch", "vocab")
+        uniform = _uniform(slots.keys, slots.produced)
+        token, logprob = choose_tokens(logits, slots.seen, uniform, filters, strengths)
+        produced = slots.produced + slots.active
+        ended = jnp.any(token[:, None] == end_ids, axis=1) | (produced >= slots.budget)
+        active = slots.active & ~ended
+        # A finished slot's place is overwritten by the next prompt: it goes on computing, to no effect
+        ends = slots.ends + active
+        hidden, cache = decoder.apply({"params": params}, token[:, None], ends[:, None] - 1, None, slots.cache, ends)
+        seen = slots.seen if slots.seen is None else slots.seen.at[rows, token].set(True)
+        slots = Slots(cache, hidden[:, 0], ends, produced, slots.budget, active, slots.keys, seen)
+        return step + 1, slots, tokens.at[step].set(token), logprobs.at[step].set(logprob)
+
+    tokens = jnp.zeros((steps, keep.shape[0]), jnp.int32)
+    carry = (jnp.int32(0), slots._replace(active=slots.active & keep), tokens, tokens.astype(jnp.float32))
+    _, slots, tokens, logprobs = jax.lax.while_loop(unfinished, one, carry)
+    return slots, tokens, logprobs
+
+
+def _uniform(keys, produced):
+    """[B] in [0, 1): a function of the row's key and the position in its response alone."""
+
+    def one(key, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position))
+
+    return jax.vmap(one)(keys, produced)
