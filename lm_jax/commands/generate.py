@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ from lm_jax.data.rows import read_rows
 from lm_jax.data.text import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Completion, Generator, Request, SamplingConfig
+from lm_jax.inference.sampling import LocalGenerator
+from lm_jax.inference.stopping import resolve_stops
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
 from lm_jax.training.metrics import Progress
@@ -142,25 +143,12 @@ def _check_local(config: GenerateConfig) -> jax.sharding.Mesh:
 def _open_local(config: GenerateConfig, mesh: jax.sharding.Mesh) -> _Local:
     source = open_model(config.model)
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
-    _check_stop(config.stop, tokenizer)
-    return _Local(source, tokenizer, end_token_ids(source.directory, tokenizer), mesh)
-
-
-def _check_stop(stop: Sequence[str | int], tokenizer: Any) -> None:
-    """Before the weights are read: a stop that no response can ever hold."""
-    vocabulary = tokenizer.get_vocab()
-    known = set(vocabulary.values())
-    for one in stop:
-        if isinstance(one, int) and one not in known:
-            raise UserError(f"config.stop: no token has the id {one}; the tokenizer has {len(known)} tokens")
-        if isinstance(one, str) and re.fullmatch(r"<\|.+\|>", one) and one not in vocabulary:
-            special = ", ".join(tokenizer.all_special_tokens)
-            raise UserError(f"config.stop: the tokenizer has no token {one!r}; its special tokens are {special}")
+    end_ids = end_token_ids(source.directory, tokenizer)
+    resolve_stops(config.stop, tokenizer, end_ids)  # raises while nothing slow has begun
+    return _Local(source, tokenizer, end_ids, mesh)
 
 
 def _load(config: GenerateConfig, local: _Local) -> Generator:
-    from lm_jax.inference.sampling import LocalGenerator
-
     params = local.source.load_params(local.mesh, config.dtype)
     return LocalGenerator(
         params, local.source.config, local.tokenizer, local.end_ids, config.compute, config.decode, local.mesh
