@@ -129,7 +129,7 @@ def test_outputs(generate, tmp_path):
 
 
 FAULTS = (
-    ("", "no tokens"),
+    ("", "the prompt is empty"),
     ("the cat and the hat " * 40, "tokens"),
     (7, "must be a string or messages"),
     (None, "must be a string or messages"),
@@ -294,6 +294,7 @@ def test_a_finished_run_and_other_settings(runs, undisturbed):
     assert_same(runs, "undisturbed", undisturbed)
 
 
+@pytest.mark.slow
 def test_resumed_with_other_settings(runs, undisturbed):
     shutil.copytree(runs.output("undisturbed").parent, runs.output("other").parent)
     runs.output("other").unlink()

@@ -200,6 +200,23 @@ def test_settings_that_cannot_be(generate, keys, part):
         generate(prompts(), **keys)
 
 
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"url": "localhost:8000"}, "config.endpoint.url: must be like http"),
+        ({"url": "http://h/v1"}, "config.endpoint.model='': must be"),
+        ({"url": "http://h/v1", "model": "m", "concurrency": 0}, "config.endpoint.concurrency=0"),
+        ({"url": "http://h/v1", "model": "m", "timeout": -1.0}, "config.endpoint.timeout=-1.0"),
+    ],
+)
+def test_endpoints_that_cannot_be(output, settings, part):
+    pytest.importorskip("lm_jax.inference.endpoints")
+    config = get_config()
+    config.update({"input": "no.jsonl", "output": str(output), "endpoint": settings})
+    with pytest.raises(UserError, match=part):
+        generate_rows(from_config_dict(GenerateConfig, config.to_dict()))
+
+
 def test_the_output_is_the_input(generate, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "prompts.jsonl")
