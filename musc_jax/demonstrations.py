@@ -51,9 +51,7 @@ def own_demonstrations() -> list[Demonstration]:
         return read_demonstrations(str(directory / "decompositions.jsonl"))
 
 
-def pick(
-    demonstrations: Sequence[Demonstration], count: int, seed: int, *key: str | int
-) -> tuple[Demonstration, ...]:
+def pick(demonstrations: Sequence[Demonstration], count: int, seed: int, *key: str | int) -> tuple[Demonstration, ...]:
     """`count` different examples, a function of `seed` and `key`; with and without input where there are both.
 
     One choice for all rows (no key) lets every prompt share its beginning; self-instruct gives the row's number as key.

@@ -1,4 +1,4 @@
-"""Random numbers that are functions of names: no state, so no row's draw depends on another's, on order or a restart."""
+"""Random numbers that are functions of names: no state, so a row's draw depends on no other row, order or restart."""
 
 import hashlib
 import json
