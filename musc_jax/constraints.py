@@ -19,6 +19,7 @@ _NONE = re.compile(
     r"|无|無|没有|ninguna?|aucune?|keine?|nenhuma?|nessuno|なし|нет|없음)(?!\w)",
     re.IGNORECASE,
 )
+_TELLING = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Nd", "Nl", "No", "Sm", "Sc", "So"}
 _AROUND = " \n\t*_()[]\"'.。-"
 _JSON_KEYS = ("constraints", "decomposed_questions", "questions", "requirements")
 
@@ -109,12 +110,12 @@ def parse_self_instructed(answer: str, finish_reason: str = "stop") -> SelfInstr
 
 def merged(texts: Iterable[str]) -> tuple[str, ...]:
     """Without repetitions, which may differ in case, width, spaces and punctuation; the first of each stays."""
-    return tuple({alphanumerics(text) or text: text for text in reversed(list(texts))}.values())[::-1]
+    return tuple({folded(text) or text: text for text in reversed(list(texts))}.values())[::-1]
 
 
-def alphanumerics(text: str) -> str:
-    """Letters and digits alone, case and width folded."""
-    return "".join(character for character in unicodedata.normalize("NFKC", text).casefold() if character.isalnum())
+def folded(text: str) -> str:
+    """Letters, digits, marks and symbols (as < or €) without spaces and punctuation; case and width folded."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if unicodedata.category(c) in _TELLING)
 
 
 def _readable(answer: str) -> str | Drop:
@@ -152,13 +153,13 @@ def _source(given: str | None, tail: str | None, instruction: str | None) -> str
     if not bare or _NONE.fullmatch(bare):
         return None
     candidates = [text for text in (tail, given, _before_closing(given)) if text is not None and text.strip()]
-    explained = "\n" not in bare and bool(_NONE.match(bare))  # "None (the instruction brings no material)"
+    explained = bool(_NONE.match(bare.split("\n")[0]))  # "None (the instruction brings no material)"
     if instruction is None:
         return None if explained else unfenced(candidates[-1]).strip() or None
     for candidate in candidates:  # the longest first: the input may hold lines that look like labels
         for form in (candidate, unfenced(candidate), unquoted(candidate)):
             if span := _located(form.strip(), instruction):
-                rest = alphanumerics(instruction[: span[0]] + instruction[span[1] :])
+                rest = folded(instruction[: span[0]] + instruction[span[1] :])
                 return instruction[slice(*span)] if rest else Drop.ECHO
     return None if explained else Drop.INVENTED_INPUT
 
@@ -170,11 +171,11 @@ def _before_closing(text: str) -> str:
 
 
 def _located(text: str, whole: str) -> tuple[int, int] | None:
-    """Where `text` stands in `whole`, comparing letters and digits alone if it is not there verbatim."""
+    """Where `text` stands in `whole`, up to punctuation and spaces if it is not there verbatim."""
     if (start := whole.find(text)) >= 0:
         return start, start + len(text)
-    letters = [(c, i) for i, character in enumerate(whole) for c in alphanumerics(character)]
-    wanted = "".join(alphanumerics(character) for character in text)
+    letters = [(c, i) for i, character in enumerate(whole) for c in folded(character)]
+    wanted = "".join(folded(character) for character in text)
     start = "".join(c for c, _ in letters).find(wanted) if wanted else -1
     if start < 0:
         return None

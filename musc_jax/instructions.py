@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from musc_jax.constraints import alphanumerics
+from musc_jax.constraints import folded
 from musc_jax.demonstrations import Demonstration, with_input
 from musc_jax.drops import Drop
 from musc_jax.filters import tokens
@@ -63,7 +63,7 @@ def parse_instruction(
         return Drop.ECHO
     if len(tokens(text)) < MIN_TOKENS:
         return Drop.TOO_SHORT
-    return text if not input or alphanumerics(input) in alphanumerics(text) else with_input(text, input)
+    return text if not input or folded(input) in folded(text) else with_input(text, input)
 
 
 def parse_constraint(answer: str, given: str, finish_reason: str = "stop") -> str | Drop:
@@ -91,7 +91,7 @@ def parse_constraint(answer: str, given: str, finish_reason: str = "stop") -> st
     text = items[0] if items else unquoted(unbold(paragraph))
     if len(items) > 1 or len(text) > 3 * len(given) + 200:
         return Drop.UNPARSABLE
-    if alphanumerics(text) == alphanumerics(given):
+    if folded(text) == folded(given):
         return Drop.ECHO
     return text if len(tokens(text)) >= 2 else Drop.TOO_SHORT
 
@@ -148,21 +148,21 @@ def _instruction_in(text: str, constraints: Sequence[str]) -> tuple[str, bool]:
 def _is_before(part: Section, constraints: Sequence[str]) -> bool:
     """Whether a section only leads up to the instruction: nothing, an announcement, or the question again."""
     if part.label is None:
-        given = {alphanumerics(text) for text in constraints}
+        given = {folded(text) for text in constraints}
         items = list_items(part.body)
         return (
             not part.body.strip()
             or is_opening(part.body)
-            or (bool(items) and all(alphanumerics(item) in given for item in items))
+            or (bool(items) and all(folded(item) in given for item in items))
         )
     return part.label in ("input", "constraints", "separator", "example", "output")
 
 
 def _is_echo(text: str, constraints: Sequence[str], examples: Sequence[Demonstration]) -> bool:
-    letters = alphanumerics(text)
-    if letters in {alphanumerics(t) for e in examples for t in (e.instruction, e.task)}:
+    letters = folded(text)
+    if letters in {folded(t) for e in examples for t in (e.instruction, e.task)}:
         return True
-    for constraint in sorted(map(alphanumerics, constraints), key=len, reverse=True):
+    for constraint in sorted(map(folded, constraints), key=len, reverse=True):
         letters = letters.replace(constraint, "")
     return re.sub(r"\d|constraints?|input|none|约束", "", letters) == ""
 

@@ -7,13 +7,14 @@ import unicodedata
 _HAN = {digit: number for number, digit in enumerate("一二三四五六七八九十", 1)}
 _NAMES = (  # what stands before an item's number, as in "Constraint 1:"
     r"constraints?|requirements?|criteri(?:on|a)|conditions?|questions?|rules?|points?|contraintes?|restricci[oó]n"
-    r"|bedingung|anforderung|ограничение|约束条件|约束|限制条件|限制|条件|要求|问题|制約|条件|[CQR]"
+    r"|bedingung|anforderung|ограничение|约束条件|约束|限制条件|限制|条件|要求|问题|制約"
 )
 _NUMBER = r"(?P<{0}>\d{{1,3}})"
 _ITEM = re.compile(
     "|".join(
         (
             rf"(?:{_NAMES})[ ]?(?:no\.?|#|№)?[ ]?{_NUMBER.format('named')}[*_]*(?:[ ]?[.:)、：）．–—-]+|$)",
+            r"(?-i:[CQR])(?P<initial>\d{1,3})[.:)]",
             rf"(?:第)?(?:{_NAMES})?(?P<han>[一二三四五六七八九十]{{1,3}})[条点项]?[*_]*[、.:)．：）]",
             rf"第{_NUMBER.format('ordinal')}[条点项][、.:)．：），,]?",
             r"(?P<dotted>\d{1,3}(?:\.\d{1,2})+)[.)]?(?=\s)",

@@ -1,19 +1,19 @@
 """What a perturbed instruction does not ask for (MuSC, arXiv 2502.11541, section 3.2): dropped, substituted, negated.
 
-Negations are texts that only the model can write, in whatever language the constraint is in. Rules for English questions
-would cover one language, and would teach the model to tell a rule's "not" from a constraint. So a perturbation is
-planned first, as a function of (seed, row id) alone; what it needs from the model is `pending`, one small question each,
-which a pipeline asks for all rows at once as a stage of its own and hands to `resolve`.
+Negations are texts that only the model can write: rules would cover the commonest English questions and no other
+language. So a perturbation is planned first, as a function of (seed, row id) alone. What it needs from the model is
+`pending`, one small question each, which a pipeline asks for all rows at once, as a stage of its own, and hands to
+`resolve`.
 """
 
 import dataclasses
 import enum
-import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_jax.errors import UserError
+from musc_jax.constraints import folded
 from musc_jax.draws import shuffled, uniform
 from musc_jax.filters import similarity
 
@@ -129,16 +129,14 @@ class Perturbation:
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "Perturbation":
         """The inverse of `rows`."""
         return cls(
-            tuple(
-                Edit(row["index"], Kind(row["kind"]), row["old"], row["new"], Kind(row["planned"])) for row in rows
-            )
+            tuple(Edit(row["index"], Kind(row["kind"]), row["old"], row["new"], Kind(row["planned"])) for row in rows)
         )
 
     def _resolved(self, edit: Edit, negations: Mapping[int, str | None]) -> Edit:
         if edit not in self.pending:
             return edit
         text = negations[edit.index]
-        if text is None or any(_same(text, other.old) for other in self.edits):
+        if text is None or any(folded(text) == folded(other.old) for other in self.edits):
             return dataclasses.replace(edit, kind=Kind.DROPPED)
         return dataclasses.replace(edit, new=text)
 
@@ -220,10 +218,6 @@ def _kind(config: PerturbConfig, row_id: str, index: int) -> Kind:
         return Kind.DROPPED
     # Shares sum to 1 only up to rounding: without negations none is drawn
     return Kind.SUBSTITUTED if draw < config.drop + config.substitute or not config.negate else Kind.NEGATED
-
-
-def _same(a: str, b: str) -> bool:
-    return math.isclose(similarity(a, b), 1.0) and a.casefold().split() == b.casefold().split()
 
 
 def _script(text: str) -> str:
