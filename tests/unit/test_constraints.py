@@ -44,7 +44,7 @@ MANNERS = [
     ),
     (
         "bold, with an input that is followed by chat",
-        f"## Constraints\n\n1. **{TWEET}**\n2. **{TAGS}**\n**3.** {EMOJI}\n\n## Input\n\n{NOTE}\n\nLet me know what to do.",
+        f"## Constraints\n\n1. **{TWEET}**\n2. **{TAGS}**\n**3.** {EMOJI}\n\n## Input\n\n{NOTE}\n\nLet me know.",
         "stop",
         Decomposition(ALL, NOTE),
     ),
@@ -60,9 +60,19 @@ MANNERS = [
         "stop",
         Decomposition(ALL),
     ),
-    ("number and text on lines of their own", f"Constraint 1:\n{TWEET}\n\nConstraint 2:\n{TAGS}", "stop", Decomposition(ALL[:2])),
+    (
+        "number and text on lines of their own",
+        f"Constraint 1:\n{TWEET}\n\nConstraint 2:\n{TAGS}",
+        "stop",
+        Decomposition(ALL[:2]),
+    ),
     ("a code fence", f"```text\n{numbered(ALL)}\n```", "stop", Decomposition(ALL)),
-    ("JSON", f'```json\n{{"constraints": ["{TWEET}", "{TAGS}"], "input": "{NOTE}"}}\n```', "stop", Decomposition(ALL[:2], NOTE)),
+    (
+        "JSON",
+        f'```json\n{{"constraints": ["{TWEET}", "{TAGS}"], "input": "{NOTE}"}}\n```',
+        "stop",
+        Decomposition(ALL[:2], NOTE),
+    ),
     ("a bare JSON list", f'["{TWEET}", "{TAGS}"]', "stop", Decomposition(ALL[:2])),
     ("questions without any marker", "\n".join(ALL), "stop", Decomposition(ALL)),
     ("all on one line", f"1. {TWEET} 2. {TAGS} 3. {EMOJI}", "stop", Decomposition(ALL)),
@@ -121,7 +131,7 @@ MANNERS = [
     ),
     (
         "a base model running on",
-        f"\n{numbered(ALL)}\n\nInput:\nNone\n\n###\n\nInstruction:\nWrite a poem.\n\nConstraints:\n1. Is it a poem?\n2. Is",
+        f"\n{numbered(ALL)}\n\nInput:\nNone\n\n###\n\nInstruction:\nWrite.\n\nConstraints:\n1. Is it a poem?\n2. Is",
         "length",
         Decomposition(ALL),
     ),
@@ -156,7 +166,12 @@ MANNERS = [
         "stop",
         Decomposition(("¿Es un tuit?", "¿Usa dos etiquetas?")),
     ),
-    ("statements", "* It is a tweet.\n* It uses two hashtags.", "stop", Decomposition(("It is a tweet.", "It uses two hashtags."))),
+    (
+        "statements",
+        "* It is a tweet.\n* It uses two hashtags.",
+        "stop",
+        Decomposition(("It is a tweet.", "It uses two hashtags.")),
+    ),
     ("Windows line ends", "1. Is it a tweet?\r\n2. Does it use two hashtags?\r\n", "stop", Decomposition(ALL[:2])),
     # Dropped, each with its reason
     ("nothing", " \n\t", "stop", Drop.EMPTY),
@@ -169,7 +184,12 @@ MANNERS = [
     ("one constraint, repeated", "\n".join(f"{n}. {TWEET}" for n in range(1, 60)), "stop", Drop.TOO_FEW_CONSTRAINTS),
     ("prose", "The tweet has to use two hashtags, and there must not be any emoji in it.", "stop", Drop.UNPARSABLE),
     ("the task carried out", "Pump failed at 3 a.m. Nobody hurt. #pump #night", "stop", Drop.UNPARSABLE),
-    ("a table", "| # | Constraint |\n|---|---|\n| 1 | Is it a tweet? |\n| 2 | Two hashtags? |", "stop", Drop.UNPARSABLE),
+    (
+        "a table",
+        "| # | Constraint |\n|---|---|\n| 1 | Is it a tweet? |\n| 2 | Two hashtags? |",
+        "stop",
+        Drop.UNPARSABLE,
+    ),
     ("JSON of another kind", '{"a": 1}', "stop", Drop.UNPARSABLE),
     (
         "no end of constraints",
@@ -247,7 +267,19 @@ ALPHABETS = (
     "éèêëñçßøåæœžłđ",
     "😀🎉🚀≤≥×÷€",
 )
-INNER = ["**bold**", "{constraints}", '"quoted"', "(in brackets)", "a: b", "3.5", "x_y", "`code`", "50%", "#tag", "- dash"]
+INNER = [
+    "**bold**",
+    "{constraints}",
+    '"quoted"',
+    "(in brackets)",
+    "a: b",
+    "3.5",
+    "x_y",
+    "`code`",
+    "50%",
+    "#tag",
+    "- dash",
+]
 
 
 def han(n):
@@ -307,10 +339,14 @@ SELF = SelfInstructed("Write a tweet.", Decomposition(ALL))
         (f"\n{numbered(ALL)}\n\n**Instruction:**\nWrite a tweet.\n\nLet me know!", "stop", SELF),
         (f"Sure!\n\n## Constraints\n{numbered(ALL)}\n\n## Task\nWrite a tweet.", "stop", SELF),
         (f"Instruction: Write a tweet.\n\nConstraints:\n{numbered(ALL)}", "stop", SELF),
-        (f"\n{numbered(ALL)}\n\nInstruction:\nWrite a tweet.\n\n###\n\nNumber of constraints: 4\n\nConstr", "length", SELF),
+        (
+            f"\n{numbered(ALL)}\n\nInstruction:\nWrite a tweet.\n\n###\n\nNumber of constraints: 4\n\nConstr",
+            "length",
+            SELF,
+        ),
         (f"\n{numbered(ALL)}\n\nInstruction:\nWrite a tweet.\n\nNumber of constraints: 4", "stop", SELF),
         (
-            f"\n{numbered(ALL)}\n\nInstruction:\nWrite a tweet.\n\nConstraints:\n1. Is it a poem?\n\nInstruction:\nA poem",
+            f"\n{numbered(ALL)}\n\nInstruction:\nWrite a tweet.\n\nConstraints:\n1. Is it?\n\nInstruction:\nA poem",
             "length",
             SELF,
         ),
@@ -320,7 +356,7 @@ SELF = SelfInstructed("Write a tweet.", Decomposition(ALL))
             SelfInstructed(f"Write a tweet.\n\nInput:\n{NOTE}", Decomposition(ALL)),
         ),
         (
-            f"Constraints:\n{numbered(ALL)}\n\nInstruction:\nWrite a tweet.\n\nRequirements:\n- two hashtags\n- no emoji",
+            f"\n{numbered(ALL)}\n\nInstruction:\nWrite a tweet.\n\nRequirements:\n- two hashtags\n- no emoji",
             "stop",
             SelfInstructed("Write a tweet.\n\nRequirements:\n- two hashtags\n- no emoji", Decomposition(ALL)),
         ),
@@ -346,7 +382,9 @@ def row_constraints(rng, name):
     return tuple(f"Does {name} mention {' '.join(rng.sample(WORDS, 3))}?" for _ in range(rng.randint(2, 12)))
 
 
-WORDS = [f"{a}{b}" for a in ("amber", "birch", "cedar", "drift", "ember", "frost") for b in ("ly", "ton", "ward", "set")]
+WORDS = [
+    f"{a}{b}" for a in ("amber", "birch", "cedar", "drift", "ember", "frost") for b in ("ly", "ton", "ward", "set")
+]
 
 
 def test_ten_thousand_perturbations_touch_what_they_should_as_often_as_they_should():
@@ -371,8 +409,8 @@ def test_ten_thousand_perturbations_touch_what_they_should_as_often_as_they_shou
     expected = {Kind.DROPPED: 0.5 * total, Kind.SUBSTITUTED: 0.25 * total, Kind.NEGATED: 0.25 * total}
     assert planned[Kind.KEPT] == 0 and total > 10_000
     assert sum((planned[kind] - e) ** 2 / e for kind, e in expected.items()) < 13.82  # chi-squared, 2 degrees, p 0.001
-    for n, counts in touched_at.items():  # no place is favoured: 3.3 + ... of a normal's tail over 11 places
-        mean = sum(counts) / (n - 1)
+    for counts in touched_at.values():  # no place is favoured: 4.5 standard deviations for each of 77 places
+        mean = sum(counts) / (len(counts) - 1)
         assert all(abs(count - mean) < 4.5 * mean**0.5 for count in counts[1:])
 
 
