@@ -1,5 +1,6 @@
 """An instruction, a constraint or verdicts on constraints, read from a model's answer."""
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -21,7 +22,8 @@ _CONSTRAINT_LABEL = re.compile(
 _YES = r"yes|true|是的|是|sí|si|oui|ja|sim|да|はい|예|네|✓|✔|✅"
 _NO = r"no|false|不是|否|non|nein|não|нет|いいえ|아니(?:요|오)|✗|✘|❌"
 _VERDICT = re.compile(rf"[\s\"'*_(\[]*(?:(?P<yes>{_YES})|(?P<no>{_NO}))(?![^\W\d_])", re.IGNORECASE)
-_LAST_VERDICT = re.compile(rf".*[?？:：\s\-–—(]\W*(?:(?P<yes>{_YES})|(?P<no>{_NO}))\W*", re.IGNORECASE)
+_LAST_VERDICT = re.compile(rf"[\W_](?:(?P<yes>{_YES})|(?P<no>{_NO}))\W*$", re.IGNORECASE)
+_TAIL = 40  # characters, of a line, that may hold the verdict after the constraint itself
 
 
 def parse_instruction(
@@ -85,7 +87,11 @@ def parse_constraint(answer: str, given: str, finish_reason: str = "stop") -> st
         return Drop.EMPTY
     if is_refusal(body):
         return Drop.REFUSAL
-    body = _CONSTRAINT_LABEL.sub("", without_opening(without_closing(body.strip())), count=1).strip()
+    body = without_opening(without_closing(body.strip())).strip()
+    if label := _CONSTRAINT_LABEL.match(body):
+        body = body[label.end() :].strip()
+    if not body:
+        return Drop.EMPTY
     items = list_items(body) if "\n" in body else list_items(body)[:1]
     paragraph = " ".join(body.split("\n\n")[0].split())
     text = items[0] if items else unquoted(unbold(paragraph))
@@ -121,28 +127,34 @@ def parse_verdicts(answer: str, count: int, finish_reason: str = "stop") -> tupl
 
 def _verdicts(body: str) -> list[bool | None]:
     lines = list_items(body) or [line for line in body.split("\n") if line.strip()]
-    found = [_VERDICT.match(line) or _LAST_VERDICT.fullmatch(line) for line in lines]
+    found = [_VERDICT.match(line) or _LAST_VERDICT.search(line[-_TAIL:]) for line in lines]
     verdicts = [bool(match["yes"]) if match else None for match in found]
     return verdicts if any(verdict is not None for verdict in verdicts) else []
 
 
 def _instruction_in(text: str, constraints: Sequence[str]) -> tuple[str, bool]:
     """The part of an answer that is the instruction, and whether a further example follows it."""
-    parts = sections(text)
-    start = next(
-        (
-            i
-            for i, part in enumerate(parts)
-            if part.label == "instruction" and part.body.strip() and all(_is_before(p, constraints) for p in parts[:i])
-        ),
-        0,
-    )
-    for i in range(start + 1, len(parts)):
+    parts = list(itertools.dropwhile(_is_blank, sections(text)))
+    if not parts:
+        return "", False
+    labelled = [
+        i
+        for i, part in enumerate(parts)
+        if part.label == "instruction" and all(_is_before(before, constraints) for before in parts[:i])
+    ]
+    first = next((i for i in labelled if parts[i].body.strip()), labelled[0] if labelled else 0)
+    # A label that begins the instruction itself belongs to it
+    begin = parts[first].start if labelled or parts[0].label in (None, "separator", "output") else 0
+    for i in range(first + 1, len(parts)):
         label, following = parts[i].label, parts[i + 1].label if i + 1 < len(parts) else None
         empty_input = label == "input" and (_NO_INPUT.fullmatch(parts[i].body) or following == "constraints")
         if label == "separator" or empty_input or (label == "constraints" and following == "instruction"):
-            return text[parts[start].start : parts[i - 1].end], True
-    return text[parts[start].start :], False
+            return text[begin : parts[i - 1].end], True
+    return text[begin:], False
+
+
+def _is_blank(part: Section) -> bool:
+    return part.label in (None, "separator") and not part.body.strip()
 
 
 def _is_before(part: Section, constraints: Sequence[str]) -> bool:

@@ -26,7 +26,17 @@ CONSTRAINTS = ("Is it a tweet?", "Does it use two hashtags?", "Is it free of emo
 GOOD = "Write a tweet with **two** hashtags and no emoji."
 NOTE = "The pump failed at 3 a.m.; nobody was hurt."
 EXAMPLE = Demonstration("Write a poem about rain.", "", ("Is it a poem?", "Is it about rain?"))
-AUTHORED = "You are a critic.\n\nTask: review the film.\n\nExample:\nA dull film -> 2/10\n\nRequirements:\n- two sentences\n- no spoilers"
+AUTHORED = """You are a critic.
+
+Task: review the film.
+
+Example:
+A dull film -> 2/10
+
+Requirements:
+- two sentences
+- no spoilers"""
+SQUARE = "Input: a number\nOutput: its square\nWrite such a function."
 
 
 @pytest.mark.parametrize(
@@ -56,6 +66,9 @@ AUTHORED = "You are a critic.\n\nTask: review the film.\n\nExample:\nA dull film
         (f"<think>Hmm.\n\nInstruction: x</think>\n{GOOD}", "stop", GOOD),
         # Labels, lists, quotes and openings that belong to the instruction stay
         (AUTHORED, "stop", AUTHORED),
+        (SQUARE, "stop", SQUARE),
+        (f"###\nAnswer:\n{GOOD}", "stop", GOOD),
+        (f"Instruction:\n\nInstruction:\n{GOOD}", "stop", GOOD),
         (f"Instruction:\n{AUTHORED}", "stop", AUTHORED),
         ("Here is a list: a, b, c. Sort it downwards.", "stop", "Here is a list: a, b, c. Sort it downwards."),
         (
@@ -272,7 +285,7 @@ def test_near_duplicates_equal_comparing_all_with_all(threshold):
 
 def test_near_duplicates_among_real_instructions(shared_data):
     texts = [json.loads(line)["prompt"] for line in (shared_data / "ifeval_prompts.jsonl").open(encoding="utf-8")]
-    texts += [row["prompt"] for row in json.loads((shared_data / "cfbench.json").read_text(encoding="utf-8"))]
+    texts += [row["prompt"] for row in json.loads((shared_data / "cfbench.json").read_text(encoding="utf-8"))[:200]]
     assert near_duplicates(texts) == brute_force(texts, 0.7)
     # Case, spaces and punctuation make no difference, in any script
     again = near_duplicates(texts + [f"  {text.upper()} !" for text in texts])[len(texts) :]
