@@ -4,16 +4,17 @@ import dataclasses
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from musc_jax.demonstrations import MIN_CONSTRAINTS
+from musc_jax.demonstrations import MIN_CONSTRAINTS, Demonstration
 from musc_jax.drops import Drop
 from musc_jax.lists import CLOSING, list_items, unquoted
 from musc_jax.refusals import is_refusal
 from musc_jax.sections import Section, sections, unfenced, visible, without_closing
 
 MAX_CONSTRAINTS = 40  # more come from a model that no longer stops
+MAX_AROUND = 200  # letters of prose around a list that is shorter than it
 _NONE = re.compile(
     r"(?:none|n/?a|null|nil|no (?:specific |additional )?input|not (?:applicable|provided|given)|empty"
     r"|无|無|没有|ninguna?|aucune?|keine?|nenhuma?|nessuno|なし|нет|없음)(?!\w)",
@@ -41,7 +42,10 @@ class SelfInstructed:
 
 
 def parse_decomposition(
-    answer: str, instruction: str | None = None, finish_reason: str = "stop"
+    answer: str,
+    instruction: str | None = None,
+    finish_reason: str = "stop",
+    examples: Sequence[Demonstration] = (),
 ) -> Decomposition | Drop:
     """Reads the answer to `prompts.decompose`.
 
@@ -52,10 +56,12 @@ def parse_decomposition(
       answer: the model's text, with or without the label that raw text ends with.
       instruction: what was asked about. With it an input must stand in it, and is returned as it stands there.
       finish_reason: `length` where the answer ran into the limit of tokens.
+      examples: the in-context examples, whose constraints are no answer to another instruction.
 
     Returns:
       The decomposition, or why there is none: EMPTY, TRUNCATED, REFUSAL, UNPARSABLE, TOO_FEW_CONSTRAINTS (fewer than
-      2), TOO_MANY_CONSTRAINTS, INVENTED_INPUT, ECHO (the input is the whole instruction).
+      2), TOO_MANY_CONSTRAINTS, INVENTED_INPUT, ECHO (an example's constraints, or the whole
+      instruction as input).
     """
     text = _readable(answer)
     if isinstance(text, Drop):
@@ -71,16 +77,20 @@ def parse_decomposition(
     items = merged(item for item in items if not re.fullmatch(r"(?i)input\s*[:：]\s*none\W*", item))
     if drop := _count_fault(items):
         return drop
+    if any(items == merged(e.constraints) and instruction not in (e.instruction, e.task) for e in examples):
+        return Drop.ECHO
     source = _source(given, tail, instruction)
     return source if isinstance(source, Drop) else Decomposition(items, source)
 
 
-def parse_self_instructed(answer: str, finish_reason: str = "stop") -> SelfInstructed | Drop:
+def parse_self_instructed(
+    answer: str, finish_reason: str = "stop", examples: Sequence[Demonstration] = ()
+) -> SelfInstructed | Drop:
     """Reads the answer to `prompts.self_instruct`: constraints, then the instruction, in either order.
 
     Returns:
       The task, or EMPTY, TRUNCATED, REFUSAL, UNPARSABLE (no list, or no instruction), TOO_FEW_CONSTRAINTS,
-      TOO_MANY_CONSTRAINTS.
+      TOO_MANY_CONSTRAINTS, ECHO (the instruction of one of `examples`).
     """
     text = _readable(answer)
     if isinstance(text, Drop):
@@ -105,7 +115,10 @@ def parse_self_instructed(answer: str, finish_reason: str = "stop") -> SelfInstr
     items = merged(items)
     if drop := _count_fault(items):
         return drop
-    return SelfInstructed(without_closing(text[parts[task].start : end]).strip(), Decomposition(items))
+    instruction = without_closing(text[parts[task].start : end]).strip()
+    if folded(instruction) in {folded(given) for e in examples for given in (e.instruction, e.task)}:
+        return Drop.ECHO
+    return SelfInstructed(instruction, Decomposition(items))
 
 
 def merged(texts: Iterable[str]) -> tuple[str, ...]:
@@ -135,7 +148,10 @@ def _list_section(parts: list[Section]) -> tuple[int, list[str]]:
         # What stands before a section of constraints is not the list, even if it has items: the instruction again
         if part.label == "constraints" or (part.label in (None, "output") and follows != "constraints"):
             if items := list_items(part.body):
-                return i, items
+                written = sum(len(folded(item)) for item in items)
+                around = len(folded(part.body)) - written
+                # A response with a list in it: the task was carried out instead
+                return (0, []) if around > max(written, MAX_AROUND) else (i, items)
     return 0, []
 
 

@@ -65,7 +65,7 @@ def parse_instruction(
         return Drop.ECHO
     if len(tokens(text)) < MIN_TOKENS:
         return Drop.TOO_SHORT
-    return text if not input or folded(input) in folded(text) else with_input(text, input)
+    return text if not input or _holds(text, input) else with_input(text, input)
 
 
 def parse_constraint(answer: str, given: str, finish_reason: str = "stop") -> str | Drop:
@@ -107,7 +107,7 @@ def parse_verdicts(answer: str, count: int, finish_reason: str = "stop") -> tupl
 
     Returns:
       The verdicts in order, or EMPTY, TRUNCATED, REFUSAL, UNPARSABLE (not exactly `count` of them, or neither yes nor
-      no). Only the first `count` lines of the list count where a base model runs on.
+      no).
     """
     text = visible(answer)
     if text is None:
@@ -151,6 +151,13 @@ def _instruction_in(text: str, constraints: Sequence[str]) -> tuple[str, bool]:
         if label == "separator" or empty_input or (label == "constraints" and following == "instruction"):
             return text[begin : parts[i - 1].end], True
     return text[begin:], False
+
+
+def _holds(text: str, input: str) -> bool:
+    letters = folded(input)
+    # Punctuation and spaces may differ in a long input; a short one ("cat") must not be found inside a word
+    verbatim = re.search(rf"(?<!\w){re.escape(input.strip())}(?!\w)", text)
+    return bool(verbatim) or (len(letters) >= 20 and letters in folded(text))
 
 
 def _is_blank(part: Section) -> bool:

@@ -51,7 +51,6 @@ class _Item:
     number: int | None
     lines: list[str]
     children: list["_Item"]
-    emphasised: bool
 
 
 def list_items(text: str) -> list[str]:
@@ -113,7 +112,7 @@ def _begin(line: str, indent: int, previous: _Item | None) -> _Item | None:
     body = line.strip()
     lead = _DECORATION.match(body)
     mark = _ITEM.match(body, lead.end())
-    if mark is None or _BOLD_LEAD.fullmatch(body) and mark["bullet"]:
+    if mark is None:
         return None
     kind, number = _kind(mark)
     if mark["letter"]:
@@ -135,7 +134,7 @@ def _begin(line: str, indent: int, previous: _Item | None) -> _Item | None:
             inner_kind, number = _kind(inner)
             kind = inner_kind if kind == "bullet" else kind
             rest = rest.lstrip()[inner.end() :]
-    return _Item(indent, kind, number, [rest.strip()], [], bool(re.match(r"\s*(?:\*\*|__)", rest)))
+    return _Item(indent, kind, number, [rest.strip()], [])
 
 
 def _kind(mark: re.Match[str]) -> tuple[str, int | None]:

@@ -16,7 +16,7 @@ from musc_jax.draws import uniform
 
 NO_INPUT = "None"
 SEPARATOR = "###"  # alone on a line between the examples of raw text; a base model that runs on writes it too
-STOP = (f"\n{SEPARATOR}",)  # for sampling from raw text; the parsers cut there as well
+STOP = (f"\n{SEPARATOR}\n",)  # for sampling from raw text; the parsers cut there as well
 
 
 @dataclasses.dataclass(frozen=True)

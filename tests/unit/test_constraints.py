@@ -1,5 +1,6 @@
 """From a model's answer to constraints, and from constraints to perturbed ones."""
 
+import json
 import random
 import unicodedata
 
@@ -190,6 +191,7 @@ MANNERS = [
         "stop",
         Drop.UNPARSABLE,
     ),
+    ("the task carried out, with a list", f"{'The pump failed. ' * 20}\n\n1. pump\n2. night", "stop", Drop.UNPARSABLE),
     ("JSON of another kind", '{"a": 1}', "stop", Drop.UNPARSABLE),
     (
         "no end of constraints",
@@ -313,6 +315,16 @@ def test_merging_keeps_the_first_and_what_differs_in_symbols():
     assert folded("Ünïcode, Ａ＋b!") == "ünïcodea+b"
 
 
+def test_an_examples_constraints_are_no_answer_to_another_instruction(shipped):
+    answer, task = numbered(shipped[3].constraints), shipped[3].task
+    assert parse_decomposition(answer, "Write a poem.", "stop", shipped) is Drop.ECHO
+    assert parse_decomposition(answer, task, "stop", shipped).constraints == shipped[3].constraints
+    assert parse_decomposition(numbered(ALL), "Write a poem.", "stop", shipped) == Decomposition(ALL)
+    own = f"Constraints:\n{numbered(ALL)}\n\nInstruction:\n"
+    assert parse_self_instructed(own + task, "stop", shipped) is Drop.ECHO
+    assert parse_self_instructed(own + "Write a tweet.", "stop", shipped) == SELF
+
+
 def test_an_input_with_lines_that_look_like_labels_stays_whole():
     source = "Question: why?\nInstruction: none\n\nExample 2:\n1. a\n\nLet me know."
     instruction = f"Answer it in one line, in rhyme.\n\n{source}"
@@ -401,6 +413,7 @@ def test_ten_thousand_perturbations_touch_what_they_should_as_often_as_they_shou
         assert [edit.old for edit in made.edits] == list(constraints)
         for edit in made.edits:
             planned[edit.planned] += edit.index in touched
+            assert edit.kind is edit.planned  # nothing fell back to a drop
             touched_at.setdefault(n, [0] * n)[edit.index] += edit.index in touched
             if edit.kind is Kind.SUBSTITUTED:
                 assert edit.new not in constraints
@@ -504,6 +517,21 @@ def test_settings_that_make_no_sense():
         perturb((TWEET,), "x")
     with pytest.raises(ValueError, match="pool"):
         perturb(ALL, "x", MIXED)
+
+
+def test_real_constraints_come_back_in_any_style(examples):
+    for style in STYLES.values():
+        for example in examples:
+            lines = "\n".join(style(n, text) for n, text in enumerate(example.constraints, 1))
+            assert parse_decomposition(lines) == Decomposition(merged(example.constraints)), lines
+
+
+def test_responses_are_rarely_taken_for_decompositions(shared_data):
+    rows = [json.loads(line) for line in (shared_data / "ifeval_responses_gpt4.jsonl").open(encoding="utf-8")]
+    read = [parse_decomposition(row["response"], row["prompt"]) for row in rows]
+    taken = [r for r in read if isinstance(r, Decomposition)]
+    # Those that are hardly more than a list: nothing in their form tells them from constraints
+    assert len(taken) < 0.25 * len(rows) and read.count(Drop.UNPARSABLE) > 0.7 * len(rows)
 
 
 def test_real_decompositions_come_back_from_their_own_rendering(examples):

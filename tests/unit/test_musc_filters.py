@@ -104,6 +104,10 @@ def test_the_input_is_in_the_instruction_once_and_word_for_word():
         f"Rewrite “{NOTE[:-1]}” as a tweet",
     ):
         assert parse_instruction(answer, CONSTRAINTS, NOTE) == answer
+    # Short or without letters: only a word of its own counts
+    assert parse_instruction("Describe the category in one line.", CONSTRAINTS, "cat").endswith("\n\ncat")
+    assert parse_instruction("Describe the word cat in one line.", CONSTRAINTS, "cat").endswith("one line.")
+    assert parse_instruction("Explain the operator in one line.", CONSTRAINTS, "?:").endswith("\n\n?:")
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_messages_have_the_roles_that_templates_need():
         assert without[1:] == with_system[2:]
         assert prompt.text().endswith(prompt.opening) and prompt.opening.endswith(":")
         assert prompt.text().count(f"\n{SEPARATOR}\n") == len(prompt.turns) + 1
-        assert STOP == (f"\n{SEPARATOR}",)
+        assert STOP == (f"\n{SEPARATOR}\n",) and STOP[0] in prompt.text()
         assert all(answer.startswith(prompt.opening) for _, answer in prompt.turns)
 
 
