@@ -404,6 +404,7 @@ def test_ten_thousand_perturbations_touch_what_they_should_as_often_as_they_shou
     rows = {f"row {i}": row_constraints(rng, f"text {i}") for i in range(10_000)}
     pool = Pool(rows)
     planned = dict.fromkeys(Kind, 0)
+    agree = []  # whether the first two touched constraints of a row met the same fate
     touched_at = {}  # number of constraints -> how often each place was touched
     for row_id, constraints in rows.items():
         made = perturb(constraints, row_id, MIXED, pool)
@@ -411,6 +412,7 @@ def test_ten_thousand_perturbations_touch_what_they_should_as_often_as_they_shou
         touched = [edit.index for edit in made.edits if edit.planned is not Kind.KEPT]
         assert 0 not in touched and len(touched) == max(1, round(0.3 * n)) and made.edits[0].new == constraints[0]
         assert [edit.old for edit in made.edits] == list(constraints)
+        agree += [made.edits[touched[0]].planned is made.edits[touched[1]].planned] if len(touched) > 1 else []
         for edit in made.edits:
             planned[edit.planned] += edit.index in touched
             assert edit.kind is edit.planned  # nothing fell back to a drop
@@ -422,6 +424,8 @@ def test_ten_thousand_perturbations_touch_what_they_should_as_often_as_they_shou
     expected = {Kind.DROPPED: 0.5 * total, Kind.SUBSTITUTED: 0.25 * total, Kind.NEGATED: 0.25 * total}
     assert planned[Kind.KEPT] == 0 and total > 10_000
     assert sum((planned[kind] - e) ** 2 / e for kind, e in expected.items()) < 13.82  # chi-squared, 2 degrees, p 0.001
+    same = 0.5**2 + 0.25**2 + 0.25**2  # drawn apart from each other
+    assert abs(sum(agree) - same * len(agree)) < 4 * (same * (1 - same) * len(agree)) ** 0.5 and len(agree) > 2000
     for counts in touched_at.values():  # no place is favoured: 4.5 standard deviations for each of 77 places
         mean = sum(counts) / (len(counts) - 1)
         assert all(abs(count - mean) < 4.5 * mean**0.5 for count in counts[1:])

@@ -287,6 +287,15 @@ def test_near_duplicates_equal_comparing_all_with_all(threshold):
     assert sum(match is not None for match in found) > 20
 
 
+def test_the_threshold_itself_is_near_enough():
+    long = "a b c d e f g h i j k l"
+    assert near_duplicates([long, "a b c d e f g h i"], 0.7) == [None, 0]  # 7 of 10 trigrams
+    assert near_duplicates([long, "a b c d e f g h i"], 0.71) == [None, None]
+    assert near_duplicates([]) == []
+    with pytest.raises(ValueError, match="threshold"):
+        near_duplicates([long], 0)
+
+
 def test_near_duplicates_among_real_instructions(shared_data):
     texts = [json.loads(line)["prompt"] for line in (shared_data / "ifeval_prompts.jsonl").open(encoding="utf-8")]
     texts += [row["prompt"] for row in json.loads((shared_data / "cfbench.json").read_text(encoding="utf-8"))[:200]]
