@@ -124,4 +124,4 @@ def _alike(a: np.ndarray, b: np.ndarray, threshold: float) -> bool:
 
 
 def _least(threshold: float, size: int) -> int:
-    return math.ceil(threshold * size - 1e-9)  # 0.55 * 20 is more than 11 in floating point
+    return math.ceil(threshold * size - 1e-9)  # 0.56 * 25 is more than 14 in floating point
