@@ -5,7 +5,6 @@ Z end tokens, M tokens between two looks.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -114,23 +113,30 @@ def prefill(
     return Prompts(cache, hidden)
 
 
-@functools.partial(jax.jit, donate_argnames=("slots",))
-def place(slots: Slots, prompts: Prompts, tokens: jax.Array, lengths: jax.Array, to: Placement) -> Slots:
-    """Copies prompts into slots, whatever those held. `tokens` [R, P] and `lengths` [R] are the prompts'."""
+@functools.partial(jax.jit, static_argnames=("exchange",), donate_argnames=("slots",))
+def place(
+    slots: Slots, prompts: Prompts, tokens: jax.Array, lengths: jax.Array, to: Placement, exchange: bool
+) -> Slots:
+    """Copies prompts into slots, whatever those held.
+
+    Args:
+      tokens, lengths: [R, P] and [R] int32, the prompts'.
+      exchange: False where every prompt goes to a slot in its own part of the mesh.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     # Not left to the partitioner, which masks and moves whole caches: the few prompts go everywhere, slots stay
     rows, by_layer = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES, "tensor")
     specs = Slots(**{name: by_layer if name == "cache" else rows for name in Slots._fields})
     whole = PartitionSpec()
     return jax.shard_map(
-        functools.partial(_place, parts=[mesh.shape[axis] for axis in BATCH_AXES]),
+        functools.partial(_place, parts=[mesh.shape[axis] for axis in BATCH_AXES], exchange=exchange),
         in_specs=(specs, Prompts(by_layer, rows), whole, whole, whole),
         out_specs=specs,
         check_vma=False,
     )(slots, prompts, tokens, lengths, to)
 
 
-def _place(slots: Slots, prompts: Prompts, tokens, lengths, to: Placement, parts) -> Slots:
+def _place(slots: Slots, prompts: Prompts, tokens, lengths, to: Placement, parts, exchange) -> Slots:
     part = jax.lax.axis_index(BATCH_AXES[0]) * parts[1] + jax.lax.axis_index(BATCH_AXES[1])
     here = to.row // prompts.hidden.shape[0] == part  # the prompts that this part of the mesh has
     slot = to.slot - part * slots.ends.size
@@ -141,7 +147,7 @@ def _place(slots: Slots, prompts: Prompts, tokens, lengths, to: Placement, parts
         return jnp.where(here.reshape(-1, *(1,) * (x.ndim - axis - 1)), taken, jnp.zeros((), x.dtype))
 
     taken = jax.tree.map(functools.partial(take, axis=1), prompts.cache), take(prompts.hidden, 0)
-    if math.prod(parts) > 1:
+    if exchange:
         flat, unravel = jax.flatten_util.ravel_pytree(taken)  # one exchange instead of one an array
         taken = unravel(jax.lax.psum(flat, BATCH_AXES))
     cache, hidden = taken

@@ -72,7 +72,7 @@ class LocalGenerator:
         self._params, self._config, self._tokenizer, self._end_ids = params, config, tokenizer, end_ids
         self._compute = dataclasses.replace(compute, remat="none", scan_unroll=1)
         self._mesh, self._chunk = mesh, decode.chunk
-        parts = batch_divisor(mesh)
+        self._parts = parts = batch_divisor(mesh)
         self._num_slots, self._prefill_rows = (-(-n // parts) * parts for n in (decode.slots, _PREFILL_ROWS))
         self._context = min(decode.max_length, config.max_position)
         self._encoder = TextEncoder(tokenizer, self._context, end_ids)
@@ -145,9 +145,22 @@ class _Run:
         while free and (self._ready or self._queue):
             if not self._ready:
                 self._prefill()
-            pairs = [(self._ready.popleft(), free.pop(0)) for _ in range(min(len(free), len(self._ready)))]
+            pairs = [self._pair(free) for _ in range(min(len(free), len(self._ready)))]
+            pairs.sort(key=self._crosses)
             for at in range(0, len(pairs), _PLACED):
                 self._place(pairs[at : at + _PLACED])
+
+    def _pair(self, free: list[int]) -> tuple[tuple[int, _Sequence], int]:
+        """The next sequence and a free slot, in the prompt's own part of the mesh where there is one."""
+        ready = self._ready.popleft()
+        slot = next((slot for slot in free if not self._crosses((ready, slot))), free[0])
+        free.remove(slot)
+        return ready, slot
+
+    def _crosses(self, pair: tuple[tuple[int, _Sequence], int]) -> bool:
+        (r, _), slot = pair
+        g = self._generator
+        return r * g._parts // g._prefill_rows != slot * g._parts // g._num_slots
 
     def _prefill(self) -> None:
         g = self._generator
@@ -187,7 +200,8 @@ class _Run:
             to.keys[j] = _stream(self._seed, sequence.row.request.id, sequence.index)
             self._in_slot[slot] = sequence
             self._keep[slot] = True
-        self._slots = place(self._slots, self._prompts, *self._given(), to)
+        exchange = any(map(self._crosses, pairs))
+        self._slots = place(self._slots, self._prompts, *self._given(), to, exchange)
 
     def _given(self) -> tuple[np.ndarray, np.ndarray]:
         """Copies: a computation may still be reading what the next prefill overwrites."""

@@ -17,6 +17,7 @@ class Filters(NamedTuple):
     """What is compiled. Other numbers are in `Strengths`, so that they compile nothing anew."""
 
     greedy: bool
+    temperature: bool  # other than 1
     top_k: int  # 0: off
     top_p: bool
     min_p: bool
@@ -39,6 +40,7 @@ def filters_of(sampling: SamplingConfig) -> tuple[Filters, Strengths]:
     return (
         Filters(
             greedy=greedy,
+            temperature=not greedy and s.temperature != 1,
             top_k=0 if greedy else s.top_k,  # every filter keeps the likeliest token, so greedy needs none
             top_p=not greedy and s.top_p < 1,
             min_p=not greedy and s.min_p > 0,
@@ -70,12 +72,16 @@ def choose_tokens(
     else:
         tokens = _draw(_weights(scores, filters, strengths), uniform)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+    top = jnp.max(logits, axis=-1)
+    # Written as `_weights` has it, so that without a filter the compiler finds one pass of exponentials, not two
+    total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+    return tokens.astype(jnp.int32), chosen - top - jnp.log(total)
 
 
 def _weights(scores, filters: Filters, strengths: Strengths) -> jax.Array:
     """[B, V] unnormalised probabilities, 0 for what the filters leave out; the likeliest token has 1."""
-    scores = scores / strengths.temperature
+    if filters.temperature:
+        scores = scores / strengths.temperature
     scores = scores - jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores)
     if filters.top_k:
