@@ -36,9 +36,9 @@ def get_config() -> ConfigDict:
     c.max_failed_share = 0.05  # more rows than this without an answer are no accident: stop with an error
 
     c.decode = ConfigDict()
-    c.decode.slots = 8  # responses written at once; more is faster until memory ends
+    c.decode.slots = 64  # responses written at once, over all devices; more keeps accelerators busier, in more memory
     c.decode.max_length = 2048  # tokens of prompt + response that a slot holds
-    c.decode.chunk = 16  # tokens between two looks at what has finished
+    c.decode.chunk = 8  # tokens between two looks at what has finished; 32 where responses are long
 
     c.endpoint = ConfigDict()
     c.endpoint.url = ""  # as http://localhost:8000/v1; empty: the model runs here
@@ -47,9 +47,9 @@ def get_config() -> ConfigDict:
     c.endpoint.timeout = 600.0  # seconds that one request may take
 
     c.mesh = ConfigDict()
-    c.mesh.data = 1
-    c.mesh.fsdp = -1  # all devices
-    c.mesh.tensor = 1
+    c.mesh.data = 1  # copies of the model; -1 here and tensor=1 is fastest where a device holds it whole
+    c.mesh.fsdp = 1  # cuts parameters that every token would gather anew: last resort
+    c.mesh.tensor = -1  # all devices cut each layer
 
     c.compute = ConfigDict()
     c.compute.dtype = c.get_ref("dtype")

@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory
-    c.input = placeholder(str)  # rows with `prompt` and `response`
+    c.input = placeholder(str)  # rows with `prompt` and `response`, or a list of responses as launch.generate writes
     c.output = placeholder(str)  # JSONL; appears when it is whole
     c.dtype = "float32"  # exact; bfloat16 is faster on accelerators
     c.max_length = 2048  # tokens of prompt + response; longer responses are cut
@@ -34,5 +34,5 @@ def get_config() -> ConfigDict:
     c.compute.remat = "none"  # no gradient, nothing to recompute
     c.compute.attention = "auto"  # the platform's kernel
     c.compute.logprob_chunk = 256  # tokens a row whose logits exist at once
-    c.compute.scan_unroll = 1  # a forward pass gains nothing from more
+    c.compute.scan_unroll = 1  # not read here: a forward pass gains nothing from more
     return c

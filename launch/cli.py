@@ -92,7 +92,7 @@ def _fail(line: str) -> NoReturn:
 
 def _interrupted(*_) -> NoReturn:
     # No KeyboardInterrupt: raised inside a callback of the garbage collector, and JAX has one, it would be lost
-    _end("interrupted; a training run goes on from its last checkpoint with the same command", INTERRUPTED)
+    _end("interrupted; the same command goes on from what was saved", INTERRUPTED)
 
 
 def _end(line: str, status: int) -> NoReturn:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from typing import Any
 
 import jax
 from etils import epath
@@ -13,7 +14,7 @@ from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.inference.scoring import score
+from lm_jax.inference.scoring import TokenScores, score
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
 from lm_jax.training.metrics import Progress
@@ -45,7 +46,8 @@ def score_rows(config: ScoreConfig) -> None:
     """Scores every row's response under its prompt and writes `config.output` (JSONL), whole or not at all.
 
     Adds `prompt_token_ids`, `token_ids` (the response, its end token included), `logprob` (their sum, nats),
-    `num_tokens`, `token_logprobs`, `token_entropies`; other columns stay.
+    `num_tokens`, `token_logprobs`, `token_entropies`; other columns stay. Where `response` is a list of texts, as
+    `launch.generate` writes several samples, each is a response of its own and what is added are lists.
 
     Raises:
       UserError: anything the user can mend, naming file or row.
@@ -60,31 +62,55 @@ def score_rows(config: ScoreConfig) -> None:
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     rows = read_rows(config.input, ("prompt", "response"))
     where = os.path.basename(config.input.rstrip("/"))
+    several = [_is_several(row["response"], f"{where} row {i}") for i, row in enumerate(rows)]
+    # (row, response) of everything that is scored
+    items = [
+        (i, response)
+        for i, row in enumerate(rows)
+        for response in (row["response"] if several[i] else [row["response"]])
+    ]
     encoded = encoder.encode_many(
-        [r["prompt"] for r in rows],
-        [r["response"] for r in rows],
-        [f"{where} row {i}" for i in range(len(rows))],
+        [rows[i]["prompt"] for i, _ in items],
+        [response for _, response in items],
+        [f"{where} row {i}" for i, _ in items],
     )
     segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
     params = source.load_params(mesh, "float32")
-    progress = Progress(len(rows), 0, "row")
+    progress = Progress(len(items), 0, "response")
     done = 0
+    columns: list[dict[str, Any]] = [{}] * len(items)
     for batch in score(params, segments, source.config, config.compute, config.batch, mesh):
         for scores in batch:
-            segment = segments[scores.row]
-            rows[scores.row] |= {
-                "prompt_token_ids": segment.prompt.tolist(),
-                "token_ids": segment.response.tolist(),
-                "logprob": float(scores.logprobs.sum(dtype="float64")),
-                "num_tokens": len(segment.response),
-                "token_logprobs": [round(float(x), 6) for x in scores.logprobs],
-                "token_entropies": [round(float(x), 6) for x in scores.entropies],
-            }
+            columns[scores.row] = _columns(segments[scores.row], scores)
         done += len(batch)
         progress.update(done, {})
     progress.close()
+    scored = iter(columns)
+    for row, is_list in zip(rows, several, strict=True):
+        if is_list:
+            own = [next(scored) for _ in row["response"]]
+            row |= {name: [c[name] for c in own] for name in own[0]} | {"prompt_token_ids": own[0]["prompt_token_ids"]}
+        else:
+            row |= next(scored)
     if jax.process_index() == 0:
         epath.Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(config.output, rows)
         truncated = sum(e.truncated for e in encoded)
         print(json.dumps({"rows": len(rows), "truncated": truncated, "output": config.output}))
+
+
+def _is_several(response: Any, where: str) -> bool:
+    if response == []:
+        raise UserError(f"{where}: response is an empty list; drop the row")
+    return isinstance(response, list) and all(isinstance(item, str) for item in response)
+
+
+def _columns(segment: Segment, scores: TokenScores) -> dict[str, Any]:
+    return {
+        "prompt_token_ids": segment.prompt.tolist(),
+        "token_ids": segment.response.tolist(),
+        "logprob": float(scores.logprobs.sum(dtype="float64")),
+        "num_tokens": len(segment.response),
+        "token_logprobs": [round(float(x), 6) for x in scores.logprobs],
+        "token_entropies": [round(float(x), 6) for x in scores.entropies],
+    }

@@ -68,6 +68,20 @@ def test_a_score_depends_on_its_row_alone(model, tmp_path):
         np.testing.assert_allclose(a["token_entropies"], b["token_entropies"], rtol=0, atol=1e-5)
 
 
+def test_several_responses_of_a_row_are_scored_each_as_alone(model, tmp_path):
+    texts = [" and the hat", " sat", " and the hat"]
+    rows = [{"prompt": "the cat", "response": texts}, *({"prompt": "the cat", "response": text} for text in texts)]
+    run("score", *flags(model, rows, tmp_path / "scored.jsonl")).ok()
+    together, *alone = common.read_rows(tmp_path / "scored.jsonl")
+    assert together["prompt_token_ids"] == alone[0]["prompt_token_ids"]
+    for name in ("token_ids", "num_tokens"):
+        assert together[name] == [row[name] for row in alone]
+    np.testing.assert_allclose(together["logprob"], [row["logprob"] for row in alone], atol=1e-5)
+    for name in ("token_logprobs", "token_entropies"):
+        for a, row in zip(together[name], alone, strict=True):
+            np.testing.assert_allclose(a, row[name], atol=1e-5)
+
+
 def test_long_rows_are_cut_and_counted(model, tmp_path):
     rows = [{"prompt": "say", "response": "yes"}, {"prompt": "say", "response": "0123456789 " * 30}]
     done = fork("score", *flags(model, rows, tmp_path / "scored.jsonl")).ok()
@@ -111,11 +125,13 @@ def test_help(name):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_the_command_in_a_config_parses(name):
-    """The docstring's command is the first thing that a newcomer copies."""
+def test_the_commands_in_a_config_parse(name):
+    """A docstring's command is the first thing that a newcomer copies."""
     text = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
-    assert f"python -m launch.{name} --config=configs/{name}.py" in text
-    settings = re.findall(r"--config\.\S+", text)
-    assert len(settings) >= 2
-    # The files that it names are not here, so it ends with an error: about them, not about its flags
-    assert "no such" in fork(name, f"--config=configs/{name}.py", *settings).error()
+    commands = re.findall(rf"python -m launch\.{name} --config=configs/{name}\.py(\S*)((?:.|\n(?!\n))*)", text)
+    assert commands
+    for preset, rest in commands:
+        settings = re.findall(r"--config\.\S+", rest)
+        assert len(settings) >= 2
+        # The files that it names are not here, so it ends with an error: about them, not about its flags
+        assert "no such" in fork(name, f"--config=configs/{name}.py{preset}", *settings).error()
