@@ -1,4 +1,4 @@
-"""Answers prompts: adds `response` and `finish_reason` to rows with a `prompt`.
+r"""Answers prompts: adds `response` and `finish_reason` to rows with a `prompt`.
 
     python -m launch.generate --config=configs/generate.py --config.model=DIR --config.input=prompts.jsonl \
         --config.output=answers.jsonl

@@ -1,4 +1,4 @@
-"""Trains a policy on preference rows with token-aware DPO.
+r"""Trains a policy on preference rows with token-aware DPO.
 
     python -m launch.musc_train --config=configs/musc_train.py --config.model=DIR --config.input=pairs.jsonl \
         --config.output=runs/musc

@@ -10,6 +10,11 @@ from lm_jax.errors import UserError
 OUTPUT = "runs/quickstart"
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        sys.exit(print(__doc__))
+    if sys.argv[1:]:
+        sys.exit(f"error: unexpected argument {sys.argv[1]!r}; it takes none")
+
     from lm_jax.commands.quickstart import quickstart
 
     try:

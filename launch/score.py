@@ -1,4 +1,4 @@
-"""Scores responses: per-token log-probs and entropies of `response` under `prompt`.
+r"""Scores responses: per-token log-probs and entropies of `response` under `prompt`.
 
     python -m launch.score --config=configs/score.py --config.model=DIR --config.input=rows.jsonl \
         --config.output=scored.jsonl
