@@ -118,7 +118,8 @@ def _draw(weights, uniform):
     group = _first_above(running, sums, target)
     before = jnp.take_along_axis(running - sums, group[:, None], axis=-1)[:, 0]
     inside = jnp.take_along_axis(grouped, group[:, None, None], axis=1)[:, 0]
-    return group * _GROUP + _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
+    # Rounding can take the difference below 0, which would draw the group's first token even where its weight is 0
+    return group * _GROUP + _first_above(jnp.cumsum(inside, axis=-1), inside, jnp.maximum(target - before, 0.0))
 
 
 def _first_above(running, parts, target):
