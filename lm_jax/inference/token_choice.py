@@ -75,9 +75,8 @@ def choose_tokens(
 
 def _weights(scores, filters: Filters, strengths: Strengths) -> jax.Array:
     """[B, V] unnormalised probabilities, 0 for what the filters leave out; the likeliest token has 1."""
-    scores = scores / strengths.temperature
-    scores = scores - jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores)
+    # In this order: a large logit over a small temperature would be infinite
+    weights = jnp.exp((scores - jnp.max(scores, axis=-1, keepdims=True)) / strengths.temperature)
     if filters.top_k:
         least = jax.lax.top_k(weights, min(filters.top_k, weights.shape[-1]))[0][:, -1:]
         weights = jnp.where(weights >= least, weights, 0.0)
