@@ -214,7 +214,8 @@ def test_repetition_penalty_equals_transformers():
     fields = {"temperature": 1.4, "top_k": 30, "top_p": 0.8, "min_p": 0.05}
     uniform = rng.random(60, np.float32)
     tokens, logprobs = chosen(logits, uniform, jnp.asarray(seen), repetition_penalty=1.7, **fields)
-    expected = [np.searchsorted(np.cumsum(exact(p, **fields)), u, "right") for p, u in zip(penalised, uniform, strict=True)]
+    ends = [np.cumsum(exact(row, **fields)) for row in penalised]
+    expected = [np.searchsorted(end, u, side="right") for end, u in zip(ends, uniform, strict=True)]
     np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_allclose(logprobs, whole[np.arange(60), tokens], atol=1e-5)
 
