@@ -22,7 +22,7 @@ NEW = 64
 TOLERANCE = 1e-4  # nats
 LETTERS = "bfgjklopqvxz"  # the tokenizer merges none of them: a letter is a token
 LENGTHS = (1, 2, 31, 32, 33, 64, 97, 170)
-BEGINNING, SHARING = 70, 34  # tokens, and prompts of one to 21 more: they go through three prefills
+BEGINNING, SHARING = 70, 34  # tokens, and prompts of up to 51 more: they go through three prefills
 
 
 def rope(kind, **fields):
@@ -58,7 +58,7 @@ def prompts_for(context):
     rng = random.Random(0)
     beginning = rng.choices(LETTERS, k=BEGINNING)
     texts = ["".join(rng.choices(LETTERS, k=length)) for length in (*LENGTHS, context - 10)[: 8 + (context < 256)]]
-    sharing = ["".join([*beginning, *rng.choices(LETTERS, k=1 + i % 21)]) for i in range(SHARING)]
+    sharing = ["".join([*beginning, *rng.choices(LETTERS, k=1 + 5 * i % 51)]) for i in range(SHARING)]
     return texts, texts + sharing
 
 
