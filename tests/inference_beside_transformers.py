@@ -3,7 +3,7 @@
     python -m tests.inference_beside_transformers OUTPUT_DIR [generation|scoring]
 
 Generation: 256 prompts of 20 to 200 tokens of real text, up to 128 new tokens at temperature 1, and a model that ends
-early: a share of the vocabulary counts as end tokens. transformers takes batches as the rows come, and sorted by length.
+early: a share of the vocabulary counts as end tokens. transformers takes batches as the rows come, and also sorted.
 Scoring: log-probs of 1,000 real responses; transformers takes batches sorted by length, with the head on all tokens.
 Compilation is left out on our side (each measurement is the second of its kind in the process), as is loading on both.
 """

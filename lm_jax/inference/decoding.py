@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.inference.token_choice import Filters, Strengths, choose_tokens
-from lm_jax.models.cache import CHUNK, KVCache, make_cache
+from lm_jax.models.cache import CHUNK, KVCache, cache_shapes, make_zeros
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows
 from lm_jax.sharding import BATCH_AXES, constrain
@@ -49,27 +49,43 @@ class Placement(NamedTuple):
     keys: jax.Array  # [J, 2] uint32
 
 
+_ROWS, _CACHE, _WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES, "tensor"), PartitionSpec()
+# What a step returns lies as what it was given: left to the compiler, each step's result would be a new layout to the
+# next, which compiles anew for it
+_SLOTS = Slots(**{name: _CACHE if name == "cache" else _ROWS for name in Slots._fields})
+_PROMPTS = Prompts(_CACHE, _ROWS)
+
+
 def make_slots(
     config: ModelConfig, compute: ComputeConfig, rows: int, length: int, with_seen: bool, mesh: Mesh
 ) -> Slots:
     """`rows` empty slots for sequences of at most `length` tokens."""
+    return make_zeros(slot_shapes(config, compute, rows, length, with_seen, mesh))
 
-    def zeros(dtype, *shape):
-        return jnp.zeros((rows, *shape), dtype, device=NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+def slot_shapes(
+    config: ModelConfig, compute: ComputeConfig, rows: int, length: int, with_seen: bool, mesh: Mesh
+) -> Slots:
+    """The slots that `make_slots` makes, as ShapeDtypeStructs."""
+
+    def each(dtype, *shape):
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=NamedSharding(mesh, _ROWS))
 
     return Slots(
-        cache=make_cache(config, rows, length, compute.dtype, mesh),
-        hidden=zeros(compute.dtype, config.d_model),
-        ends=zeros(jnp.int32),
-        produced=zeros(jnp.int32),
-        budget=zeros(jnp.int32),
-        active=zeros(bool),
-        keys=zeros(jnp.uint32, 2),
-        seen=zeros(bool, config.vocab_size) if with_seen else None,
+        cache=cache_shapes(config, rows, length, compute.dtype, mesh),
+        hidden=each(compute.dtype, config.d_model),
+        ends=each(jnp.int32),
+        produced=each(jnp.int32),
+        budget=each(jnp.int32),
+        active=each(bool),
+        keys=each(jnp.uint32, 2),
+        seen=each(bool, config.vocab_size) if with_seen else None,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",), out_shardings=_PROMPTS
+)
 def prefill(
     params: dict,
     cache: tuple[KVCache, ...],
@@ -113,7 +129,7 @@ def prefill(
     return Prompts(cache, hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("exchange",), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("exchange",), donate_argnames=("slots",), out_shardings=_SLOTS)
 def place(
     slots: Slots, prompts: Prompts, tokens: jax.Array, lengths: jax.Array, to: Placement, exchange: bool
 ) -> Slots:
@@ -125,13 +141,10 @@ def place(
     """
     mesh = jax.sharding.get_abstract_mesh()
     # Not left to the partitioner, which masks and moves whole caches: the few prompts go everywhere, slots stay
-    rows, by_layer = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES, "tensor")
-    specs = Slots(**{name: by_layer if name == "cache" else rows for name in Slots._fields})
-    whole = PartitionSpec()
     return jax.shard_map(
         functools.partial(_place, parts=[mesh.shape[axis] for axis in BATCH_AXES], exchange=exchange),
-        in_specs=(specs, Prompts(by_layer, rows), whole, whole, whole),
-        out_specs=specs,
+        in_specs=(_SLOTS, _PROMPTS, _WHOLE, _WHOLE, _WHOLE),
+        out_specs=_SLOTS,
         check_vma=False,
     )(slots, prompts, tokens, lengths, to)
 
@@ -180,7 +193,12 @@ def _place(slots: Slots, prompts: Prompts, tokens, lengths, to: Placement, parts
     )
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "config", "compute", "filters"), donate_argnames=("slots",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("steps", "config", "compute", "filters"),
+    donate_argnames=("slots",),
+    out_shardings=(_SLOTS, PartitionSpec(None, BATCH_AXES), PartitionSpec(None, BATCH_AXES)),
+)
 def decode(
     params: dict,
     slots: Slots,
@@ -218,9 +236,10 @@ def decode(
         produced = slots.produced + slots.active
         ended = jnp.any(token[:, None] == end_ids, axis=1) | (produced >= slots.budget)
         active = slots.active & ~ended
-        # A finished slot computes on, as a row of padding that nobody reads and for which no block is read
+        # A finished slot computes on, as a row of padding that nobody reads and for which no block is read or written
         ends = jnp.where(active, slots.ends + 1, 0)
-        hidden, cache = decoder.apply({"params": params}, token[:, None], ends[:, None] - 1, None, slots.cache, ends)
+        positions = jnp.maximum(ends - 1, 0)[:, None]
+        hidden, cache = decoder.apply({"params": params}, token[:, None], positions, None, slots.cache, ends)
         seen = slots.seen if slots.seen is None else slots.seen.at[rows, token].set(True)
         slots = Slots(cache, hidden[:, 0], ends, produced, slots.budget, active, slots.keys, seen)
         return step + 1, slots, tokens.at[step].set(token), logprobs.at[step].set(logprob)

@@ -89,8 +89,12 @@ class LocalGenerator:
             yield failed
         if rows:
             run = _Run(self, _in_order(rows, self._prefill_rows), sampling, end_ids, stop_texts)
-            with jax.set_mesh(self._mesh):
-                yield from run.completions()
+            while True:
+                with jax.set_mesh(self._mesh):  # not while the caller has the turn: it is a state of the whole thread
+                    done = run.next()
+                if not done:
+                    return
+                yield done
 
     def _encode(self, requests, sampling) -> tuple[list[_Row], list[Completion]]:
         try:
@@ -131,13 +135,14 @@ class _Run:
         self._in_slot: list[_Sequence | None] = [None] * g._num_slots
         self._keep = np.ones(g._num_slots, bool)
 
-    def completions(self) -> Iterator[list[Completion]]:
+    def next(self) -> list[Completion]:
+        """The rows that finish next; none are left when it is empty."""
         while True:
             self._fill()
             if not any(self._in_slot):
-                return
+                return []
             if done := self._step():
-                yield done
+                return done
 
     def _fill(self) -> None:
         """Puts sequences into free slots, prefilling more prompts as they run out."""

@@ -58,10 +58,11 @@ def find_stop(
         return None
     # A text of n bytes is spelt by at most n tokens, so it ends in the new ones and begins at most n before them
     reach = max(len(text.encode()) for text in texts)
-    tail = list(ids[-(new + reach) :])
-    if not any(text in tokenizer.decode(tail, skip_special_tokens=True) for text in texts):
+    start = max(0, len(ids) - new - reach)
+    tail = response_text(tokenizer, [*prompt_ids[-_CONTEXT:], *ids[:start]], ids[start:])
+    if not any(text in tail for text in texts):
         return None
-    for count in range(max(1, len(ids) - new - reach), len(ids) + 1):
+    for count in range(max(1, start), len(ids) + 1):
         text = response_text(tokenizer, prompt_ids, ids[:count])
         found = [text.find(stop) for stop in texts if stop in text]
         if found:

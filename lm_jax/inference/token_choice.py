@@ -80,9 +80,9 @@ def choose_tokens(
 
 def _weights(scores, filters: Filters, strengths: Strengths) -> jax.Array:
     """[B, V] unnormalised probabilities, 0 for what the filters leave out; the likeliest token has 1."""
-    if filters.temperature:
-        scores = scores / strengths.temperature
     scores = scores - jnp.max(scores, axis=-1, keepdims=True)
+    if filters.temperature:
+        scores = scores / strengths.temperature  # after the subtraction: a large logit over a small one is infinite
     weights = jnp.exp(scores)
     if filters.top_k:
         least = jax.lax.top_k(weights, min(filters.top_k, weights.shape[-1]))[0][:, -1:]
@@ -124,7 +124,8 @@ def _draw(weights, uniform):
     group = _first_above(running, sums, target)
     before = jnp.take_along_axis(running - sums, group[:, None], axis=-1)[:, 0]
     inside = jnp.take_along_axis(grouped, group[:, None, None], axis=1)[:, 0]
-    return group * _GROUP + _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
+    # Rounding can take the difference below 0, which would draw the group's first token even where its weight is 0
+    return group * _GROUP + _first_above(jnp.cumsum(inside, axis=-1), inside, jnp.maximum(target - before, 0.0))
 
 
 def _first_above(running, parts, target):

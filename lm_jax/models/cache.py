@@ -70,7 +70,17 @@ def layer_order(config: ModelConfig, members: int) -> LayerOrder:
 
 
 def make_cache(config: ModelConfig, rows: int, length: int, dtype: str, mesh: Mesh) -> tuple[KVCache, ...]:
-    """An empty cache on `mesh`.
+    """An empty cache on `mesh`; see `cache_shapes`."""
+    return make_zeros(cache_shapes(config, rows, length, dtype, mesh))
+
+
+def make_zeros(shapes):
+    """A pytree of ShapeDtypeStructs with shardings -> the same of arrays."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes)
+
+
+def cache_shapes(config: ModelConfig, rows: int, length: int, dtype: str, mesh: Mesh) -> tuple[KVCache, ...]:
+    """The cache on `mesh`, as ShapeDtypeStructs.
 
     Args:
       rows: B, a multiple of the mesh's parts of a batch.
@@ -83,13 +93,13 @@ def make_cache(config: ModelConfig, rows: int, length: int, dtype: str, mesh: Me
         (w, config.layer_windows.count(w)) for w in config.distinct_windows
     ]  # fmt: skip
 
-    def zeros(*shape):
-        return jnp.zeros(shape, dtype, device=NamedSharding(mesh, _CACHE))
+    def block(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, _CACHE))
 
     return tuple(
         KVCache(
-            tuple(zeros(layers, rows, heads, config.head_dim, c) for c in _blocks(length, window)),
-            tuple(zeros(layers, rows, heads, c, config.head_dim) for c in _blocks(length, window)),
+            tuple(block(layers, rows, heads, config.head_dim, c) for c in _blocks(length, window)),
+            tuple(block(layers, rows, heads, c, config.head_dim) for c in _blocks(length, window)),
         )
         for window, layers in members
     )

@@ -1,4 +1,4 @@
-"""The sharded training step and the scoring pass compile for a TPU pod, on a machine without one."""
+"""The sharded training step, the scoring pass and the sampler's steps compile for a TPU pod, without having one."""
 
 import importlib.util
 import json
@@ -21,16 +21,22 @@ HBM = 16 * 2**30  # bytes of a v5e chip
 MESH = (2, 4, 2)
 PARTS = 8  # of each parameter: fsdp x tensor; the data axis holds replicas
 ROWS, ROW_LENGTH, LAYERS = 32, 4096, 2
+DECODE_MESH = (2, 1, 8)
+SLOTS, PROMPTS, PROMPT_LENGTH, CONTEXT = 64, 16, 1024, 2048
 
 
 def computed():
-    """Runs in a process of its own: compiles both programs and returns the bytes that each takes on a chip."""
+    """Runs in a process of its own: compiles all programs and returns the bytes that each takes on a chip."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
 
     from lm_jax.config import ComputeConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
+    from lm_jax.inference import decoding
+    from lm_jax.inference.requests import SamplingConfig
     from lm_jax.inference.scoring import packed_logprobs
+    from lm_jax.inference.token_choice import filters_of
+    from lm_jax.models.cache import cache_shapes
     from lm_jax.models.registry import weight_table
     from lm_jax.models.weights import nest
     from lm_jax.sharding import batch_sharding, make_mesh, state_shardings
@@ -81,7 +87,32 @@ def computed():
                 placed(shapes, param_shardings(model, mesh)), batch(ROWS), config=model, compute=compute
             ),
         }
-        found = {"params": sum(x.size for x in jax.tree.leaves(shapes))}
+    mesh = make_mesh(MeshConfig(*DECODE_MESH), list(devices))
+    compute = ComputeConfig("bfloat16", remat="none")
+    params = placed(shapes, param_shardings(model, mesh))
+    slots = decoding.slot_shapes(model, compute, SLOTS, CONTEXT, False, mesh)
+    cache = cache_shapes(model, PROMPTS, PROMPT_LENGTH, compute.dtype, mesh)
+
+    def given(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    filters, strengths = filters_of(SamplingConfig(1, temperature=0.7, top_k=50, top_p=0.9, min_p=0.05))
+    tokens, lengths, first = given(jnp.int32, PROMPTS, PROMPT_LENGTH), given(jnp.int32, PROMPTS), given(jnp.int32)
+    to = decoding.Placement(*(given(jnp.int32, 8),) * 3, given(jnp.uint32, 8, 2))
+    with jax.set_mesh(mesh):
+        prefill = decoding.prefill.lower(params, cache, tokens, lengths, first, model, compute)
+        prompts = decoding.Prompts(cache, jax.ShapeDtypeStruct((PROMPTS, model.d_model), jnp.bfloat16))
+        programs |= {
+            "prefill": prefill,
+            "place": decoding.place.lower(slots, prompts, tokens, lengths, to),
+            "decode": decoding.decode.lower(
+                params, slots, given(bool, SLOTS), given(jnp.int32, 2), strengths, 16, model, compute, filters
+            ),
+        }
+        found = {
+            "params": sum(x.size for x in jax.tree.leaves(shapes)),
+            "slots": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slots.cache)),
+        }
         for name, lowered in programs.items():
             compiled = lowered.compile()
             text = compiled.as_text()
@@ -125,6 +156,20 @@ def test_scoring_pass_compiles(found):
 def test_no_chip_holds_the_activations_of_all_rows(found, program):
     """Else memory would grow with the global batch, however many chips share it."""
     assert not found[program]["whole_batch"]
+
+
+def test_sampler_compiles(found):
+    """Slots are updated in place, a chip holds its share of them and of the parameters, and little beside them."""
+    params = 4 * found["params"] / DECODE_MESH[2]  # on each chip of a replica
+    slots = found["slots"] / CHIPS
+    decode, place, prefill = (found[name] for name in ("decode", "place", "prefill"))
+    assert params + slots < decode["arguments"] < 1.05 * (params + slots)
+    assert slots < place["aliased"] and slots < decode["aliased"], "the slots are not donated"
+    assert decode["outputs"] - decode["aliased"] < 0.01 * slots
+    assert 0 < decode["temporary"] < HBM - decode["arguments"]
+    assert 0 < place["temporary"] < 2 * slots
+    assert params < prefill["arguments"] and 0 < prefill["temporary"] < HBM - prefill["arguments"]
+    assert decode["collectives"] and prefill["collectives"]
 
 
 def test_no_whole_logits(found):
