@@ -1,7 +1,7 @@
 """Weights for the tokens of a response (MuSC, arXiv 2502.11541, section 3.3), from the frozen seed model's scores.
 
 A weight is one function of (token, context), the same for chosen and rejected responses: weights that differ for the
-same token in the two would push shared tokens up or down on balance. `other_over_own` is the exception, to compare with.
+same token in the two would push shared tokens up or down on balance. `other_over_own` is the exception.
 
 Axes: R tokens of a response. Contexts of a response, always teacher-forced: the full instruction, the perturbed one
 (from which constraints were dropped or altered), and none.

@@ -1,4 +1,4 @@
-"""Responses under several prompts each: every token's distribution under each prompt, and how far two of them lie apart.
+"""Responses under several prompts each: every token's distribution under each, and how far two of them lie apart.
 
 Axes: B rows, T tokens of a row, C prompts of a response, S response tokens of a row, D model, V vocabulary.
 An example is one response under its C prompts, C segments of one row; so the states that belong to one response token
