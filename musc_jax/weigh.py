@@ -190,7 +190,8 @@ def store_key(
     for i, row in enumerate(pairs.rows):
         chosen, rejected = (s.response for s in pairs.segments[2 * i : 2 * i + 2])
         digest.update(pair_fingerprint(row.prompt, chosen, rejected).encode())
-    key = {
+    key: dict[str, Any] = {
+        "rules": list(rules),
         "tokens": digest.hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": source.fingerprint(),
