@@ -6,13 +6,14 @@ On the 100 real pairs and the model of `tests.real_input` (or, with --tiny, on a
 two layers, to see that it works). The perturbed prompt is the prompt without its last tenth, as a dropped constraint
 makes it shorter.
 
-Baseline: `score`, one packed pass over prompt and response of both sides. Weighing: `contrast` as the command runs it, for
-the default rule (two contexts) and for all rules (three). Six passes: (full, perturbed, none) x (chosen, rejected), one
-after the other, each batch padded to its longest sequence, whole [tokens, vocabulary] logits, as the authors' script makes
-them. Every pass runs once before its time is taken, so no compilation is in it; the best of --repeats is printed.
+Baseline: `score`, one packed pass over prompt and response of both sides. Weighing: `contrast` as the command runs it,
+for the default rule (two contexts) and for all rules (three). Six passes: (full, perturbed, none) x (chosen, rejected),
+one after the other, each batch padded to its longest sequence, whole [tokens, vocabulary] logits, as the authors'
+script makes them. Every pass runs once before its time is taken, so no compilation is in it; the best of --repeats is
+printed.
 
-FLOPs are counted from tokens: the decoder over all tokens (of the padded passes: padding included), the head over response
-tokens (of the padded passes: all).
+FLOPs are counted from tokens: the decoder over all tokens (of the padded passes: padding included), the head over
+response tokens (of the padded passes: all).
 """
 
 import argparse
@@ -117,20 +118,20 @@ def measure(model: Path, pairs_file: Path, number: int | None, max_length: int, 
     compute = ComputeConfig("float32")
     mesh = make_mesh(MeshConfig(1, -1, 1))
     params = source.load_params(mesh, "float32")
-    rows = 4 * jax.device_count()
+    batch = BatchConfig(2 * jax.device_count(), 4 * max_length, 1, 64)  # of all packed passes
 
-    def shape(contexts):
-        return BatchConfig(rows, (contexts + contexts % 2) * max_length, 1, 64)
+    def slots(examples):
+        return len(plan_batches(example_lengths(examples), batch, 1, None)) * batch.rows * batch.row_length
 
     def forward():
-        for _ in score(params, full, config, compute, shape(2), mesh):
+        for _ in score(params, full, config, compute, batch, mesh):
             pass
 
     def weigh(rules):
         contexts = contexts_of(rules)
         examples = [tuple(under(c, i) for c in contexts) for i in range(len(full))]
         divergences = any(WEIGHING_RULES[rule].divergences for rule in rules)
-        batch, wanted = shape(len(contexts)), np.ones(len(full), bool)
+        wanted = np.ones(len(full), bool)
 
         def run():
             for part in contrast(params, examples, wanted, config, compute, batch, mesh, divergences):
@@ -139,8 +140,7 @@ def measure(model: Path, pairs_file: Path, number: int | None, max_length: int, 
                     for rule in rules:
                         WEIGHING_RULES[rule].weigh(scores)
 
-        slots = len(plan_batches(example_lengths(examples), batch, 1, None)) * batch.rows * batch.row_length
-        return run, examples, slots
+        return run, examples
 
     padded = [padded_batches([under(c, i) for i in range(side, len(full), 2)]) for c in CONTEXTS for side in (0, 1)]
 
@@ -149,20 +149,20 @@ def measure(model: Path, pairs_file: Path, number: int | None, max_length: int, 
             for tokens, present in batches:
                 jax.block_until_ready(whole_logits(params, tokens, present, config, compute))
 
-    singles = [(segment,) for segment in full]
-    plan = plan_batches(example_lengths(singles), shape(2), 1, None)
-    default, default_examples, default_slots = weigh((DEFAULT_RULE,))
-    every, every_examples, every_slots = weigh(tuple(WEIGHING_RULES))
-    widths = np.array([tokens.shape[1] for batches in padded for tokens, _ in batches for _ in range(PADDED_ROWS)])
     entries = {
-        "forward": (forward, example_lengths(singles).sum(), len(plan) * rows * 2 * max_length, singles),
-        "default": (default, example_lengths(default_examples).sum(), default_slots, default_examples),
-        "all": (every, example_lengths(every_examples).sum(), every_slots, every_examples),
+        "forward": (forward, [(segment,) for segment in full]),
+        "default": weigh((DEFAULT_RULE,)),
+        "all": weigh(tuple(WEIGHING_RULES)),
     }
     report = {
-        name: {"tokens": int(tokens), "slots": int(slots), "flops": packed_flops(config, examples)}
-        for name, (_, tokens, slots, examples) in entries.items()
+        name: {
+            "tokens": int(example_lengths(examples).sum()),
+            "slots": slots(examples),
+            "flops": packed_flops(config, examples),
+        }
+        for name, (_, examples) in entries.items()
     }
+    widths = np.array([tokens.shape[1] for batches in padded for tokens, _ in batches for _ in range(PADDED_ROWS)])
     tokens = int(sum(present.sum() for batches in padded for _, present in batches))
     report["six_padded"] = {"tokens": tokens, "slots": int(widths.sum()), "flops": forward_flops(config, widths)}
     for name, run in (*((n, e[0]) for n, e in entries.items()), ("six_padded", six)):
