@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
 from lm_jax.inference.contrast import contrast_head
 from musc_jax import token_weights
+from musc_jax.examples import Pairs, rule_for
 from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint, store_as_written, stored_weights
 from musc_jax.token_weights import CHOSEN, REJECTED, WEIGHING_RULES, ResponseScores, contexts_of, parse_rules
+from musc_jax.weigh import perturbed_prompts
 
 
 def array(*values):
@@ -343,3 +346,51 @@ def test_the_fingerprint_sees_texts_and_tokens():
     assert len(prints) == 6 and all(len(p) == 16 for p in prints)
     message = [{"content": "a", "role": "user"}]  # the order of the keys is no difference
     assert pair_fingerprint(message, ids, ids[:2]) in prints
+
+
+def test_auto_takes_what_the_rows_bring():
+    """A store was made on purpose, so it goes before scores that came with the rows."""
+    plain, scored = (PreferenceRow(0, "0", "p", "c", "r", s, s) for s in (None, array(1)))
+    pointing = pointer(0)
+    assert rule_for("auto", [plain], [{}]) == "uniform"
+    assert rule_for("auto", [plain], [{COLUMN: None}]) == "uniform"  # a column that Parquet filled
+    assert rule_for("auto", [scored], [{}]) == "columns"
+    assert rule_for("auto", [plain], [pointing]) == rule_for("auto", [scored], [pointing]) == "store"
+    assert rule_for("columns", [scored], [pointing]) == "columns"
+    assert rule_for("store:kl", [plain], [pointing]) == "store:kl"
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def perturbed(prompt, value, rules=("calibrated_entropy",)):
+    row = PreferenceRow(7, "7", prompt, "c", "r", None, None)
+    columns = {} if value is None else {"perturbed_prompt": value}
+    return perturbed_prompts(Pairs([row], [columns], [], "uniform", "pairs.jsonl", []), rules)[0]
+
+
+def test_perturbed_prompts():
+    assert perturbed("say", "said") == "said"
+    assert perturbed(user("say"), user("said")) == user("said")
+    # A plain string stands for the last user message, where instruction columns were read as messages too
+    system, turn = {"role": "system", "content": "be"}, {"role": "assistant", "content": "yes"}
+    prompt = [system, *user("first"), turn, *user("second")]
+    assert perturbed(prompt, "2nd") == [system, *user("first"), turn, *user("2nd")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "value", "rules", "says"),
+    [
+        ("say", None, ("pmi", "kl"), "'perturbed_prompt' is missing, which the rule kl contrasts.*entropy, pmi"),
+        ("say", user("said"), ("kl",), "must both be strings or both be messages"),
+        ([{"role": "system", "content": "be"}], "said", ("kl",), "must both be strings or both be messages"),
+        (user("say"), [], ("kl",), "perturbed_prompt is an empty list"),
+        (user("say"), [{"role": "user"}], ("kl",), "perturbed_prompt message 0 has no content"),
+        ("say", 5, ("kl",), "must both be strings or both be messages"),
+    ],
+)
+def test_perturbed_prompts_that_do_not_fit(prompt, value, rules, says):
+    with pytest.raises(UserError, match=says) as caught:
+        perturbed(prompt, value, rules)
+    assert str(caught.value).startswith("pairs.jsonl row 7: ")
