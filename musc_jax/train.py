@@ -29,7 +29,7 @@ from lm_jax.training.metrics import MetricsWriter
 from lm_jax.training.optim import make_optimizer, make_schedule
 from lm_jax.training.runs import begin_run, open_model, param_specs
 from lm_jax.training.step import TrainState, make_evaluate, make_train_step
-from musc_jax.examples import Pairs, load_pairs, rule_for
+from musc_jax.examples import Pairs, load_pairs
 from musc_jax.losses import LossConfig
 from musc_jax.objective import preference_objective
 from musc_jax.reference import no_scores, reference_scores, weighted_pairs
@@ -94,7 +94,7 @@ def train(config: MuscTrainConfig) -> None:
     tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(policy.directory, tokenizer))
     train_pairs = load_pairs(config.input, encoder, config.weights)
-    rule = rule_for(config.weights, train_pairs.rows)
+    rule = train_pairs.rule
     eval_pairs = load_pairs(config.eval_input, encoder, rule) if config.eval_input else None
     for pairs in filter(None, (train_pairs, eval_pairs)):
         _say("\n".join(pairs.report))

@@ -1,0 +1,313 @@
+"""`launch.musc_token_weights`: preference rows -> a store of token weights, and the rows that point at it."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
+from lm_jax.data.order import check_batch
+from lm_jax.data.packing import Example, Segment, example_lengths
+from lm_jax.data.rows import write_jsonl
+from lm_jax.data.score_store import ScoreStore
+from lm_jax.data.text import Text, TextEncoder, end_token_ids, load_tokenizer, messages_fault, tokenizer_fingerprint
+from lm_jax.errors import UserError
+from lm_jax.inference.contrast import Contrast, contrast
+from lm_jax.models.decoder import check_compute
+from lm_jax.sharding import make_mesh
+from lm_jax.training.metrics import Progress
+from lm_jax.training.runs import ModelSource, open_model, param_specs
+from musc_jax.examples import Pairs, load_pairs
+from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint, store_as_written
+from musc_jax.token_weights import (
+    CHOSEN,
+    FULL,
+    MAX_WEIGHT,
+    NONE,
+    PERTURBED,
+    REJECTED,
+    WEIGHING_RULES,
+    ResponseScores,
+    contexts_of,
+    parse_rules,
+)
+
+_SIDES = (CHOSEN, REJECTED)
+_SUMMED = 4096  # responses read together for the table at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class WeighConfig:
+    """`configs/musc_token_weights.py` says what each key is for."""
+
+    model: str
+    input: str
+    output: str
+    store: str | None
+    rules: str
+    keep_scores: bool
+    seed: int
+    dtype: str
+    max_length: int
+    batch: BatchConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+
+    def __post_init__(self):
+        parse_rules(self.rules)
+        if self.max_length < 2:
+            raise UserError(f"config.max_length: must be at least 2, got {self.max_length}")
+
+
+def weigh_rows(config: WeighConfig) -> None:
+    """Weighs every response token of every pair and writes `config.output`, whole or not at all.
+
+    The store fills batch by batch and may be read meanwhile; the same command goes on after an interruption.
+
+    Raises:
+      UserError: anything the user can mend, naming file or row.
+    """
+    rules = parse_rules(config.rules)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch, mesh)
+    check_compute(config.compute)
+    if epath.Path(config.output).is_dir():
+        raise UserError(f"{config.output}: is a directory; give config.output a file name")
+    source = open_model(config.model)
+    param_specs(source.config, mesh)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
+    pairs = load_pairs(config.input, encoder, "uniform")
+    contexts = contexts_of(rules)
+    perturbed = perturbed_prompts(pairs, rules) if PERTURBED in contexts else None
+    examples = response_examples(pairs, contexts, perturbed, encoder, tokenizer)
+    _check_fit(pairs, examples, config.batch.row_length)
+    _say("\n".join(pairs.report))
+    same = sum(row.prompt == other for row, other in zip(pairs.rows, perturbed or [], strict=perturbed is not None))
+    if same:
+        _say(
+            f"{pairs.where}: {same} of {len(pairs)} perturbed prompts equal their prompt; nothing tells these rows' "
+            "tokens apart (every ratio is 1 and every divergence 0)"
+        )
+
+    key = store_key(pairs, perturbed, rules, config, source, tokenizer)
+    fields = (*rules, *(_score_fields(contexts) if config.keep_scores else ()))
+    where = config.store or f"{config.output.removesuffix('.jsonl')}.weights"
+    store = ScoreStore.create_or_open(where, key, [len(e[0].response) for e in examples], fields)
+    _fill(store, pairs, examples, contexts, rules, config, source, mesh)
+    if jax.process_index() == 0:
+        write_jsonl(config.output, _rows(pairs, store, rules[0], config.output))
+        tokens = int(store.lengths.sum())
+        report = {"rows": len(pairs), "tokens": tokens, "same_prompts": same, "store": store.path}
+        report |= {"output": config.output, "weights": _summary(store, rules)}
+        if "://" not in store.path:
+            report["store_bytes_per_token"] = round(_bytes(store.path) / max(tokens, 1) / len(fields), 3)
+        print(json.dumps(report))
+
+
+def perturbed_prompts(pairs: Pairs, rules: Sequence[str]) -> list[Text]:
+    """The rows' `perturbed_prompt`, in their prompts' form: beside messages a string is the last user message.
+
+    Raises:
+      UserError: missing, or of another form.
+    """
+    found: list[Text] = []
+    for i, (row, columns) in enumerate(zip(pairs.rows, pairs.columns, strict=True)):
+        value = columns.get("perturbed_prompt")
+        if value is None:
+            needing = next(rule for rule in rules if PERTURBED in WEIGHING_RULES[rule].contexts)
+            without = ", ".join(name for name, rule in WEIGHING_RULES.items() if PERTURBED not in rule.contexts)
+            raise UserError(
+                f"{pairs.name(i)}: column 'perturbed_prompt' is missing, which the rule {needing} contrasts the prompt "
+                f"with; add it, or choose config.rules among {without}"
+            )
+        if isinstance(row.prompt, str) != isinstance(value, str):
+            users = [] if isinstance(row.prompt, str) else [m for m in row.prompt if m["role"] == "user"]
+            if not users:
+                raise UserError(
+                    f"{pairs.name(i)}: prompt and perturbed_prompt must both be strings or both be messages; make them "
+                    "alike"
+                )
+            value = [{**m, "content": value} if m is users[-1] else m for m in row.prompt]
+        elif not isinstance(value, str) and (fault := messages_fault(value)):
+            raise UserError(f"{pairs.name(i)}: perturbed_prompt {fault}; give a string or a list of messages")
+        found.append(value)
+    return found
+
+
+def response_examples(
+    pairs: Pairs, contexts: Sequence[str], perturbed: Sequence[Text] | None, encoder: TextEncoder, tokenizer: Any
+) -> list[Example]:
+    """Each response (2 a pair, chosen then rejected) under each context: one segment a context.
+
+    The response's tokens are those that training sees, cut where the full instruction and it reach max_length, under
+    every context: so weights line up, and under a longer instruction the sequence may be longer than max_length.
+    """
+    prompts: dict[str, list[np.ndarray]] = {FULL: [s.prompt for s in pairs.segments[::2]]}
+    if perturbed is not None:
+        names = [f"{pairs.name(i)} (perturbed_prompt)" for i in range(len(pairs))]
+        prompts[PERTURBED] = encoder.encode_prompts(perturbed, names)
+    if NONE in contexts:
+        empty = {form: no_prompt(encoder, tokenizer, form) for form in {type(row.prompt) for row in pairs.rows}}
+        prompts[NONE] = [empty[type(row.prompt)] for row in pairs.rows]
+    return [
+        tuple(Segment(prompts[context][i // 2], segment.response) for context in contexts)
+        for i, segment in enumerate(pairs.segments)
+    ]
+
+
+def no_prompt(encoder: TextEncoder, tokenizer: Any, form: type) -> np.ndarray:
+    """Token ids of no instruction: int32 [P], P >= 1.
+
+    Messages: the chat template around one empty user message. Raw text: the tokenizer's leading special tokens; where
+    it has none, its end token, which is what stands between texts in pretraining.
+    """
+    if form is not str:
+        return encoder.encode_prompt([{"role": "user", "content": ""}], "the empty instruction")
+    lead = tokenizer("", add_special_tokens=True)["input_ids"]
+    if not [i for i in lead if i != tokenizer.eos_token_id]:
+        return np.array([tokenizer.eos_token_id], np.int32)
+    return encoder.encode_prompt("", "the empty instruction")
+
+
+def store_key(
+    pairs: Pairs,
+    perturbed: Sequence[Text] | None,
+    rules: Sequence[str],
+    config: WeighConfig,
+    source: ModelSource,
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """What the weights depend on. Of prompts texts and tokenizer, not the ids: a template may write today's date."""
+    digest = hashlib.sha256()
+    for i, row in enumerate(pairs.rows):
+        chosen, rejected = (s.response for s in pairs.segments[2 * i : 2 * i + 2])
+        digest.update(pair_fingerprint(row.prompt, chosen, rejected).encode())
+    key: dict[str, Any] = {
+        "rules": list(rules),
+        "tokens": digest.hexdigest(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "model": source.fingerprint(),
+        "dtype": config.compute.dtype,
+    }
+    if perturbed is not None:
+        key["perturbed"] = hashlib.sha256(json.dumps(perturbed, sort_keys=True).encode()).hexdigest()
+    if "shuffled" in rules:
+        ids = json.dumps([row.id for row in pairs.rows]).encode()
+        key |= {"seed": config.seed, "ids": hashlib.sha256(ids).hexdigest()}
+    return key
+
+
+def response_scores(
+    scores: Contrast, contexts: Sequence[str], side: str, draw: tuple[int | str, ...] = ()
+) -> ResponseScores:
+    """The pass's numbers by their names."""
+    kl, reverse_kl = (None, None) if scores.divergences is None else scores.divergences
+    return ResponseScores(
+        dict(zip(contexts, scores.logprobs, strict=True)),
+        dict(zip(contexts, scores.entropies, strict=True)),
+        kl,
+        reverse_kl,
+        side,
+        draw,
+    )
+
+
+def _fill(store, pairs, examples, contexts, rules, config, source, mesh) -> None:
+    """Weighs what the store lacks, batch by batch."""
+    missing = np.zeros(len(examples), bool)
+    missing[store.missing()] = True
+    if missing.any():
+        done = len(examples) - int(missing.sum())
+        progress = Progress(len(examples), done, "response")
+        divergences = any(WEIGHING_RULES[rule].divergences for rule in rules)
+        params = source.load_params(mesh, "float32")
+        for batch in contrast(
+            params, examples, missing, source.config, config.compute, config.batch, mesh, divergences
+        ):
+            rows, values = [], {field: [] for field in store.fields}
+            for item, scores in batch:
+                name = f"{pairs.name(item // 2)} ({_SIDES[item % 2]})"
+                draw = (config.seed, pairs.rows[item // 2].id)
+                weights = _weights(response_scores(scores, contexts, _SIDES[item % 2], draw), rules, name)
+                if config.keep_scores:
+                    weights |= _raw_scores(scores, contexts)
+                rows.append(item)
+                for field, array in weights.items():
+                    values[field].append(array)
+            if jax.process_index() == 0:
+                store.write(rows, values)
+            done += int(missing[rows].sum())
+            progress.update(done, {})
+        progress.close()
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("weights written")
+
+
+def _weights(scores: ResponseScores, rules: Sequence[str], name: str) -> dict[str, np.ndarray]:
+    for kind, by_context in (("log-prob", scores.logprobs), ("entropy", scores.entropies)):
+        for context, values in by_context.items():
+            if not (finite := np.isfinite(values)).all():
+                at = int(np.argmin(finite))
+                raise UserError(
+                    f"{name}: the {kind} of token {at} under the {context} prompt is {values[at]}; look at the row, "
+                    "compute in float32 if the model overflows, and check the model's weights if every row does"
+                )
+    return {rule: WEIGHING_RULES[rule].weigh(scores) for rule in rules}
+
+
+def _score_fields(contexts: Sequence[str]) -> list[str]:
+    return [f"{kind}_{context}" for kind in ("logprob", "entropy") for context in contexts]
+
+
+def _raw_scores(scores: Contrast, contexts: Sequence[str]) -> dict[str, np.ndarray]:
+    return dict(zip(_score_fields(contexts), [*scores.logprobs, *scores.entropies], strict=True))
+
+
+def _check_fit(pairs: Pairs, examples: Sequence[Example], row_length: int) -> None:
+    lengths = example_lengths(examples)
+    if lengths.max() > row_length:
+        worst = int(lengths.argmax())
+        raise UserError(
+            f"{pairs.name(worst // 2)} ({_SIDES[worst % 2]}): the response under {len(examples[worst])} prompts takes "
+            f"{lengths[worst]} tokens and a row holds {row_length}; raise config.batch.row_length or lower "
+            "config.max_length"
+        )
+
+
+def _rows(pairs: Pairs, store: ScoreStore, rule: str, output: str) -> Iterator[Mapping[str, Any]]:
+    """The input's rows with a pointer each."""
+    common = {"store": store_as_written(store.path, output), "key": key_digest(store.key), "rule": rule}
+    for i, (row, columns) in enumerate(zip(pairs.rows, pairs.columns, strict=True)):
+        chosen, rejected = (s.response for s in pairs.segments[2 * i : 2 * i + 2])
+        yield {**columns, COLUMN: common | {"row": i, "tokens": pair_fingerprint(row.prompt, chosen, rejected)}}
+
+
+def _summary(store: ScoreStore, rules: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each rule: the mean weight, and the shares of tokens at either end."""
+    sums = {rule: np.zeros(3) for rule in rules}
+    for start in range(0, len(store.lengths), _SUMMED):
+        values = store.read(np.arange(start, min(start + _SUMMED, len(store.lengths))))
+        for rule in rules:
+            flat = np.concatenate(values[rule]).astype(np.float64)
+            sums[rule] += flat.sum(), (flat == 0).sum(), (flat == MAX_WEIGHT).sum()
+    total = max(int(store.lengths.sum()), 1)
+    return {r: dict(zip(("mean", "at_0", "at_2"), (s / total).round(4).tolist(), strict=True)) for r, s in sums.items()}
+
+
+def _bytes(directory: str) -> int:
+    return sum(p.stat().st_size for p in Path(directory).expanduser().rglob("*") if p.is_file())
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
