@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.config import MeshConfig
@@ -137,3 +138,10 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
         parts = int(np.prod([mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule or ())]))
         spec.append(rule if size % parts == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def to_host(arrays: Any) -> Any:
+    """A pytree of arrays as NumPy arrays, whole on every process: what other processes hold is fetched from them."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(arrays)):
+        return jax.device_get(arrays)
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(arrays, tiled=True))

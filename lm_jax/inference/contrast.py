@@ -19,7 +19,7 @@ from lm_jax.data.order import BatchIterator, BatchPlan, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows
-from lm_jax.sharding import constrain
+from lm_jax.sharding import constrain, to_host
 
 
 class Contrast(NamedTuple):
@@ -198,7 +198,7 @@ def _steps_with(plan: BatchPlan, wanted: np.ndarray) -> BatchPlan:
 
 
 def _unpack(rows, scores, examples) -> list[tuple[int, Contrast]]:
-    logprobs, entropies, divergences = (None if x is None else _to_host(x) for x in scores)
+    logprobs, entropies, divergences = to_host(scores)
     out = []
     for b, row in enumerate(rows):
         start = 0
@@ -208,11 +208,3 @@ def _unpack(rows, scores, examples) -> list[tuple[int, Contrast]]:
             out.append((int(item), Contrast(*parts)))
             start = here.stop
     return out
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

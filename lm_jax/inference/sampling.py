@@ -24,7 +24,7 @@ from lm_jax.inference.requests import Completion, Request, Sample, SamplingConfi
 from lm_jax.inference.stopping import find_stop, resolve_stops, response_text
 from lm_jax.inference.token_choice import filters_of
 from lm_jax.models.cache import CHUNK, make_cache
-from lm_jax.sharding import batch_divisor
+from lm_jax.sharding import batch_divisor, to_host
 
 _PREFILL_ROWS = 16  # R: with T this many tokens a step keep the matmuls busy
 _PLACED = 8  # prompts that move into slots together: about as many as finish in a chunk
@@ -220,7 +220,7 @@ class _Run:
             g._params, self._slots, self._keep.copy(), np.asarray(self._end_ids, np.int32), self._strengths,
             g._chunk, g._config, g._compute, self._filters,
         )  # fmt: skip
-        tokens, logprobs, produced, active = _to_host((*out, self._slots.produced, self._slots.active))
+        tokens, logprobs, produced, active = to_host((*out, self._slots.produced, self._slots.active))
         done = []
         for slot, sequence in enumerate(self._in_slot):
             if sequence is None:
@@ -271,11 +271,3 @@ def _not_blank(request: Request) -> Any:
     if isinstance(request.prompt, str) and not request.prompt.strip():
         raise UserError(f"row {request.id}: the prompt is empty; give a text, or drop the row")
     return request.prompt
-
-
-def _to_host(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
-    if all(x.is_fully_addressable for x in arrays):
-        return jax.device_get(arrays)
-    from jax.experimental import multihost_utils
-
-    return tuple(np.asarray(multihost_utils.process_allgather(x, tiled=True)) for x in arrays)

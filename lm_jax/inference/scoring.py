@@ -16,6 +16,7 @@ from lm_jax.data.order import BatchIterator, plan_batches
 from lm_jax.data.packing import Segment, example_lengths, response_slice
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.logprobs import token_logprobs
+from lm_jax.sharding import to_host
 
 
 class TokenScores(NamedTuple):
@@ -83,7 +84,7 @@ def score(
 
 
 def _unpack(rows, scores, segments) -> list[TokenScores]:
-    logprobs, entropies = (_to_host(x) for x in scores)
+    logprobs, entropies = to_host(scores)
     out = []
     for b, row in enumerate(rows):
         start = 0
@@ -92,11 +93,3 @@ def _unpack(rows, scores, segments) -> list[TokenScores]:
             out.append(TokenScores(int(item), logprobs[b, where].copy(), entropies[b, where].copy()))
             start += len(segments[item])
     return out
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

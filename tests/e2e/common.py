@@ -65,6 +65,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
         "musc_jax.train",
+        "musc_jax.weigh",
         "lm_jax.commands.generate",
         "lm_jax.commands.score",
         "lm_jax.commands.export",

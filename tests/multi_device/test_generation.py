@@ -94,8 +94,10 @@ def test_equals_one_device(found, sizes, setting):
 def test_compiles_once(found, sizes):
     """Each step's result lies as the next one's input did. The prompts' cache has one shape in both settings."""
     here = found[name_of(sizes)]
-    assert here["greedy"]["compiled"] == [1, 1, 1]
-    assert here["sampled"]["compiled"] == [0, 1, 1]  # with a penalty, slots carry what was seen
+    for setting, prefills in (("greedy", 1), ("sampled", 0)):  # with a penalty, slots carry what was seen
+        prefill, place, decode = here[setting]["compiled"]
+        assert (prefill, decode) == (prefills, 1)
+        assert 1 <= place <= 2  # with and without an exchange between parts of the mesh
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=name_of)
