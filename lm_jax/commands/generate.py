@@ -93,7 +93,8 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
 
     Adds `id` (the row's number) where a row has none, `response` and `finish_reason` (lists of them where
     `num_samples` > 1); to a row without an answer `response` None, `finish_reason` "error" and `error`.
-    Stopped at any moment and called again, it does the rows that are missing or had no answer.
+    Stopped at any moment and called again, it does the rows that are missing or had no answer; once it has finished,
+    nothing more.
 
     Args:
       generator: answers instead of config's model.
@@ -113,8 +114,9 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
     journal = _open_journal(config, rows, local)
     try:
         if journal is not None and journal.finished:
-            print(f"{config.output}: finished already, with these settings", file=sys.stderr)
             failed = sum("error" in row for row in read_rows(config.output))
+            without = f"; {failed} rows have no answer: to try again, delete it and its .run.json" if failed else ""
+            print(f"{config.output}: finished already, with these settings{without}", file=sys.stderr)
             _report(config, len(rows), failed, 0, begin)
             return
         missing, failed, tokens = _missing(journal, len(rows)), 0, 0

@@ -42,12 +42,18 @@ class ScoreConfig:
             )
 
 
+_NOTHING = dict.fromkeys(
+    ("prompt_token_ids", "token_ids", "logprob", "num_tokens", "token_logprobs", "token_entropies")
+)
+
+
 def score_rows(config: ScoreConfig) -> None:
     """Scores every row's response under its prompt and writes `config.output` (JSONL), whole or not at all.
 
     Adds `prompt_token_ids`, `token_ids` (the response, its end token included), `logprob` (their sum, nats),
     `num_tokens`, `token_logprobs`, `token_entropies`; other columns stay. Where `response` is a list of texts, as
     `launch.generate` writes several samples, each is a response of its own and what is added are lists.
+    A row of that command without an answer, or with an empty one, gets nulls and is counted.
 
     Raises:
       UserError: anything the user can mend, naming file or row.
@@ -63,12 +69,10 @@ def score_rows(config: ScoreConfig) -> None:
     rows = read_rows(config.input, ("prompt", "response"))
     where = os.path.basename(config.input.rstrip("/"))
     several = [_is_several(row["response"], f"{where} row {i}") for i, row in enumerate(rows)]
-    # (row, response) of everything that is scored
-    items = [
-        (i, response)
-        for i, row in enumerate(rows)
-        for response in (row["response"] if several[i] else [row["response"]])
-    ]
+    responses = [(i, r) for i, row in enumerate(rows) for r in (row["response"] if several[i] else [row["response"]])]
+    # launch.generate records rows without an answer, and a model may end at once; elsewhere that is a fault of the data
+    wanted = [not (r in (None, "") and "finish_reason" in rows[i]) for i, r in responses]
+    items = [item for item, is_wanted in zip(responses, wanted, strict=True) if is_wanted]
     encoded = encoder.encode_many(
         [rows[i]["prompt"] for i, _ in items],
         [response for _, response in items],
@@ -86,17 +90,20 @@ def score_rows(config: ScoreConfig) -> None:
         progress.update(done, {})
     progress.close()
     scored = iter(columns)
+    each = iter([next(scored) if is_wanted else _NOTHING for is_wanted in wanted])
     for row, is_list in zip(rows, several, strict=True):
         if is_list:
-            own = [next(scored) for _ in row["response"]]
-            row |= {name: [c[name] for c in own] for name in own[0]} | {"prompt_token_ids": own[0]["prompt_token_ids"]}
+            own = [next(each) for _ in row["response"]]
+            row |= {name: [c[name] for c in own] for name in _NOTHING}
+            row["prompt_token_ids"] = next((ids for ids in row["prompt_token_ids"] if ids is not None), None)
         else:
-            row |= next(scored)
+            row |= next(each)
     if jax.process_index() == 0:
         epath.Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(config.output, rows)
         truncated = sum(e.truncated for e in encoded)
-        print(json.dumps({"rows": len(rows), "truncated": truncated, "output": config.output}))
+        report = {"rows": len(rows), "truncated": truncated, "without_response": wanted.count(False)}
+        print(json.dumps(report | {"output": config.output}))
 
 
 def _is_several(response: Any, where: str) -> bool:

@@ -15,7 +15,7 @@ class SamplingConfig:
     Attributes:
       max_new_tokens: of one response, its end token included.
       temperature: logits are divided by it; 0 takes the likeliest token.
-      top_k: only this many likeliest tokens; 0 for all.
+      top_k: only this many likeliest tokens, and those that tie with the last; 0 for all.
       top_p: only the likeliest tokens that together reach this probability; 1 for all.
       min_p: only tokens at least this share as likely as the likeliest; 0 for all.
       repetition_penalty: logits of tokens already in prompt or response are divided by it where positive, multiplied

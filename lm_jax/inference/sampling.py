@@ -8,6 +8,7 @@ own positions whatever surrounds it, and every shape is the same for the first a
 
 import dataclasses
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -74,8 +75,8 @@ class LocalGenerator:
         self._mesh, self._chunk = mesh, decode.chunk
         self._parts = parts = batch_divisor(mesh)
         self._num_slots, self._prefill_rows = (-(-n // parts) * parts for n in (decode.slots, _PREFILL_ROWS))
-        self._context = min(decode.max_length, config.max_position)
-        self._encoder = TextEncoder(tokenizer, self._context, end_ids)
+        self._max_length, self._context = decode.max_length, min(decode.max_length, config.max_position)
+        self._encoder = TextEncoder(tokenizer, sys.maxsize, end_ids)  # prompts that are too long are told so here
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[list[Completion]]:
         """See `requests.Generator`. Rows that share the beginning of their prompt finish near one another.
@@ -106,12 +107,20 @@ class LocalGenerator:
             try:
                 if prompt is None:
                     prompt = self._encoder.encode_prompt(_not_blank(request), f"row {request.id}")
+                if len(prompt) >= self._context:
+                    raise UserError(self._too_long(request, len(prompt)))
                 budget = min(request.max_new_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
                 budget = min(budget, self._context - len(prompt))
                 rows.append(_Row(request, prompt, budget, [None] * sampling.num_samples))
             except UserError as error:
                 failed.append(Completion(request.id, (), str(error)))
         return rows, failed
+
+    def _too_long(self, request: Request, length: int) -> str:
+        limit, cure = "config.decode.max_length", "shorten it, or raise that"
+        if self._max_length >= self._config.max_position:
+            limit, cure = "the model's context", "shorten it"
+        return f"row {request.id}: the prompt has {length} tokens and {limit} is {self._context}; {cure}"
 
 
 class _Run:
@@ -234,6 +243,7 @@ class _Run:
                 row.samples[sequence.index] = sample
                 if all(row.samples):
                     done.append(Completion(row.request.id, tuple(row.samples)))
+                    row.samples.clear()  # the caller has them now
         return done
 
     def _finished(self, sequence: _Sequence, new: int, active: bool) -> Sample | None:

@@ -70,9 +70,15 @@ def test_a_score_depends_on_its_row_alone(model, tmp_path):
 
 def test_several_responses_of_a_row_are_scored_each_as_alone(model, tmp_path):
     texts = [" and the hat", " sat", " and the hat"]
+    # As launch.generate writes them: several samples, one of them empty, and a row without an answer
+    unanswered = {"prompt": "the cat", "response": None, "finish_reason": "error"}
+    some = {"prompt": "the cat", "response": ["", " sat"], "finish_reason": ["stop", "length"]}
     rows = [{"prompt": "the cat", "response": texts}, *({"prompt": "the cat", "response": text} for text in texts)]
-    run("score", *flags(model, rows, tmp_path / "scored.jsonl")).ok()
-    together, *alone = common.read_rows(tmp_path / "scored.jsonl")
+    done = run("score", *flags(model, [*rows, unanswered, some], tmp_path / "scored.jsonl")).ok()
+    assert '"without_response": 2' in done.stdout
+    together, *alone, nothing, half = common.read_rows(tmp_path / "scored.jsonl")
+    assert nothing["logprob"] is nothing["token_ids"] is None
+    assert half["logprob"] == [None, pytest.approx(alone[1]["logprob"], abs=1e-5)]
     assert together["prompt_token_ids"] == alone[0]["prompt_token_ids"]
     for name in ("token_ids", "num_tokens"):
         assert together[name] == [row[name] for row in alone]

@@ -45,9 +45,9 @@ def test_make_mesh():
             r"data x fsdp x tensor = 2 x 1 x 1 does not fit 1 cpu device\(s\); choose sizes whose product is 1",
         ),
         ((-1, 2, 1), r"data x fsdp x tensor = -1 x 2 x 1 does not fit 1 cpu"),
-        ((-1, -1, 1), r"config.mesh: sizes \[-1, -1, 1\] must be positive, with at most one -1"),
-        ((0, 1, 1), r"config.mesh: sizes \[0, 1, 1\] must be positive"),
-        ((1, -2, 1), r"config.mesh: sizes \[1, -2, 1\] must be positive"),
+        ((-1, -1, 1), "config.mesh: data=-1, fsdp=-1, tensor=1 must be positive, with at most one -1"),
+        ((0, 1, 1), "config.mesh: data=0, fsdp=1, tensor=1 must be positive"),
+        ((1, -2, 1), "config.mesh: data=1, fsdp=-2, tensor=1 must be positive"),
     ],
 )
 def test_make_mesh_errors(sizes, message):
