@@ -163,11 +163,13 @@ def test_sampler_compiles(found):
     params = 4 * found["params"] / DECODE_MESH[2]  # on each chip of a replica
     slots = found["slots"] / CHIPS
     decode, place, prefill = (found[name] for name in ("decode", "place", "prefill"))
-    assert params + slots < decode["arguments"] < 1.05 * (params + slots)
-    assert slots < place["aliased"] and slots < decode["aliased"], "the slots are not donated"
+    # Tiles of 128 lanes are half empty where the last axis is a head of 64 or a block of 64 places
+    for step in (decode, place):
+        assert slots < step["aliased"] < 1.5 * slots, "the slots are not donated"
+    assert params + slots < decode["arguments"] < 1.01 * params + 1.5 * slots
     assert decode["outputs"] - decode["aliased"] < 0.01 * slots
     assert 0 < decode["temporary"] < HBM - decode["arguments"]
-    assert 0 < place["temporary"] < 2 * slots
+    assert place["temporary"] < slots
     assert params < prefill["arguments"] and 0 < prefill["temporary"] < HBM - prefill["arguments"]
     assert decode["collectives"] and prefill["collectives"]
 
