@@ -50,8 +50,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(
-            f"config.mesh: data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} must be positive, with at most "
-            "one -1 (all that are left); set the others, to 1 for instance"
+            f"config.mesh: data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} must be positive, with at "
+            "most one -1 (all that are left); set the others, to 1 for instance"
         )
     known = int(np.prod([s for s in sizes if s != -1]))
     if -1 in sizes and len(devices) % known == 0:
