@@ -3,10 +3,11 @@
     python -m launch.musc_pairs --config=configs/musc_pairs.py --config.model=DIR --config.input=instructions.jsonl \
         --config.output=pairs.jsonl
 
-Expect: a line for each stage, then a table that says how many rows were dropped where and why; `pairs.jsonl` for
-`launch.musc_train` (or TRL's DPOTrainer), and beside it `pairs.jsonl.counts.json` (the table), `pairs.jsonl.dropped.jsonl`
-(the rows that were dropped) and `pairs.jsonl.stages/` (the model's answers). Answers are kept as they finish: the same
-command continues a run that was interrupted, and ends with the same bytes as if it had not been.
+Expect: a line for each stage, then a table that says how many rows were dropped where and why. `pairs.jsonl` is for
+`launch.musc_train` (or TRL's DPOTrainer); beside it lie `pairs.jsonl.counts.json` (the table),
+`pairs.jsonl.dropped.jsonl` (the rows that were dropped) and `pairs.jsonl.stages/` (the model's answers). Answers are
+kept as they finish: the same command continues a run that was interrupted, and ends with the same bytes as if it had
+not been.
 
 Without instructions of your own: `--config.num_instructions=1000` instead of `--config.input`. Behind an
 OpenAI-compatible server: `--config.endpoint.url=http://localhost:8000/v1 --config.endpoint.model=NAME` instead of
@@ -29,17 +30,19 @@ def get_config() -> ConfigDict:
     c.num_examples = 4  # in-context examples of a prompt; a small model needs them, each costs about 150 tokens
     c.format = "auto"  # messages | text | auto: messages where the model has a chat template
     c.system = True  # the task as a system message; False: in the first user's, for an endpoint whose template has none
-    c.text_template = "Instruction:\n{instruction}\n\nResponse:\n"  # of a prompt in format text; base models need a frame
-    c.full_instruction = "recombined"  # recombined | original; see below
-    # recombined, as in the paper: both sides are then in the model's words and differ in the constraints alone.
-    # original: the user's own words for the chosen side, and one call fewer a row.
+    c.text_template = (
+        "Instruction:\n{instruction}\n\nResponse:\n"  # of a prompt in format text; base models need a frame
+    )
+    # What the chosen side answers. recombined, as in the paper: both sides are in the model's words and differ in their
+    # constraints alone. original: the user's own words, and one call fewer a row; the sides then differ in style too.
+    c.full_instruction = "recombined"
     c.near_duplicate = 0.7  # instructions that share this part of their word trigrams are one (Jaccard); 0: off
-    c.verify = False  # ask whether both instructions ask for what they should and nothing else: two short calls more a row
+    c.verify = False  # ask whether both instructions ask for just what they should: two short calls more a row
     c.max_failed_share = 0.05  # of a stage's requests; more without an answer are no accident: stop with an error
 
     c.perturb = ConfigDict()
     c.perturb.ratio = 0.3  # of a row's constraints, at least one, never the task itself; the paper's
-    c.perturb.drop = 1.0  # shares of the three ways, which sum to 1; the authors' released pairs have drops alone
+    c.perturb.drop = 1.0  # shares of the three ways, which sum to 1; the authors' scripts come down to drops alone
     c.perturb.substitute = 0.0  # by a constraint of another row
     c.perturb.negate = 0.0  # by one that contradicts it, which the model writes; the paper's shares: 0.5, 0.25, 0.25
 

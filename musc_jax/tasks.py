@@ -43,8 +43,8 @@ def read_tasks(path: str) -> list[Task]:
     for number, task in enumerate(tasks):
         if (before := first.setdefault(str(task.id), number)) != number:
             raise UserError(
-                f"{where} row {number}: has the same id {task.id!r} as row {before} (a row without one is called by its "
-                "number); ids decide the random draws and must differ"
+                f"{where} row {number}: has the same id {task.id!r} as row {before} (a row without one is called by "
+                "its number); ids decide the random draws and must differ"
             )
     return tasks
 
