@@ -1,8 +1,10 @@
 """`launch.musc_pairs`: instructions -> preference pairs that the model makes by itself (MuSC, arXiv 2502.11541)."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from lm_jax.commands.generator import (
 )
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig, to_dict
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
-from lm_jax.data.rows import read_rows, write_jsonl
+from lm_jax.data.rows import write_jsonl
 from lm_jax.data.text import Text
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request, SamplingConfig
@@ -158,7 +160,8 @@ def make_pairs(config: PairsConfig, generator: Generator | None = None) -> None:
     try:
         if everywhere(lambda: journal.finished):
             say(f"{config.output}: finished already, with these settings")
-            counts = None if journal is None else read_rows(f"{config.output}.counts.json")[0]
+            path = Path(f"{config.output}.counts.json")
+            counts = json.loads(path.read_text()) if journal is not None and path.exists() else None
         else:
             stages = Stages(
                 f"{config.output}.stages",
