@@ -18,8 +18,16 @@ from tests.strong_model import POINT, TASK, Scripted, core, cut, failed, manners
 
 MIXED = {"drop": 0.4, "substitute": 0.3, "negate": 0.3}
 ORDER = ("decompose", "negate", "recombine", "check", "respond")
-THINGS = "a kettle, two ferries, the harbour, an old radio, warm bread, some tulips, a narrow street, the tram".split(
-    ", "
+THINGS = "a kettle, two ferries, the harbour, an old radio, warm bread, some tulips, a narrow street, the tram".split(", ")
+POINTS = (  # with few words in common, else one could not stand in for another
+    "Close every paragraph by asking readers something about {}",
+    "Keep it under {} hundred words without counting titles",
+    "Use no exclamation marks, emoji or capitals after section {}",
+    "Quote {} lines from a poet who lived in Lisbon",
+    "Let two strangers argue over {} cents before noon",
+    "Number your steps from {} downwards and skip primes",
+    "Name one animal, one tool and {} colours somewhere",
+    "Avoid past tense entirely except inside chapter {}",
 )
 
 
@@ -28,7 +36,7 @@ def instructions(number: int = 12) -> list[dict]:
     rows = []
     for i in range(number):
         draw = random.Random(i)
-        points = [f"Mention {thing} in part {draw.randrange(900)}" for thing in draw.sample(THINGS, 2 + i % 4)]
+        points = [point.format(draw.randrange(900)) for point in draw.sample(POINTS, 2 + i % 4)]
         row = {"id": f"r{i}", "instruction": ". ".join([f"Write letter {i} to {draw.choice(THINGS)}", *points]) + "."}
         rows.append(row | ({"input": f"Notes {i}: see the file {draw.random()}"} if i % 3 == 0 else {}))
     return rows
