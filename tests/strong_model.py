@@ -44,13 +44,10 @@ def core(constraint: str) -> str:
 
 
 def sentences(instruction: str) -> list[str]:
-    """What the model takes for constraints: sentences, and the lines of a list; of a single one its halves."""
+    """What the model takes for points: sentences, and the lines of a list."""
     parts = re.split(r"(?<=[.!?。！？])\s+|\n+", instruction.strip())
     parts = [part.strip(" .!?-*") for part in parts]
-    parts = [part for part in parts if len(re.findall(r"\w+", part)) > 1]
-    if len(parts) == 1 and len(words := parts[0].split()) >= 6:
-        parts = [" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])]
-    return parts
+    return [part for part in parts if len(re.findall(r"\w+", part)) > 1]
 
 
 def answer(asked: Asked) -> str:
@@ -92,6 +89,8 @@ def _decompose(question: str) -> str:
     instruction = question.removeprefix("Instruction:\n").removesuffix("\n\nConstraints:")
     task, _, material = instruction.partition("\n\n")
     parts = sentences(task)
+    if len(parts) == 1 and len(words := parts[0].split()) >= 6:
+        parts = [" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])]
     constraints = [(TASK if i == 0 else POINT) + part + "?" for i, part in enumerate(parts)]
     return f"Constraints:\n{_numbered(constraints)}\n\nInput:\n{material.strip() or 'None'}"
 

@@ -18,7 +18,9 @@ from tests.strong_model import POINT, TASK, Scripted, core, cut, failed, manners
 
 MIXED = {"drop": 0.4, "substitute": 0.3, "negate": 0.3}
 ORDER = ("decompose", "negate", "recombine", "check", "respond")
-THINGS = "a kettle, two ferries, the harbour, an old radio, warm bread, some tulips, a narrow street, the tram".split(", ")
+THINGS = "a kettle, two ferries, the harbour, an old radio, warm bread, some tulips, a narrow street, the tram".split(
+    ", "
+)
 POINTS = (  # with few words in common, else one could not stand in for another
     "Close every paragraph by asking readers something about {}",
     "Keep it under {} hundred words without counting titles",
