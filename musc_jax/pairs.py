@@ -112,8 +112,9 @@ class PairsConfig:
         keys: StageConfig = getattr(self, stage)
         stop = ()
         if format == "text":
-            head = self.text_template.split(_MARKER)[0].strip()
-            stop = (*STOP, f"\n{head}\n") if stage == "respond" and head else STOP
+            labels = self.text_template.split(_MARKER)[0].split("\n")
+            label = next((line for line in reversed(labels) if line.strip()), "").strip()
+            stop = (*STOP, f"\n{label}") if stage == "respond" and label else STOP
         try:
             return SamplingConfig(keys.max_new_tokens, temperature=keys.temperature, stop=stop, seed=self.seed)
         except UserError as error:

@@ -96,13 +96,23 @@ def test_a_model_without_a_chat_template(model, tmp_path):
 
 # --- the built-in sampler --------------------------------------------------------------------------------------------
 
-TINY = ("num_examples=1", "decompose.max_new_tokens=8", "decode.slots=2", "decode.max_length=4096", "decode.chunk=4")
+TINY = ("num_examples=1", "decompose.max_new_tokens=8", "decode.slots=2", "decode.max_length=2048", "decode.chunk=4")
+
+
+@pytest.fixture
+def tiny(model, tmp_path) -> tuple[str, ...]:
+    """Settings for that model with an example as short as can be: its tokenizer knows little but bytes."""
+    example = {"instruction": "Say it.", "constraints": ["Is it said?", "Is it good?"]}
+    return f"model={model}", f"examples={common.write_rows(tmp_path / 'examples.jsonl', [example])}", *TINY
+
+
+ROWS = [{"prompt": f"Say {word}."} for word in "one two three four five six seven eight".split()]
 
 
 @pytest.mark.slow
-def test_the_built_in_sampler_on_noise(model, tmp_path):
+def test_the_built_in_sampler_on_noise(tiny, tmp_path):
     """A random model decomposes nothing: an honest end, and its answers, kept, are those of a run that was killed."""
-    done = run(tmp_path, f"model={model}", *TINY, rows=instructions(8))
+    done = run(tmp_path, *tiny, rows=ROWS)
     names(done.error(), "no pair left: of 8 rows all were dropped", "(decompose)", "out.jsonl.dropped.jsonl")
     counts = counts_of(tmp_path / "out.jsonl")
     assert counts["pairs"] == 0 and "decompose answer 8/8" in done.stderr and "pairs" in done.stdout
@@ -112,9 +122,9 @@ def test_the_built_in_sampler_on_noise(model, tmp_path):
         and len({row["response"] for row in map(json.loads, answers.splitlines())}) > 4
     )
 
-    path = common.write_rows(tmp_path / "in.jsonl", instructions(8))
+    path = common.write_rows(tmp_path / "in.jsonl", ROWS)
     killed = tmp_path / "killed" / "out.jsonl"
-    flags = arguments("musc_pairs", f"input={path}", f"output={killed}", f"model={model}", *TINY)
+    flags = arguments("musc_pairs", f"input={path}", f"output={killed}", *tiny)
     partial = killed.with_name("out.jsonl.stages") / "decompose.jsonl.partial"
     process = common.start("musc_pairs", *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not _lines(partial):
@@ -130,7 +140,7 @@ def test_the_built_in_sampler_on_noise(model, tmp_path):
     assert (killed.with_name("out.jsonl.stages") / "decompose.jsonl").read_bytes() == answers
 
 
-def test_a_template_without_a_system_role(model, tmp_path):
+def test_a_template_without_a_system_role(model, tiny, tmp_path):
     import shutil
 
     strict = tmp_path / "strict"
@@ -138,7 +148,7 @@ def test_a_template_without_a_system_role(model, tmp_path):
     template = strict / "chat_template.jinja"
     refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     template.write_text(refuse + template.read_text())
-    names(run(tmp_path, f"model={strict}", *TINY, rows=instructions(2)).error(), "no pair left", "(decompose)")
+    names(run(tmp_path, f"model={strict}", *tiny[1:], rows=ROWS[:2]).error(), "no pair left", "(decompose)")
     assert "no_answer" not in counts_of(tmp_path / "out.jsonl")["stages"][0]["reasons"]
 
 
@@ -309,3 +319,14 @@ def test_tasks_of_the_models_own(tmp_path):
     assert len(pairs) == counts_of(tmp_path / "out.jsonl")["pairs"] > 12
     for pair in pairs:
         assert_valid(pair)
+
+
+def test_raw_text_from_a_server(tmp_path):
+    with Server(script()) as server:
+        run(tmp_path, f"endpoint.url={server.url}", "endpoint.model=base", "format=text").ok()
+        paths = {asked.path for asked in server.asked}
+        stops = [asked.body["stop"] for asked in server.asked if asked.prompt.endswith("\n\nResponse:\n")]
+    assert paths == {"/v1/completions"} and stops == [["\n###\n", "\nInstruction:"]] * 24
+    for pair in common.read_rows(tmp_path / "out.jsonl"):
+        assert pair["prompt"].startswith("Instruction:\nWrite letter") and pair["prompt"].endswith("\n\nResponse:\n")
+        assert pair["chosen"] != pair["rejected"] and isinstance(pair["chosen"], str)

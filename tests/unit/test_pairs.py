@@ -182,7 +182,7 @@ def test_raw_text(pairs):
         assert pair["prompt"] == f"Q: {joined(pair['constraints'], pair['input'])}\nA:"
         assert pair["perturbed_prompt"] == f"Q: {joined(pair['perturbed_constraints'], pair['input'])}\nA:"
         assert isinstance(pair["chosen"], str) and isinstance(pair["rejected"], str)
-    assert [sampling.stop for sampling in model.samplings] == [STOP, STOP, STOP, (*STOP, "\nQ:\n")]
+    assert [sampling.stop for sampling in model.samplings] == [STOP, STOP, STOP, (*STOP, "\nQ:")]
     assert all(f"\n\n{SEPARATOR}\n\n" in r.prompt for r in model.requests if "/respond/" not in r.id)
 
 
