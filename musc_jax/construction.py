@@ -6,7 +6,7 @@ Between the questions everything is a function of (answers, seed, row id): gone 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from musc_jax import filters, prompts
@@ -112,11 +112,8 @@ class Construction:
             if not row.task.instruction.strip():
                 row.drop("input", Drop.EMPTY)
         self._drop_near_duplicates(rows, "input", lambda row: row.task.text)
-        answers = self.ask("decompose", {(r.id, ""): prompts.decompose(r.task.text, self.examples) for r in left(rows)})
-        for row in left(rows):
-            row.decomposition = read(
-                row, "decompose", answers[row.id, ""], parse_decomposition, row.task.text, examples=self.examples
-            )
+        for row, decomposition in self._decomposed(left(rows)):
+            row.decomposition = decomposition
         return self._pairs(rows)
 
     def from_nothing(self, count: int) -> list[Row]:
@@ -132,7 +129,18 @@ class Construction:
                 row.task = dataclasses.replace(row.task, instruction=made.instruction)
                 row.decomposition = made.decomposition
         self._drop_near_duplicates(rows, "self_instruct", lambda row: row.task.text)
+        # What has several lines may bring material, which no constraint holds: both sides need it as their input
+        for row, found in self._decomposed([row for row in left(rows) if "\n" in row.task.text]):
+            row.decomposition = dataclasses.replace(row.decomposition, input=found.input)
         return self._pairs(rows)
+
+    def _decomposed(self, rows: list[Row]) -> Iterator[tuple[Row, Decomposition]]:
+        """Each row with its decomposition, but for those that are dropped for it."""
+        answers = self.ask("decompose", {(r.id, ""): prompts.decompose(r.task.text, self.examples) for r in rows})
+        for row in rows:
+            answer = answers[row.id, ""]
+            if found := read(row, "decompose", answer, parse_decomposition, row.task.text, examples=self.examples):
+                yield row, found
 
     def _pairs(self, rows: list[Row]) -> list[Row]:
         self._perturb(left(rows))

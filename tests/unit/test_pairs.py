@@ -174,6 +174,19 @@ def test_self_instruct(pairs):
     assert fewer == [pair for pair in made if pair["id"] < 9]  # a row does not depend on how many there are
 
 
+def test_material_of_the_models_own_tasks(pairs):
+    """No constraint holds it, so it is looked for, and both sides get it."""
+    material = "Ledger: nine coins, four keys."
+    model = Scripted(lambda t, a: f"{t}\n\n{material}" if stage_of(a) == "self_instruct" and a.body["seed"] % 2 else t)
+    made, _, counts = pairs(None, model, num_instructions=20)
+    asked = {r.id.split("/")[0] for r in model.requests if "/decompose" in r.id}
+    assert counts["pairs"] > 12 and 3 < len(asked) < 17
+    for pair in made:
+        given = material if str(pair["id"]) in asked else ""
+        assert pair["input"] == given and content(pair["prompt"]) == joined(pair["constraints"], given)
+        assert content(pair["perturbed_prompt"]) == joined(pair["perturbed_constraints"], given)
+
+
 def test_raw_text(pairs):
     model = Scripted()
     made, _, counts = pairs(model=model, format="text", text_template="Q: {instruction}\nA:", perturb=MIXED)
