@@ -207,11 +207,13 @@ def test_what_the_model_is_asked(pairs):
         *((0.1, n, 3, ()) for n in (1024, 128, 512)),
         *((0.0, 256, 3, ()), (0.9, 77, 3, ())),
     ]
-    examples = []
+    examples, given = [], {row["id"]: row.get("input") for row in instructions()}
     for request in model.requests:
         assert [m["role"] for m in request.prompt] == ["user", "assistant"] * (len(request.prompt) // 2) + ["user"]
         if "/recombine/" in request.id:
             examples.append(json.dumps(request.prompt[:-1]))
+            material = given[request.id.split("/")[0]]
+            assert request.prompt[-1]["content"].startswith(f"Input:\n{material or 'None'}\n\nConstraints:\n1. ")
     assert len(examples) == 24 and len({*examples}) == 1  # both sides of every row have the same
 
 
