@@ -1,0 +1,91 @@
+"""Preference pairs that a model makes by itself (MuSC, arXiv 2502.11541): pairs that differ in constraints.
+
+    python -m launch.musc_pairs --config=configs/musc_pairs.py --config.model=DIR --config.input=instructions.jsonl \
+        --config.output=pairs.jsonl
+
+Expect: a line for each stage, then a table that says how many rows were dropped where and why. `pairs.jsonl` is for
+`launch.musc_train` (or TRL's DPOTrainer); beside it lie `pairs.jsonl.counts.json` (the table),
+`pairs.jsonl.dropped.jsonl` (the rows that were dropped) and `pairs.jsonl.stages/` (the model's answers). Answers are
+kept as they finish: the same command continues a run that was interrupted, and ends with the same bytes as if it had
+not been.
+
+Without instructions of your own: `--config.num_instructions=1000` instead of `--config.input`. Behind an
+OpenAI-compatible server: `--config.endpoint.url=http://localhost:8000/v1 --config.endpoint.model=NAME` instead of
+`--config.model`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.model = placeholder(str)  # Hugging Face directory, hub id or run directory; none with an endpoint
+    c.input = placeholder(str)  # rows with `prompt` or `instruction` (and `input`); none: the model invents them
+    c.num_instructions = placeholder(int)  # how many it invents; only without input
+    c.output = placeholder(str)  # a local .jsonl; appears when it is whole
+    c.seed = 0  # with a row's id it decides every random draw
+    c.dtype = "float32"  # CPUs are no faster in bfloat16; accelerators are, in half the memory
+    c.examples = ""  # decomposed instructions in InFoBench's format; empty: the ten that come with the package
+    c.num_examples = 4  # in-context examples of a prompt; a small model needs them, each costs about 150 tokens
+    c.format = "auto"  # messages | text | auto: messages where the model has a chat template
+    c.system = True  # the task as a system message; False: in the first user's, for an endpoint whose template has none
+    c.text_template = (
+        "Instruction:\n{instruction}\n\nResponse:\n"  # of a prompt in format text; base models need a frame
+    )
+    # What the chosen side answers. recombined, as in the paper: both sides are in the model's words and differ in their
+    # constraints alone. original: the user's own words, and one call fewer a row; the sides then differ in style too.
+    c.full_instruction = "recombined"
+    c.near_duplicate = 0.7  # instructions that share this part of their word trigrams are one (Jaccard); 0: off
+    c.verify = False  # ask whether both instructions ask for just what they should: two short calls more a row
+    c.max_failed_share = 0.05  # of a stage's requests; more without an answer are no accident: stop with an error
+
+    c.perturb = ConfigDict()
+    c.perturb.ratio = 0.3  # of a row's constraints, at least one, never the task itself; the paper's
+    c.perturb.drop = 1.0  # shares of the three ways, which sum to 1; the authors' scripts come down to drops alone
+    c.perturb.substitute = 0.0  # by a constraint of another row
+    c.perturb.negate = 0.0  # by one that contradicts it, which the model writes; the paper's shares: 0.5, 0.25, 0.25
+
+    # Low temperatures where there is one right answer, the authors' 0.5 where there are many
+    c.decompose = ConfigDict()
+    c.decompose.temperature = 0.1
+    c.decompose.max_new_tokens = 1024  # the constraints, and the instruction's input once more
+    c.self_instruct = ConfigDict()
+    c.self_instruct.temperature = 0.5
+    c.self_instruct.max_new_tokens = 1024
+    c.negate = ConfigDict()
+    c.negate.temperature = 0.1
+    c.negate.max_new_tokens = 128  # one sentence
+    c.recombine = ConfigDict()
+    c.recombine.temperature = 0.1
+    c.recombine.max_new_tokens = 512  # an instruction without its input
+    c.check = ConfigDict()
+    c.check.temperature = 0.0  # yes or no
+    c.check.max_new_tokens = 256
+    c.respond = ConfigDict()
+    c.respond.temperature = 0.5
+    c.respond.max_new_tokens = 1024  # a longer response is cut, and its pair dropped
+
+    c.decode = ConfigDict()
+    c.decode.slots = 8  # answers written at once; more is faster until memory ends
+    c.decode.max_length = 4096  # tokens of prompt + answer that a slot holds; the examples are in every prompt
+    c.decode.chunk = 16  # tokens between two looks at what has finished
+
+    c.endpoint = ConfigDict()
+    c.endpoint.url = ""  # as http://localhost:8000/v1; empty: the model runs here
+    c.endpoint.model = ""  # the name that the server gives it
+    c.endpoint.concurrency = 32  # requests under way at once, which the server batches
+    c.endpoint.timeout = 600.0  # seconds that one request may take
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # all devices
+    c.mesh.tensor = 1
+
+    c.compute = ConfigDict()
+    c.compute.dtype = c.get_ref("dtype")
+    c.compute.remat = "none"  # no gradient, nothing to recompute
+    c.compute.attention = "auto"  # the platform's kernel
+    c.compute.logprob_chunk = 256  # not read here
+    c.compute.scan_unroll = 1  # layers compiled together
+    return c

@@ -1,0 +1,17 @@
+"""Makes preference pairs with a model alone, as MuSC does: from your instructions, or from ones that it invents.
+
+    python -m launch.musc_pairs --config=configs/musc_pairs.py --config.model=DIR --config.input=instructions.jsonl \
+        --config.output=pairs.jsonl
+"""
+
+from launch import cli
+
+
+def command():
+    from musc_jax.pairs import PairsConfig, make_pairs
+
+    return PairsConfig, make_pairs
+
+
+if __name__ == "__main__":
+    cli.run(command)

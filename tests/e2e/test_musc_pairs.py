@@ -1,0 +1,332 @@
+"""`launch.musc_pairs` as users start it: on real instructions behind a server, killed in every stage, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from musc_jax.demonstrations import with_input
+from tests.conftest import ROOT
+from tests.e2e import common
+from tests.e2e.common import Done, arguments, fork
+from tests.http_server import Server
+from tests.strong_model import core, failed, manners, script
+from tests.unit.test_pairs import MIXED, ORDER, assert_valid, content, counts_of, instructions
+
+# The command with a model that is scripted, takes its time, and answers in another order every time
+FAKE = """
+from launch import cli
+from tests.strong_model import Scripted
+
+def command():
+    from musc_jax.pairs import PairsConfig, make_pairs
+    return PairsConfig, lambda config: make_pairs(config, Scripted(seconds=0.02))
+
+cli.run(command)
+"""
+MIX = [f"perturb.{name}={share}" for name, share in MIXED.items()]
+ENDS = ("", ".counts.json", ".dropped.jsonl", *(f".stages/{stage}.jsonl" for stage in ORDER))
+
+
+def names(line: str, *parts: str) -> None:
+    """The line names all of these."""
+    assert [] == [part for part in parts if part not in line], line
+
+
+def run(directory: Path, *settings: object, rows=None) -> Done:
+    path = common.write_rows(directory / "in.jsonl", instructions() if rows is None else rows)
+    return fork("musc_pairs", *arguments("musc_pairs", f"input={path}", f"output={directory}/out.jsonl", *settings))
+
+
+# --- refused before anything is asked or written ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return common.make_model(tmp_path_factory.mktemp("model"), max_position_embeddings=8192)
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("temprature=1", ["config.temprature", "unknown key"]),
+        ("respond.temprature=1", ["config.respond.temprature", "unknown key"]),
+        ("perturb.seed=1", ["config.perturb.seed", "unknown key"]),
+        ("perturb.drop=0.5", ["config.perturb", "sum to 0.5"]),
+        ("respond.max_new_tokens=0", ["config.respond.max_new_tokens=0", "at least 1"]),
+        ("num_instructions=4", ["config.input", "config.num_instructions", "give one"]),
+        ("examples=no.jsonl", ["no.jsonl", "check the path"]),
+        ("num_examples=11", ["config.num_examples", "11"]),
+        ("endpoint.url=http://localhost:1/v1", ["config.model", "config.endpoint.url", "leave one"]),
+        ("output=gs://bucket/out.jsonl", ["gs://bucket/out.jsonl", "local path"]),
+        ("model=nowhere", ["nowhere", "no such directory"]),
+        ("mesh.data=3", ["config.mesh"]),
+        ("dtype=int8", ["config.dtype", "int8"]),
+    ],
+)
+def test_settings(model, tmp_path, setting, parts):
+    names(run(tmp_path, f"model={model}", setting).error(), *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_what_is_not_set(tmp_path):
+    names(fork("musc_pairs", *arguments("musc_pairs", "model=x", f"output={tmp_path}/o.jsonl")).error(), "config.input")
+    names(
+        fork("musc_pairs", *arguments("musc_pairs", "model=x", "num_instructions=3")).error(),
+        "config.output",
+        "not set",
+    )
+    line = fork("musc_pairs", *arguments("musc_pairs", "num_instructions=3", f"output={tmp_path}/o.jsonl")).error()
+    names(line, "config.model", "config.endpoint.url")
+
+
+def test_a_model_without_a_chat_template(model, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    (bare / "chat_template.jinja").unlink()
+    names(run(tmp_path, f"model={bare}", "format=messages").error(), "config.format", "no chat template", "text")
+
+
+# --- the built-in sampler --------------------------------------------------------------------------------------------
+
+TINY = ("num_examples=1", "decompose.max_new_tokens=8", "decode.slots=2", "decode.max_length=2048", "decode.chunk=4")
+
+
+@pytest.fixture
+def tiny(model, tmp_path) -> tuple[str, ...]:
+    """Settings for that model with an example as short as can be: its tokenizer knows little but bytes."""
+    example = {"instruction": "Say it.", "constraints": ["Is it said?", "Is it good?"]}
+    return f"model={model}", f"examples={common.write_rows(tmp_path / 'examples.jsonl', [example])}", *TINY
+
+
+ROWS = [{"prompt": f"Say {word}."} for word in "one two three four five six seven eight".split()]
+
+
+@pytest.mark.slow
+def test_the_built_in_sampler_on_noise(tiny, tmp_path):
+    """A random model decomposes nothing: an honest end, and its answers, kept, are those of a run that was killed."""
+    done = run(tmp_path, *tiny, rows=ROWS)
+    names(done.error(), "no pair left: of 8 rows all were dropped", "(decompose)", "out.jsonl.dropped.jsonl")
+    counts = counts_of(tmp_path / "out.jsonl")
+    assert counts["pairs"] == 0 and "decompose answer 8/8" in done.stderr and "pairs" in done.stdout
+    answers = (tmp_path / "out.jsonl.stages" / "decompose.jsonl").read_bytes()
+    assert (
+        not (tmp_path / "out.jsonl").exists()
+        and len({row["response"] for row in map(json.loads, answers.splitlines())}) > 4
+    )
+
+    path = common.write_rows(tmp_path / "in.jsonl", ROWS)
+    killed = tmp_path / "killed" / "out.jsonl"
+    flags = arguments("musc_pairs", f"input={path}", f"output={killed}", *tiny)
+    partial = killed.with_name("out.jsonl.stages") / "decompose.jsonl.partial"
+    process = common.start("musc_pairs", *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not _lines(partial):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    kept = _lines(partial)
+    assert 0 < kept < 8
+    done = fork("musc_pairs", *flags)
+    names(done.error(), "no pair left")
+    names(done.stderr, f"decompose: {8 - kept} of 8 answers")
+    assert (killed.with_name("out.jsonl.stages") / "decompose.jsonl").read_bytes() == answers
+
+
+def test_a_template_without_a_system_role(model, tiny, tmp_path):
+    import shutil
+
+    strict = tmp_path / "strict"
+    shutil.copytree(model, strict)
+    template = strict / "chat_template.jinja"
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template.write_text(refuse + template.read_text())
+    names(run(tmp_path, f"model={strict}", *tiny[1:], rows=ROWS[:2]).error(), "no pair left", "(decompose)")
+    assert "no_answer" not in counts_of(tmp_path / "out.jsonl")["stages"][0]["reasons"]
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+class Runs:
+    """The same command on the same rows with several outputs."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        (directory / "fake.py").write_text(FAKE)
+        rows = [*instructions(40), {"id": "blank", "prompt": ""}, {"id": "short", "prompt": "Sing it"}]
+        self.rows = common.write_rows(directory / "in.jsonl", rows)
+
+    def output(self, name: str) -> Path:
+        return self.directory / name / "out.jsonl"
+
+    def start(self, name: str) -> subprocess.Popen:
+        flags = arguments("musc_pairs", f"input={self.rows}", f"output={self.output(name)}", "verify=True", *MIX)
+        return subprocess.Popen(
+            [sys.executable, str(self.directory / "fake.py"), *flags],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, name: str) -> Done:
+        process = self.start(name)
+        stdout, stderr = process.communicate(timeout=300)
+        return Done(process.returncode, stdout, stderr)
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage(tmp_path):
+    runs = Runs(tmp_path)
+    whole = runs.run("whole").ok()
+    assert counts_of(runs.output("whole"))["pairs"] == 40
+    names(whole.stderr, *(f"{stage} answer" for stage in ORDER))
+    stages = runs.output("killed").with_name("out.jsonl.stages")
+    for stage in ORDER:
+        process = runs.start("killed")
+        partial = stages / f"{stage}.jsonl.partial"
+        while process.poll() is None and _lines(partial) < 4:
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        # Dead in this stage: those before it are whole, those after it have not begun
+        found = {path.name.split(".")[0] for path in stages.iterdir()}
+        assert found == {*ORDER[: ORDER.index(stage) + 1]} and not (stages / f"{stage}.jsonl").exists()
+        assert _lines(partial) >= 4
+    process = runs.start("killed")
+    while process.poll() is None and not runs.output("killed").with_name("out.jsonl.counts.json").exists():
+        pass
+    process.kill()
+    process.communicate()
+    last = runs.run("killed").ok()
+    assert last.stdout == whole.stdout
+    for end in ENDS:
+        assert (
+            Path(f"{runs.output('killed')}{end}").read_bytes() == Path(f"{runs.output('whole')}{end}").read_bytes()
+        ), end
+    left = {path.name for path in runs.output("killed").parent.iterdir()}
+    assert left == {f"out.jsonl{end}" for end in ("", ".run.json", ".counts.json", ".dropped.jsonl", ".stages")}
+    assert "finished already" in runs.run("killed").ok().stderr
+
+
+# --- real instructions behind a server -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(shared_data) -> list[dict]:
+    """716 instructions that people wrote."""
+
+    def lines(name):
+        return [json.loads(line) for line in (shared_data / name).read_text(encoding="utf-8").splitlines()]
+
+    rows = [{"id": f"ifeval-{row['key']}", "prompt": row["prompt"]} for row in lines("ifeval_prompts.jsonl")]
+    return rows + [
+        {"id": row["id"], "instruction": row["instruction"], "input": row["instances"][0]["input"]}
+        for row in lines("self_instruct_seed_tasks.jsonl")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", ["infobench_noinput.json", "infobench_input.json"])
+def test_real_instructions(real, shared_data, tmp_path, examples):
+    """A strong model's answers: nearly every row becomes a pair, and what was perturbed is seen in it."""
+    with Server(script()) as server:
+        url = (f"endpoint.url={server.url}", "endpoint.model=strong", f"examples={shared_data}/{examples}")
+        done = run(tmp_path, *url, *MIX, "verify=True", rows=real).ok()
+    counts, pairs = counts_of(tmp_path / "out.jsonl"), common.read_rows(tmp_path / "out.jsonl")
+    assert counts["input"] == len(real) == 716 and len(pairs) == counts["pairs"] > 690
+    assert f"of {len(real)} rows" in done.stdout.splitlines()[-1]
+    texts = {str(row["id"]): with_input(row.get("prompt") or row["instruction"], row.get("input")) for row in real}
+    kinds = set()
+    for pair in pairs:
+        assert_valid(pair)
+        assert pair["original_instruction"] == texts[pair["id"]]
+        full, perturbed = content(pair["prompt"]), content(pair["perturbed_prompt"])
+        assert pair["input"].strip() in full and pair["input"].strip() in perturbed
+        for edit in pair["perturbations"]:
+            kinds.add(edit["kind"])
+            assert core(edit["old"]) in full
+            if edit["new"] is not None:
+                assert core(edit["new"]) in perturbed and core(edit["new"]) in content(pair["rejected"])
+    assert kinds == {"kept", "dropped", "substituted", "negated"}
+
+
+@pytest.mark.slow
+def test_real_instructions_and_malformed_answers(real, tmp_path):
+    """One answer in five is bad, in one of ten manners."""
+    changes = list(manners().values())
+
+    def change(text, asked):
+        draw = asked.body["seed"] % 50
+        return changes[draw] if draw < len(changes) else lambda text, asked: text
+
+    with Server(script(lambda text, asked: change(text, asked)(text, asked))) as server:
+        url = (f"endpoint.url={server.url}", "endpoint.model=strong", "max_failed_share=0.1")
+        run(tmp_path, *url, *MIX, "verify=True", rows=real).ok()
+    counts, pairs = counts_of(tmp_path / "out.jsonl"), common.read_rows(tmp_path / "out.jsonl")
+    assert counts["input"] == 716 and 100 < counts["pairs"] < 600
+    found = {reason for stage in counts["stages"] for reason in stage["reasons"]}
+    assert {"empty", "refusal", "unparsable", "truncated", "echo", "no_answer", "empty_response"} <= found
+    for pair in pairs:
+        assert_valid(pair)
+
+
+def test_a_server_that_refuses_everything(tmp_path):
+    with Server(script(lambda text, asked: failed("the prompt is odd"))) as server:
+        line = run(tmp_path, f"endpoint.url={server.url}", "endpoint.model=m").error(noise=True)
+        names(line, "rows could not be answered", "config.max_failed_share", "the prompt is odd", "decompose.jsonl")
+        line = run(tmp_path, f"endpoint.url={server.url}", "endpoint.model=m", "max_failed_share=1").error(noise=True)
+        names(line, "no pair left", "12 no_answer (decompose)")
+
+
+def test_a_server_that_goes_away_and_comes_back(tmp_path):
+    def change(text, asked):
+        return text if asked.number < 20 or asked.number > 40 else failed()
+
+    with Server(script(change)) as server:
+        url = (f"endpoint.url={server.url}", "endpoint.model=m", "endpoint.concurrency=4")
+        names(run(tmp_path, *url).error(noise=True), "rows could not be answered", "recombine.jsonl.partial stay")
+        while len(server.asked) <= 40:  # it takes some attempts
+            run(tmp_path, *url)
+        run(tmp_path, *url).ok()
+    assert counts_of(tmp_path / "out.jsonl")["pairs"] == 12
+
+
+def test_tasks_of_the_models_own(tmp_path):
+    with Server(script()) as server:
+        url = (f"endpoint.url={server.url}", "endpoint.model=m")
+        flags = arguments("musc_pairs", *url, "num_instructions=20", f"output={tmp_path}/out.jsonl")
+        done = fork("musc_pairs", *flags).ok()
+    assert "self_instruct answer 20/20" in done.stderr
+    pairs = common.read_rows(tmp_path / "out.jsonl")
+    assert len(pairs) == counts_of(tmp_path / "out.jsonl")["pairs"] > 12
+    for pair in pairs:
+        assert_valid(pair)
+
+
+def test_raw_text_from_a_server(tmp_path):
+    with Server(script()) as server:
+        run(tmp_path, f"endpoint.url={server.url}", "endpoint.model=base", "format=text").ok()
+        paths = {asked.path for asked in server.asked}
+        stops = [asked.body["stop"] for asked in server.asked if asked.prompt.endswith("\n\nResponse:\n")]
+    assert paths == {"/v1/completions"} and stops == [["\n###\n", "\nInstruction:"]] * 24
+    for pair in common.read_rows(tmp_path / "out.jsonl"):
+        assert pair["prompt"].startswith("Instruction:\nWrite letter") and pair["prompt"].endswith("\n\nResponse:\n")
+        assert pair["chosen"] != pair["rejected"] and isinstance(pair["chosen"], str)
