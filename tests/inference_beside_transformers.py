@@ -57,7 +57,7 @@ def their_generation(model: str) -> Iterator[dict[str, Any]]:
     by_length = sorted(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
     for ends, number in ENDS.items():
         for order, rows in (("as they come", texts), ("sorted", by_length)):
-            for batch in (32, 64, 128):
+            for batch in (32, 64):
                 begin, new = time.perf_counter(), 0
                 for start in range(0, len(rows), batch):
                     inputs = tokenizer(rows[start : start + batch], return_tensors="pt", padding=True)
@@ -91,7 +91,7 @@ def our_generation(model: str) -> Iterator[dict[str, Any]]:
     config, tokenizer, params, mesh = our_model(model)
     requests = [Request(str(i), text) for i, text in enumerate(prompts(tokenizer))]
     for ends, number in ENDS.items():
-        for slots in (48, 64, 128):
+        for slots in (48, 64):
             generator = LocalGenerator(
                 params, config, tokenizer, tuple(end_ids(number)), ComputeConfig("float32"),
                 DecodeConfig(slots=slots, max_length=512, chunk=8), mesh,
