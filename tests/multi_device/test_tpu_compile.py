@@ -104,7 +104,7 @@ def computed():
         prompts = decoding.Prompts(cache, jax.ShapeDtypeStruct((PROMPTS, model.d_model), jnp.bfloat16))
         programs |= {
             "prefill": prefill,
-            "place": decoding.place.lower(slots, prompts, tokens, lengths, to),
+            "place": decoding.place.lower(slots, prompts, tokens, lengths, to, exchange=True),
             "decode": decoding.decode.lower(
                 params, slots, given(bool, SLOTS), given(jnp.int32, 2), strengths, 16, model, compute, filters
             ),

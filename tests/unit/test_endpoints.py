@@ -606,7 +606,8 @@ def test_an_error_of_the_readers_closes():
 
 def test_interrupt(repo_root):
     code = (
-        "import sys; from lm_jax.inference.endpoints import *; assert 'openai' not in sys.modules\n"
+        "import signal, sys; from lm_jax.inference.endpoints import *; assert 'openai' not in sys.modules\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs are told to ignore it
         "rows = [Request(str(i), 'x') for i in range(100)]\n"
         "for batch in EndpointGenerator(sys.argv[1], 'tiny').generate(rows, SamplingConfig(4)): pass"
     )
