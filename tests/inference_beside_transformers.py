@@ -139,7 +139,7 @@ def our_scoring(model: str) -> Iterator[dict[str, Any]]:
         Segment(*(np.array(x, np.int32) for x in (tokenizer(p)["input_ids"], [*tokenizer(r)["input_ids"], 2])))
         for p, r in responses()
     ]
-    for rows, row_length in ((8, 1024), (8, 2048)):
+    for rows, row_length in ((4, 1024), (4, 2048), (8, 1024)):
         batch = BatchConfig(rows=rows, row_length=row_length, microbatches=1, max_examples_per_row=64)
         for _ in range(2):
             begin, total = time.perf_counter(), 0.0
