@@ -25,11 +25,12 @@ from lm_jax.data.rows import write_jsonl
 from lm_jax.data.text import Text
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request, SamplingConfig
+from lm_jax.training.metrics import say
 from musc_jax.construction import FULL, PERTURBED, Construction, Row, left
 from musc_jax.demonstrations import Demonstration, own_demonstrations, pick, read_demonstrations
 from musc_jax.perturb import PerturbConfig
 from musc_jax.prompts import STOP, Prompt
-from musc_jax.stages import Stages, everywhere, say
+from musc_jax.stages import Stages, everywhere
 from musc_jax.tally import summed, table, tally
 from musc_jax.tasks import Task, read_tasks
 

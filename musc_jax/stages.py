@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from lm_jax.data.journal import Journal, rows_fingerprint
 from lm_jax.data.rows import read_rows
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request, SamplingConfig
+from lm_jax.training.metrics import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +112,3 @@ def everywhere(value: Callable[[], Any]) -> Any:
     here = json.dumps(value()).encode() if jax.process_index() == 0 else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(here))))
     return json.loads(multihost_utils.broadcast_one_to_all(np.frombuffer(here.ljust(size), np.uint8)).tobytes())
-
-
-def say(line: str) -> None:
-    """A line on stderr, of process 0."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)

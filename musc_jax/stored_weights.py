@@ -25,7 +25,7 @@ _KINDS = {"store": str, "key": str, "row": int, "rule": str, "tokens": str}
 def pair_fingerprint(prompt: Text, chosen: np.ndarray, rejected: np.ndarray) -> str:
     """Of what weights are made for: the prompt's text and the token ids of both responses. 16 hex digits.
 
-    The prompt's text and not its ids, since a chat template may write today's date into every prompt.
+    The prompt's text and not its ids: what matters of the template is in the store's own key.
     """
     digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode())
     for ids in (chosen, rejected):

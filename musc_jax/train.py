@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import time
 
 import jax
@@ -25,7 +24,7 @@ from lm_jax.sharding import make_mesh, state_shardings
 from lm_jax.training.checkpoints import Checkpoints, abstract_like
 from lm_jax.training.flops import train_flops
 from lm_jax.training.loop import Run, StepCost, fit, resume
-from lm_jax.training.metrics import MetricsWriter
+from lm_jax.training.metrics import MetricsWriter, say
 from lm_jax.training.optim import make_optimizer, make_schedule
 from lm_jax.training.runs import begin_run, open_model, param_specs
 from lm_jax.training.step import TrainState, make_evaluate, make_train_step
@@ -97,7 +96,7 @@ def train(config: MuscTrainConfig) -> None:
     rule = train_pairs.rule
     eval_pairs = load_pairs(config.eval_input, encoder, rule) if config.eval_input else None
     for pairs in filter(None, (train_pairs, eval_pairs)):
-        _say("\n".join(pairs.report))
+        say("\n".join(pairs.report))
     for source in (policy, reference):
         param_specs(source.config, mesh)  # raises where the mesh does not fit the model, before anything is written
     begin_run(config.output, "musc_train", to_dict(config), policy)
@@ -105,7 +104,7 @@ def train(config: MuscTrainConfig) -> None:
 
     plan = plan_batches(example_lengths(train_examples), config.batch, config.epochs, config.seed)
     num_steps = min(len(plan), config.max_steps or len(plan))
-    _say(
+    say(
         f"{len(train_pairs)} pairs, weights {rule}: {num_steps} steps of about "
         f"{len(train_pairs) * config.epochs / len(plan):.1f} pairs on mesh {dict(mesh.shape)}"
     )
@@ -116,7 +115,7 @@ def train(config: MuscTrainConfig) -> None:
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
         state, shardings = _start_state(policy, optimizer, checkpoints, mesh, batches)
         if int(state.step):
-            _say(f"continuing {config.output} after step {int(state.step)}")
+            say(f"continuing {config.output} after step {int(state.step)}")
         step = make_train_step(objective, optimizer, schedule)
         with MetricsWriter(config.output, int(state.step)) as metrics:
             fit(
@@ -179,23 +178,18 @@ def _step_cost(rows, examples, config, model) -> StepCost:
     )
 
 
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
 def _say_summary(config: MuscTrainConfig, num_steps: int, seconds: float) -> None:
     with open(f"{config.output}/metrics.jsonl") as f:
         records = [json.loads(line) for line in f]
     trained = [r for r in records if "loss" in r]
     first, last = trained[0], trained[-1]
-    _say(
+    say(
         f"done: {num_steps} steps in {seconds:.0f} s; loss {first['loss']:.4f} -> {last['loss']:.4f}, "
         f"margin {last['rewards/margins']:.4f}, accuracy {last['rewards/accuracies']:.2f}"
     )
-    _say(f"  metrics      {config.output}/metrics.jsonl  (tensorboard --logdir {config.output}/tensorboard)")
-    _say(f"  checkpoints  {config.output}/checkpoints")
-    _say(
+    say(f"  metrics      {config.output}/metrics.jsonl  (tensorboard --logdir {config.output}/tensorboard)")
+    say(f"  checkpoints  {config.output}/checkpoints")
+    say(
         f"  export       python -m launch.export_hf --config=configs/export_hf.py "
         f"--config.model={config.output} --config.output={config.output}-hf"
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lm_jax.errors import UserError
 from lm_jax.inference.contrast import Contrast, contrast
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
-from lm_jax.training.metrics import Progress
+from lm_jax.training.metrics import Progress, say
 from lm_jax.training.runs import ModelSource, open_model, param_specs
 from musc_jax.examples import Pairs, load_pairs
 from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint, store_as_written
@@ -89,10 +88,10 @@ def weigh_rows(config: WeighConfig) -> None:
     perturbed = perturbed_prompts(pairs, rules) if PERTURBED in contexts else None
     examples = response_examples(pairs, contexts, perturbed, encoder, tokenizer)
     _check_fit(pairs, examples, config.batch.row_length)
-    _say("\n".join(pairs.report))
+    say("\n".join(pairs.report))
     same = sum(row.prompt == other for row, other in zip(pairs.rows, perturbed or [], strict=perturbed is not None))
     if same:
-        _say(
+        say(
             f"{pairs.where}: {same} of {len(pairs)} perturbed prompts equal their prompt; nothing tells these rows' "
             "tokens apart (every ratio is 1 and every divergence 0)"
         )
@@ -185,7 +184,7 @@ def store_key(
     source: ModelSource,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """What the weights depend on. Of prompts texts and tokenizer, not the ids: a template may write today's date."""
+    """What the weights depend on. Of prompts texts and tokenizer (its template with it), which settle the ids."""
     digest = hashlib.sha256()
     for i, row in enumerate(pairs.rows):
         chosen, rejected = (s.response for s in pairs.segments[2 * i : 2 * i + 2])
@@ -306,8 +305,3 @@ def _summary(store: ScoreStore, rules: Sequence[str]) -> dict[str, dict[str, flo
 
 def _bytes(directory: str) -> int:
     return sum(p.stat().st_size for p in Path(directory).expanduser().rglob("*") if p.is_file())
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)

@@ -97,10 +97,10 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
             return
         missing, failed, tokens = missing_rows(journal, len(rows)), 0, 0
         if missing:
-            requests = {n: Request(str(r["id"]), r["prompt"], r.get("max_new_tokens")) for n, r in enumerate(rows)}
+            asked = {number: rows[number] for number in missing}
             failed, tokens = answer_requests(
                 generator or load_local(config, local),
-                {number: requests[number] for number in missing},
+                {n: Request(str(r["id"]), r["prompt"], r.get("max_new_tokens")) for n, r in asked.items()},
                 config.sampling,
                 journal,
                 len(rows),

@@ -71,8 +71,8 @@ def score_rows(config: ScoreConfig) -> None:
     several = [_is_several(row["response"], f"{where} row {i}") for i, row in enumerate(rows)]
     responses = [(i, r) for i, row in enumerate(rows) for r in (row["response"] if several[i] else [row["response"]])]
     # launch.generate records rows without an answer, and a model may end at once; elsewhere that is a fault of the data
-    wanted = [not (r in (None, "") and "finish_reason" in rows[i]) for i, r in responses]
-    items = [item for item, is_wanted in zip(responses, wanted, strict=True) if is_wanted]
+    wanted = [j for j, (i, r) in enumerate(responses) if not (r in (None, "") and "finish_reason" in rows[i])]
+    items = [responses[j] for j in wanted]
     encoded = encoder.encode_many(
         [rows[i]["prompt"] for i, _ in items],
         [response for _, response in items],
@@ -82,15 +82,14 @@ def score_rows(config: ScoreConfig) -> None:
     params = source.load_params(mesh, "float32")
     progress = Progress(len(items), 0, "response")
     done = 0
-    columns: list[dict[str, Any]] = [{}] * len(items)
+    columns: list[dict[str, Any]] = [_NOTHING] * len(responses)
     for batch in score(params, segments, source.config, config.compute, config.batch, mesh):
         for scores in batch:
-            columns[scores.row] = _columns(segments[scores.row], scores)
+            columns[wanted[scores.row]] = _columns(segments[scores.row], scores)
         done += len(batch)
         progress.update(done, {})
     progress.close()
-    scored = iter(columns)
-    each = iter([next(scored) if is_wanted else _NOTHING for is_wanted in wanted])
+    each = iter(columns)
     for row, is_list in zip(rows, several, strict=True):
         if is_list:
             own = [next(each) for _ in row["response"]]
@@ -102,7 +101,7 @@ def score_rows(config: ScoreConfig) -> None:
         epath.Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(config.output, rows)
         truncated = sum(e.truncated for e in encoded)
-        report = {"rows": len(rows), "truncated": truncated, "without_response": wanted.count(False)}
+        report = {"rows": len(rows), "truncated": truncated, "without_response": len(responses) - len(items)}
         print(json.dumps(report | {"output": config.output}))
 
 

@@ -1,7 +1,6 @@
 """(prompt, response), as text or messages, to token ids. A mask is two lengths: the response follows the prompt."""
 
 import dataclasses
-import datetime
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,9 @@ Message = dict[str, str]  # {'role': ..., 'content': ...}
 Text = str | list[Message]  # raw text, or messages for the chat template
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# What a template that asks for the date is told: today's would make a row's ids depend on the day that it is read.
-# Llama 3's templates take this day where they are told none.
-_DAY = datetime.date(2024, 7, 26)
+# What a template that reads `date_string`, as Llama 3's do, is told: today's would make a row's ids depend on the day.
+# Llama 3.1 takes this day by itself.
+_DAY = "26 Jul 2024"
 _BATCH = 1024  # rows tokenised at once: enough to keep the tokenizer's threads busy, little as Python lists
 _ANCHORS = ("\n", "a", "0", "")  # see TextEncoder._tokenize_apart
 
@@ -260,7 +259,7 @@ class TextEncoder:
             )
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=_DAY.strftime
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DAY
             )
         except Exception as error:  # a template can raise anything
             roles = ", ".join(message["role"] for message in messages)

@@ -37,7 +37,7 @@ class Fault:
 def prompt_problem(prompt: Text) -> str | None:
     """What no server should be asked, or None."""
     if isinstance(prompt, str):
-        if not prompt:
+        if not prompt.strip():
             return "the prompt is empty; give a text"
     elif fault := messages_fault(prompt):
         return f"prompt {fault}; give a string or a list of {{'role': ..., 'content': ...}}"

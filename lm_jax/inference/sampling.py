@@ -109,8 +109,8 @@ class LocalGenerator:
                     prompt = self._encoder.encode_prompt(_not_blank(request), f"row {request.id}")
                 if len(prompt) >= self._context:
                     raise UserError(self._too_long(request, len(prompt)))
-                budget = min(request.max_new_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
-                budget = min(budget, self._context - len(prompt))
+                own = request.max_new_tokens or sampling.max_new_tokens
+                budget = min(own, sampling.max_new_tokens, self._context - len(prompt))
                 rows.append(_Row(request, prompt, budget, [None] * sampling.num_samples))
             except UserError as error:
                 failed.append(Completion(request.id, (), str(error)))

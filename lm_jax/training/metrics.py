@@ -92,3 +92,9 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def say(line: str) -> None:
+    """A line on stderr, of process 0."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -280,6 +280,14 @@ def test_doubled_bos_of_a_string():
     assert ids(TextEncoder(byte_level(), 500).encode("<s>Hi", "a", WHERE))[0] == 0
 
 
+def test_a_template_that_asks_for_the_date_gets_the_same_every_day():
+    asks = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"  # Llama 3.2
+    dated = asks + "{{ date_string }} " + CHATML
+    fixed = CHATML.replace("{%", "26 Jul 2024 {%", 1)
+    ids = [chat_encoder(template).encode_prompt(user("Hi"), "row 0").tolist() for template in (dated, fixed)]
+    assert ids[0] == ids[1]
+
+
 def test_the_templates_end_token_must_be_known():
     tokenizer = byte_level(CHATML)
     assert "end token not trained" in raised(TextEncoder(tokenizer, 500).encode, user("Hi"), assistant("a"), WHERE)
