@@ -1,0 +1,197 @@
+"""A training command from start to finish, for any objective: model and data in, a run directory out."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, MeshConfig, OptimConfig, to_dict
+from lm_jax.data.order import BatchIterator, check_batch, plan_batches
+from lm_jax.data.packing import Example, example_lengths
+from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
+from lm_jax.errors import UserError
+from lm_jax.models.decoder import check_compute
+from lm_jax.sharding import make_mesh, state_shardings
+from lm_jax.training.checkpoints import Checkpoints, abstract_like
+from lm_jax.training.flops import train_flops
+from lm_jax.training.loop import Run, StepCost, fit, resume
+from lm_jax.training.metrics import MetricsWriter, say
+from lm_jax.training.optim import make_optimizer, make_schedule
+from lm_jax.training.runs import ModelSource, begin_run, open_model, param_specs
+from lm_jax.training.step import Objective, TrainState, make_evaluate, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The keys of every command that trains."""
+
+    model: str
+    input: str
+    eval_input: str | None
+    output: str
+    seed: int
+    dtype: str
+    max_length: int
+    epochs: int
+    max_steps: int | None
+    eval_every: int
+    batch: BatchConfig
+    optim: OptimConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+    checkpoints: CheckpointConfig
+
+    def __post_init__(self):
+        for name in ("max_length", "epochs", "eval_every", "max_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"config.{name}: must be at least 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What of a run is known before its data are read.
+
+    Attributes:
+      policy: the model where training starts.
+      encoder: makes the policy's token ids.
+      began: on the clock of `time.monotonic`.
+    """
+
+    config: TrainConfig
+    mesh: jax.sharding.Mesh
+    policy: ModelSource
+    encoder: TextEncoder
+    began: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a method gives to training.
+
+    Attributes:
+      unit: what an example is, in the plural.
+      values: what goes along with every response token, as `Segment.values` has it.
+      eval_examples: empty for no evaluation.
+      describe: example number -> how a user finds that row.
+      shown: metric name -> short name, of what the progress line and the summary show.
+    """
+
+    objective: Objective
+    unit: str
+    examples: Sequence[Example]
+    eval_examples: Sequence[Example]
+    values: tuple[str, ...]
+    describe: Callable[[int], str]
+    shown: Mapping[str, str]
+
+
+def open_job(config: TrainConfig) -> Job:
+    """Checks what can be checked without the data; reads no weights and writes nothing.
+
+    Raises:
+      UserError: a mesh, batch or model that do not fit each other.
+    """
+    began = time.monotonic()
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch, mesh)
+    check_compute(config.compute)
+    policy = open_model(config.model)
+    param_specs(policy.config, mesh)
+    tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)
+    encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(policy.directory, tokenizer))
+    return Job(config, mesh, policy, encoder, began)
+
+
+def begin_job(job: Job, command: str) -> None:
+    """Makes the run directory, or finds the same run in it to continue; see `begin_run`."""
+    begin_run(job.config.output, command, to_dict(job.config), job.policy)
+
+
+def run_job(job: Job, task: Task) -> None:
+    """Trains to the end of the plan, from the start or from the newest checkpoint, and says where everything lies.
+
+    Raises:
+      UserError: non-finite loss or gradient, a failed or damaged checkpoint.
+    """
+    config, mesh = job.config, job.mesh
+    plan = plan_batches(example_lengths(task.examples), config.batch, config.epochs, config.seed)
+    num_steps = min(len(plan), config.max_steps or len(plan))
+    per_step = len(task.examples) * config.epochs / len(plan)
+    say(f"{len(task.examples)} {task.unit}: {num_steps} steps of about {per_step:.1f} on mesh {dict(mesh.shape)}")
+    schedule = make_schedule(config.optim, num_steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    batches = BatchIterator(plan, task.examples, mesh, task.values)
+    with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
+        state, shardings = _start_state(job.policy, optimizer, checkpoints, mesh, batches)
+        if int(state.step):
+            say(f"continuing {config.output} after step {int(state.step)}")
+        step = make_train_step(task.objective, optimizer, schedule)
+        with MetricsWriter(config.output, int(state.step)) as metrics:
+            fit(
+                Run(
+                    state=state,
+                    train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+                    batches=batches,
+                    costs=[_step_cost(plan[i], task.examples, job) for i in range(num_steps)],
+                    evaluate=_evaluation(job, task) if task.eval_examples else None,
+                    eval_every=config.eval_every,
+                    describe=task.describe,
+                    checkpoints=checkpoints,
+                    checkpoint_config=config.checkpoints,
+                    metrics=metrics,
+                    shown=task.shown,
+                )
+            )
+    _say_summary(config.output, task.shown, num_steps, time.monotonic() - job.began)
+
+
+def _evaluation(job: Job, task: Task):
+    """params -> metrics over all evaluation examples."""
+    plan = plan_batches(example_lengths(task.eval_examples), job.config.batch, 1, None)
+    evaluate = make_evaluate(task.objective)
+    return lambda params: evaluate(params, BatchIterator(plan, task.eval_examples, job.mesh, task.values))
+
+
+def _start_state(policy, optimizer, checkpoints, mesh, batches) -> tuple[TrainState, TrainState]:
+    """The state to go on from, its data iterator positioned, and its shardings."""
+    abstract_params = policy.abstract_params(mesh, "float32")
+    abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), abstract_params)
+    shardings = state_shardings(abstract, param_specs(policy.config, mesh), mesh)
+    if checkpoints.latest_step() is not None:
+        state, position = resume(checkpoints, abstract_like(abstract, shardings))
+        batches.set_state(position)
+        return state, shardings
+    params = policy.load_params(mesh, "float32")
+    create = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=shardings, donate_argnums=0)
+    return create(params), shardings
+
+
+def _step_cost(rows, examples: Sequence[Example], job: Job) -> StepCost:
+    lengths = [len(segment) for row in rows for item in row for segment in examples[item]]
+    return StepCost(
+        tokens=sum(lengths),
+        slots=job.config.batch.rows * job.config.batch.row_length,
+        flops=train_flops(job.policy.config, np.array(lengths)),
+    )
+
+
+def _say_summary(output: str, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:
+    if jax.process_index():
+        return
+    with open(f"{output}/metrics.jsonl") as f:
+        trained = [record for line in f if "loss" in (record := json.loads(line))]
+    first, last = trained[0], trained[-1]
+    values = ", ".join(f"{short} {last[name]:.4f}" for name, short in shown.items() if name != "loss")
+    say(
+        f"done: {num_steps} steps in {seconds:.0f} s; loss {first['loss']:.4f} -> {last['loss']:.4f}"
+        + (f", {values}" if values else "")
+    )
+    say(f"  metrics      {output}/metrics.jsonl  (tensorboard --logdir {output}/tensorboard)")
+    say(f"  checkpoints  {output}/checkpoints")
+    say(
+        f"  export       python -m launch.export_hf --config=configs/export_hf.py "
+        f"--config.model={output} --config.output={output}-hf"
+    )
