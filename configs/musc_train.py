@@ -24,8 +24,9 @@ def get_config(preset: str = "") -> ConfigDict:
     c.epochs = 3  # the authors' setting
     c.max_steps = placeholder(int)  # stop early; none: all epochs
     c.eval_every = 100  # steps
-    # auto | uniform | perplexity | entropy | columns | store | store:RULE; store: what launch.musc_token_weights wrote;
-    # auto: the rows' store, else their own scores, else uniform
+    # auto | uniform | perplexity | entropy | columns | store[:RULE] | online[:RULE]
+    # store: what launch.musc_token_weights wrote; online: from the policy itself, anew in every step (two or three
+    # forward passes more); auto: the rows' store, else their own scores, else uniform
     c.weights = "auto"
     c.reference_cache = placeholder(str)  # share reference log-probs between runs; none: inside the run directory
 

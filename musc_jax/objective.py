@@ -3,6 +3,9 @@
 Axes: B rows, T tokens, P pairs of a row.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,11 +15,22 @@ from lm_jax.training.step import Batch, Objective, Sums
 from musc_jax.losses import LossConfig, preference_loss, segment_sums
 
 
-def preference_objective(model: ModelConfig, compute: ComputeConfig, loss: LossConfig) -> Objective:
+def given_weights(params: Any, batch: Batch) -> jax.Array:
+    """[B, T]: the weights that every response token brought along."""
+    return batch["weights"]
+
+
+def preference_objective(
+    model: ModelConfig,
+    compute: ComputeConfig,
+    loss: LossConfig,
+    weigh: Callable[[Any, Batch], jax.Array] = given_weights,
+) -> Objective:
     """r = sum_t w_t (log pi - log ref) of each response under the full instruction; the loss of the pairs' margins.
 
-    Batches are those of `fill_rows` with two segments an example (chosen, rejected) and the values `weights` and
-    `ref_logprobs`. Metrics carry TRL's names: rewards are beta times r, `logps/*` plain sums, all means over pairs.
+    Batches are those of `fill_rows` with two segments an example (chosen, rejected), the value `ref_logprobs` and what
+    `weigh` makes the weights [B, T] of. Metrics carry TRL's names: rewards are beta times r, `logps/*` plain sums, all
+    means over pairs.
     """
 
     def count(batch: Batch) -> Sums:
@@ -32,7 +46,7 @@ def preference_objective(model: ModelConfig, compute: ComputeConfig, loss: LossC
         def sums(values):  # [B, T] -> [B * P, 2]
             return segment_sums(values, batch["segment_ids"], ids.shape[1]).reshape(-1, 2)
 
-        mask, weights = batch["loss_mask"], batch["weights"]
+        mask, weights = batch["loss_mask"], weigh(params, batch)
         weighted = sums(weights * logprobs)
         # The difference is formed token by token: a policy equal to its reference then gives 0, not the rounding of
         # two long sums.

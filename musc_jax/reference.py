@@ -14,7 +14,7 @@ from lm_jax.inference.cached_scores import FIELDS, cached_scores, scores_key
 from lm_jax.inference.scoring import score
 from lm_jax.training.metrics import Progress
 from lm_jax.training.runs import ModelSource
-from musc_jax.token_weights import RULES
+from musc_jax.token_weights import FULL, RULES, ResponseScores
 
 Scores = Mapping[str, Sequence[np.ndarray]]  # "logprobs", "entropies": [R] float32 for each segment
 
@@ -67,11 +67,15 @@ def weighted_pairs(segments: Sequence[Segment], scores: Scores, rule: str) -> li
     """(chosen, rejected) with the values `weights` and `ref_logprobs` for every response token.
 
     Args:
-      segments: 2 a pair; unless the rule is a key of RULES they bring `weights`.
+      segments: 2 a pair; unless the rule is a key of RULES they bring their `weights`, if any.
       rule: a key of RULES, or where the weights are from.
     """
     weighted = []
-    for segment, logprobs, entropies in zip(segments, scores["logprobs"], scores["entropies"], strict=True):
-        weights = RULES[rule](logprobs, entropies) if rule in RULES else segment.values["weights"]
-        weighted.append(Segment(segment.prompt, segment.response, {"weights": weights, "ref_logprobs": logprobs}))
+    for i, segment in enumerate(segments):
+        logprobs, entropies = scores["logprobs"][i], scores["entropies"][i]
+        values = {**segment.values, "ref_logprobs": logprobs}
+        if rule in RULES:
+            own = ResponseScores({FULL: logprobs}, {FULL: entropies}, None, None, is_chosen=i % 2 == 0)
+            values["weights"] = RULES[rule].weigh(own)
+        weighted.append(Segment(segment.prompt, segment.response, values))
     return list(zip(weighted[::2], weighted[1::2], strict=True))

@@ -3,17 +3,20 @@
 A weight is one function of (token, context), the same for chosen and rejected responses: weights that differ for the
 same token in the two would push shared tokens up or down on balance. `other_over_own` is the exception.
 
-Axes: R tokens of a response. Contexts of a response, always teacher-forced: the full instruction, the perturbed one
-(from which constraints were dropped or altered), and none.
+Axes: R tokens of a response, or packed, B rows of S tokens. Contexts of a response, always teacher-forced: the full
+instruction, the perturbed one (from which constraints were dropped or altered), and none.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from lm_jax.errors import UserError
 from musc_jax import draws
+
+Array = np.ndarray | jax.Array
 
 MAX_WEIGHT = 2.0
 SCALE = 1.2  # of the ratios of entropies: what the authors' released scores have (clip(1.2 * ratio, 0, 2))
@@ -25,147 +28,154 @@ CHOSEN, REJECTED = "chosen", "rejected"
 
 @dataclasses.dataclass(frozen=True)
 class ResponseScores:
-    """What the seed model says of one response.
+    """What the model says of responses: of one (numpy, [R]), or of those packed into rows ([B, S], under jit too).
 
     Attributes:
       logprobs: context -> [R], log p(token | context, earlier tokens), nats.
       entropies: context -> [R], of the distribution that each token was drawn from.
       kl: [R] KL(full || perturbed) between the distributions; None where no rule asked.
       reverse_kl: [R] KL(perturbed || full).
-      side: `chosen` or `rejected`.
-      draw: what random choices depend on, as (seed, row id).
+      is_chosen: whether the token is the chosen response's; one bool, or [B, S].
+      mean: of a value over its own response, in a shape that divides it.
+      draw: what random choices depend on, as (seed, row id); of one response.
     """
 
-    logprobs: dict[str, np.ndarray]
-    entropies: dict[str, np.ndarray]
-    kl: np.ndarray | None
-    reverse_kl: np.ndarray | None
-    side: str
+    logprobs: dict[str, Array]
+    entropies: dict[str, Array]
+    kl: Array | None
+    reverse_kl: Array | None
+    is_chosen: bool | Array
+    mean: Callable[[Array], Array] = np.mean
     draw: tuple[int | str, ...] = ()
 
 
-def uniform(logprobs: np.ndarray, entropies: np.ndarray) -> np.ndarray:
-    """All ones: plain DPO. [R] -> [R]."""
-    return np.ones_like(logprobs)
+def uniform(scores: ResponseScores) -> Array:
+    """All ones: plain DPO."""
+    return scores.logprobs[FULL].__array_namespace__().ones_like(scores.logprobs[FULL])
 
 
-def perplexity(logprobs: np.ndarray, entropies: np.ndarray) -> np.ndarray:
+def perplexity(scores: ResponseScores) -> Array:
     """The token's share of the response's log-perplexity: -log p(token) scaled to mean 1, clipped to [0, 2].
 
     The logarithm, since the perplexity 1/p of one rare token would leave all others with weight 0.
     """
-    return scaled(-logprobs)
+    return scaled(-scores.logprobs[FULL], scores.mean)
 
 
-def entropy(logprobs: np.ndarray, entropies: np.ndarray) -> np.ndarray:
+def entropy(scores: ResponseScores) -> Array:
     """Entropy of the distribution that the token was drawn from, scaled to mean 1, clipped to [0, 2]."""
-    return scaled(entropies)
+    return scaled(scores.entropies[FULL], scores.mean)
 
 
-def calibrated_entropy(scores: ResponseScores) -> np.ndarray:
+def calibrated_entropy(scores: ResponseScores) -> Array:
     """clip(1.2 * H_full / H_perturbed, 0, 2), on both sides alike."""
     return entropy_ratio(scores.entropies[FULL], scores.entropies[PERTURBED])
 
 
-def other_over_own(scores: ResponseScores) -> np.ndarray:
+def other_over_own(scores: ResponseScores) -> Array:
     """clip(1.2 * H_other / H_own, 0, 2): own is the instruction that the response was written to."""
-    own, other = (FULL, PERTURBED) if scores.side == CHOSEN else (PERTURBED, FULL)
-    return entropy_ratio(scores.entropies[other], scores.entropies[own])
+    full, perturbed = scores.entropies[FULL], scores.entropies[PERTURBED]
+    xp = full.__array_namespace__()
+    own, other = xp.where(scores.is_chosen, full, perturbed), xp.where(scores.is_chosen, perturbed, full)
+    return entropy_ratio(other, own)
 
 
-def kl(scores: ResponseScores) -> np.ndarray:
+def kl(scores: ResponseScores) -> Array:
     """KL(full || perturbed) of the next-token distributions, scaled to mean 1, clipped to [0, 2]."""
-    return scaled(scores.kl)
+    return scaled(scores.kl, scores.mean)
 
 
-def symmetric_kl(scores: ResponseScores) -> np.ndarray:
+def symmetric_kl(scores: ResponseScores) -> Array:
     """KL(full || perturbed) + KL(perturbed || full), scaled to mean 1, clipped to [0, 2]."""
-    return scaled(scores.kl + scores.reverse_kl)
+    return scaled(scores.kl + scores.reverse_kl, scores.mean)
 
 
-def pmi(scores: ResponseScores) -> np.ndarray:
+def pmi(scores: ResponseScores) -> Array:
     """log p(token | full instruction) - log p(token | none), scaled to mean 1, clipped to [0, 2].
 
     Tokens that the instruction makes less likely count as 0 before scaling: a mean of mixed signs may be near 0 or
     below it, and dividing by it would blow weights up or turn their order around.
     """
-    return scaled(np.maximum(scores.logprobs[FULL] - scores.logprobs[NONE], 0.0))
+    gain = scores.logprobs[FULL] - scores.logprobs[NONE]
+    return scaled(gain.__array_namespace__().maximum(gain, 0.0), scores.mean)
 
 
 def shuffled(scores: ResponseScores) -> np.ndarray:
     """The default rule's weights in an order that depends on (seed, row id, side): a control without their meaning."""
     weights = calibrated_entropy(scores)
-    return weights[draws.shuffled(range(len(weights)), *scores.draw, scores.side, "weights")]
+    side = CHOSEN if scores.is_chosen else REJECTED
+    return weights[draws.shuffled(range(len(weights)), *scores.draw, side, "weights")]
 
 
-def entropy_ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """clip(1.2 * above / below, 0, 2); 0/0 counts as ratio 1. [R] -> [R] float32.
+def entropy_ratio(above: Array, below: Array) -> Array:
+    """clip(1.2 * above / below, 0, 2); 0/0 counts as ratio 1.
 
     Entropies under `ROUNDING` count as that: what lies below it is noise, and so would their ratio be.
     """
-    ratio = np.maximum(above, ROUNDING).astype(np.float64) / np.maximum(below, ROUNDING)
-    return np.clip(SCALE * ratio, 0.0, MAX_WEIGHT).astype(np.float32)
+    xp = above.__array_namespace__()
+    return xp.clip(SCALE * (xp.maximum(above, ROUNDING) / xp.maximum(below, ROUNDING)), 0.0, MAX_WEIGHT)
 
 
-def scaled(values: np.ndarray) -> np.ndarray:
-    """values / mean, clipped to [0, 2]; all ones where the mean is 0 (0/0 counts as ratio 1). [R] -> [R] float32."""
-    mean = values.mean(dtype=np.float64)
-    if abs(mean) <= ROUNDING:
-        return np.ones_like(values, dtype=np.float32)
-    return np.clip(values / mean, 0.0, MAX_WEIGHT).astype(np.float32)
-
-
-# Rules that need only the response under its own full prompt: training applies them to the reference's scores.
-RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "uniform": uniform,
-    "perplexity": perplexity,
-    "entropy": entropy,
-}
-RULES_ON_SCORES = tuple(name for name in RULES if name != "uniform")  # those that read the model's scores
+def scaled(values: Array, mean: Callable[[Array], Array]) -> Array:
+    """values / mean, clipped to [0, 2]; all ones where the mean is 0 (0/0 counts as ratio 1)."""
+    xp, means = values.__array_namespace__(), mean(values)
+    is_0 = abs(means) <= ROUNDING
+    return xp.clip(xp.where(is_0, 1.0, values / xp.where(is_0, 1.0, means)), 0.0, MAX_WEIGHT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule of the weighing pass.
+    """A rule of weighing.
 
     Attributes:
-      weigh: scores of a response -> [R] weights in [0, 2], float32.
+      weigh: scores -> weights in [0, 2], of their shape, float32.
       contexts: which it reads.
       divergences: whether it reads `kl` and `reverse_kl`.
     """
 
-    weigh: Callable[[ResponseScores], np.ndarray]
+    weigh: Callable[[ResponseScores], Array]
     contexts: tuple[str, ...]
     divergences: bool = False
-
-
-def _under_full(name: str) -> Rule:
-    return Rule(lambda scores: RULES[name](scores.logprobs[FULL], scores.entropies[FULL]), (FULL,))
 
 
 DEFAULT_RULE = "calibrated_entropy"
 WEIGHING_RULES: dict[str, Rule] = {
     DEFAULT_RULE: Rule(calibrated_entropy, (FULL, PERTURBED)),
     "other_over_own": Rule(other_over_own, (FULL, PERTURBED)),
-    **{name: _under_full(name) for name in RULES},
+    "uniform": Rule(uniform, (FULL,)),
+    "perplexity": Rule(perplexity, (FULL,)),
+    "entropy": Rule(entropy, (FULL,)),
     "kl": Rule(kl, (FULL, PERTURBED), divergences=True),
     "symmetric_kl": Rule(symmetric_kl, (FULL, PERTURBED), divergences=True),
     "pmi": Rule(pmi, (FULL, NONE)),
     "shuffled": Rule(shuffled, (FULL, PERTURBED)),
 }
+# Rules that need only the response under its own full prompt: training applies them to the reference's scores.
+RULES = {name: rule for name, rule in WEIGHING_RULES.items() if rule.contexts == (FULL,)}
+RULES_ON_SCORES = tuple(name for name in RULES if name != "uniform")  # those that read the model's scores
+# Rules that can be computed within a training step
+ONLINE_RULES = tuple(name for name in WEIGHING_RULES if name not in ("uniform", "shuffled"))
 
 FROM_COLUMNS = "columns"  # not a rule: the rows bring `chosen_token_scores` and `rejected_token_scores`
 FROM_STORE = "store"  # not a rule: the rows point at a store of weights; `store:RULE` takes that rule's from it
 AUTO = "auto"  # what the rows bring: a store, columns, else uniform
+ONLINE = "online"  # not a rule: the policy weighs in every step, by the default rule; `online:RULE` by that one
 
 
 def check_rule(name: str) -> None:
     """Raises UserError for a name that is neither a rule of training nor says where the rows' own weights are."""
-    names = (AUTO, *RULES, FROM_COLUMNS, FROM_STORE, *(f"{FROM_STORE}:{rule}" for rule in WEIGHING_RULES))
+    stored = (FROM_STORE, *(f"{FROM_STORE}:{rule}" for rule in WEIGHING_RULES))
+    names = (AUTO, *RULES, FROM_COLUMNS, *stored, ONLINE, *(f"{ONLINE}:{rule}" for rule in ONLINE_RULES))
     if name in names:
         return
     hint = f"; {name} has to be weighed first, then choose {FROM_STORE}:{name}" if name in WEIGHING_RULES else ""
     raise UserError(f"config.weights: unknown rule {name!r}; choose from {', '.join(names)}{hint}")
+
+
+def online_rule(name: str) -> str | None:
+    """`online:kl` -> `kl`, `online` -> the default rule, anything else -> None."""
+    head, _, rule = name.partition(":")
+    return (rule or DEFAULT_RULE) if head == ONLINE else None
 
 
 def parse_rules(text: str) -> tuple[str, ...]:

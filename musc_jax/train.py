@@ -8,9 +8,10 @@ from lm_jax.training.metrics import say
 from lm_jax.training.runs import ModelSource, open_model, param_specs
 from musc_jax.examples import Pairs, load_pairs
 from musc_jax.losses import LossConfig
-from musc_jax.objective import preference_objective
+from musc_jax.objective import given_weights, preference_objective
+from musc_jax.online import online_weights, responses_beside
 from musc_jax.reference import no_scores, reference_scores, weighted_pairs
-from musc_jax.token_weights import RULES_ON_SCORES, check_rule
+from musc_jax.token_weights import RULES_ON_SCORES, check_rule, online_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,24 @@ def train(config: MuscTrainConfig) -> None:
     eval_pairs = load_pairs(config.eval_input, job.encoder, rule) if config.eval_input else None
     for pairs in filter(None, (train_pairs, eval_pairs)):
         say("\n".join(pairs.report))
+    online = online_rule(rule)
+    beside, eval_beside = (
+        responses_beside(pairs, online, job) if online and pairs else None for pairs in (train_pairs, eval_pairs)
+    )
+    weigh = online_weights(online, job.policy.config, config.compute) if online else given_weights
     begin_job(job, "musc_train")
     examples, eval_examples = _examples(config, rule, job, reference, train_pairs, eval_pairs)
     say(f"weights: {rule}")
     task = Task(
-        objective=preference_objective(job.policy.config, config.compute, config.loss),
+        objective=preference_objective(job.policy.config, config.compute, config.loss, weigh),
         unit="pairs",
         examples=examples,
         eval_examples=eval_examples,
-        values=("weights", "ref_logprobs"),
+        values=("ref_logprobs",) if online else ("weights", "ref_logprobs"),
         describe=train_pairs.name,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
+        beside=beside,
+        eval_beside=eval_beside,
     )
     run_job(job, task)
 

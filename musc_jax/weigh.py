@@ -125,7 +125,7 @@ def perturbed_prompts(pairs: Pairs, rules: Sequence[str]) -> list[Text]:
             without = ", ".join(name for name, rule in WEIGHING_RULES.items() if PERTURBED not in rule.contexts)
             raise UserError(
                 f"{pairs.name(i)}: column 'perturbed_prompt' is missing, which the rule {needing} contrasts the prompt "
-                f"with; add it, or choose config.rules among {without}"
+                f"with; add it, or choose a rule among {without}"
             )
         if isinstance(row.prompt, str) != isinstance(value, str):
             users = [] if isinstance(row.prompt, str) else [m for m in row.prompt if m["role"] == "user"]
@@ -214,8 +214,8 @@ def response_scores(
         dict(zip(contexts, scores.entropies, strict=True)),
         kl,
         reverse_kl,
-        side,
-        draw,
+        side == CHOSEN,
+        draw=draw,
     )
 
 

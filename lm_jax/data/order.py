@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lm_jax.config import BatchConfig
-from lm_jax.data.packing import Example, fill_rows, pack
+from lm_jax.data.packing import Example, example_lengths, fill_rows, pack
 from lm_jax.errors import UserError
 from lm_jax.sharding import batch_divisor, batch_sharding
 
@@ -35,6 +35,33 @@ class BatchPlan:
 
     def __getitem__(self, step: int) -> Sequence[np.ndarray]:
         return self.rows[step * self.batch.rows : (step + 1) * self.batch.rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """Examples that go along with those of a batch, laid out in rows of their own under `name/...`.
+
+    Attributes:
+      examples: `per_example` of them for each of the batch's, one after the other.
+      row_length: tokens of their rows; row b holds what belongs to the batch's row b.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    per_example: int
+    row_length: int
+
+    def fill(self, rows: Sequence[Sequence[int]], max_examples: int) -> dict[str, np.ndarray]:
+        """`fill_rows` of what belongs to `rows` of the batch."""
+        n = self.per_example
+        own = [[item * n + i for item in row for i in range(n)] for row in rows]
+        filled = fill_rows(own, self.examples, self.row_length, max_examples * n)
+        return {f"{self.name}/{key}": array for key, array in filled.items()}
+
+    def lengths(self, row_length: int) -> np.ndarray:
+        """[N] int64: as many tokens of a row of `row_length` as each example's share of the row here, rounded up."""
+        lengths = example_lengths(self.examples).reshape(-1, self.per_example).sum(axis=1)
+        return -(-lengths * row_length // self.row_length)
 
 
 def plan_batches(lengths: np.ndarray, batch: BatchConfig, epochs: int, seed: int | None) -> BatchPlan:
@@ -63,7 +90,12 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
     """
 
     def __init__(
-        self, plan: BatchPlan, examples: Sequence[Example], mesh: jax.sharding.Mesh, values: Sequence[str] = ()
+        self,
+        plan: BatchPlan,
+        examples: Sequence[Example],
+        mesh: jax.sharding.Mesh,
+        values: Sequence[str] = (),
+        beside: Beside | None = None,
     ):
         batch, processes = plan.batch, jax.process_count()
         check_batch(batch, mesh)
@@ -74,9 +106,10 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
         def fill(step: int) -> dict[str, np.ndarray]:
             rows = plan[step]
             micro = [rows[m * micro_rows : (m + 1) * micro_rows][mine] for m in range(batch.microbatches)]
-            flat = fill_rows(
-                [r for m in micro for r in m], examples, batch.row_length, batch.max_examples_per_row, values
-            )
+            flat_rows = [r for m in micro for r in m]
+            flat = fill_rows(flat_rows, examples, batch.row_length, batch.max_examples_per_row, values)
+            if beside is not None:
+                flat |= beside.fill(flat_rows, batch.max_examples_per_row)
             return {k: v.reshape(batch.microbatches, share, *v.shape[1:]) for k, v in flat.items()}
 
         dataset = grain.MapDataset.source(range(len(plan))).map(fill)

@@ -4,19 +4,20 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, MeshConfig, OptimConfig, to_dict
-from lm_jax.data.order import BatchIterator, check_batch, plan_batches
+from lm_jax.data.order import BatchIterator, Beside, check_batch, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh, state_shardings
 from lm_jax.training.checkpoints import Checkpoints, abstract_like
-from lm_jax.training.flops import train_flops
+from lm_jax.training.flops import forward_flops, train_flops
 from lm_jax.training.loop import Run, StepCost, fit, resume
 from lm_jax.training.metrics import MetricsWriter, say
 from lm_jax.training.optim import make_optimizer, make_schedule
@@ -56,13 +57,14 @@ class Job:
 
     Attributes:
       policy: the model where training starts.
-      encoder: makes the policy's token ids.
+      encoder: makes the policy's token ids, with `tokenizer`.
       began: on the clock of `time.monotonic`.
     """
 
     config: TrainConfig
     mesh: jax.sharding.Mesh
     policy: ModelSource
+    tokenizer: Any
     encoder: TextEncoder
     began: float
 
@@ -75,6 +77,7 @@ class Task:
       unit: what an example is, in the plural.
       values: what goes along with every response token, as `Segment.values` has it.
       eval_examples: empty for no evaluation.
+      beside: what goes along with the examples, and `eval_beside` with those of the evaluation.
       describe: example number -> how a user finds that row.
       shown: metric name -> short name, of what the progress line and the summary show.
     """
@@ -86,6 +89,8 @@ class Task:
     values: tuple[str, ...]
     describe: Callable[[int], str]
     shown: Mapping[str, str]
+    beside: Beside | None = None
+    eval_beside: Beside | None = None
 
 
 def open_job(config: TrainConfig) -> Job:
@@ -102,7 +107,7 @@ def open_job(config: TrainConfig) -> Job:
     param_specs(policy.config, mesh)
     tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(policy.directory, tokenizer))
-    return Job(config, mesh, policy, encoder, began)
+    return Job(config, mesh, policy, tokenizer, encoder, began)
 
 
 def begin_job(job: Job, command: str) -> None:
@@ -117,13 +122,14 @@ def run_job(job: Job, task: Task) -> None:
       UserError: non-finite loss or gradient, a failed or damaged checkpoint.
     """
     config, mesh = job.config, job.mesh
-    plan = plan_batches(example_lengths(task.examples), config.batch, config.epochs, config.seed)
+    lengths = _lengths(task.examples, task.beside, config.batch)
+    plan = plan_batches(lengths, config.batch, config.epochs, config.seed)
     num_steps = min(len(plan), config.max_steps or len(plan))
     per_step = len(task.examples) * config.epochs / len(plan)
     say(f"{len(task.examples)} {task.unit}: {num_steps} steps of about {per_step:.1f} on mesh {dict(mesh.shape)}")
     schedule = make_schedule(config.optim, num_steps)
     optimizer = make_optimizer(config.optim, schedule)
-    batches = BatchIterator(plan, task.examples, mesh, task.values)
+    batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
         state, shardings = _start_state(job.policy, optimizer, checkpoints, mesh, batches)
         if int(state.step):
@@ -135,7 +141,7 @@ def run_job(job: Job, task: Task) -> None:
                     state=state,
                     train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
                     batches=batches,
-                    costs=[_step_cost(plan[i], task.examples, job) for i in range(num_steps)],
+                    costs=[_step_cost(plan[i], task, job) for i in range(num_steps)],
                     evaluate=_evaluation(job, task) if task.eval_examples else None,
                     eval_every=config.eval_every,
                     describe=task.describe,
@@ -148,11 +154,20 @@ def run_job(job: Job, task: Task) -> None:
     _say_summary(config.output, task.shown, num_steps, time.monotonic() - job.began)
 
 
+def _lengths(examples: Sequence[Example], beside: Beside | None, batch: BatchConfig) -> np.ndarray:
+    """[N] tokens of a row that each example takes, of the examples' row or of that beside it."""
+    lengths = example_lengths(examples)
+    return lengths if beside is None else np.maximum(lengths, beside.lengths(batch.row_length))
+
+
 def _evaluation(job: Job, task: Task):
     """params -> metrics over all evaluation examples."""
-    plan = plan_batches(example_lengths(task.eval_examples), job.config.batch, 1, None)
+    batch = job.config.batch
+    plan = plan_batches(_lengths(task.eval_examples, task.eval_beside, batch), batch, 1, None)
     evaluate = make_evaluate(task.objective)
-    return lambda params: evaluate(params, BatchIterator(plan, task.eval_examples, job.mesh, task.values))
+    return lambda params: evaluate(
+        params, BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_beside)
+    )
 
 
 def _start_state(policy, optimizer, checkpoints, mesh, batches) -> tuple[TrainState, TrainState]:
@@ -169,13 +184,19 @@ def _start_state(policy, optimizer, checkpoints, mesh, batches) -> tuple[TrainSt
     return create(params), shardings
 
 
-def _step_cost(rows, examples: Sequence[Example], job: Job) -> StepCost:
-    lengths = [len(segment) for row in rows for item in row for segment in examples[item]]
-    return StepCost(
-        tokens=sum(lengths),
-        slots=job.config.batch.rows * job.config.batch.row_length,
-        flops=train_flops(job.policy.config, np.array(lengths)),
-    )
+def _step_cost(rows, task: Task, job: Job) -> StepCost:
+    def segment_lengths(examples, items):
+        return np.array([len(segment) for item in items for segment in examples[item]], np.int64)
+
+    model, items = job.policy.config, [item for row in rows for item in row]
+    lengths = segment_lengths(task.examples, items)
+    flops = train_flops(model, lengths)
+    if task.beside is not None:
+        n = task.beside.per_example
+        beside = segment_lengths(task.beside.examples, [item * n + i for item in items for i in range(n)])
+        flops += forward_flops(model, beside)
+    slots = job.config.batch.rows * job.config.batch.row_length
+    return StepCost(tokens=int(lengths.sum()), slots=slots, flops=flops)
 
 
 def _say_summary(output: str, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:

@@ -93,6 +93,19 @@ def test_what_a_person_sees(place, weighed):
     np.testing.assert_allclose(store.read([6])["calibrated_entropy"][0], 1.2, atol=1e-5)
 
 
+def test_online_weights_begin_as_those_of_the_store(place, weighed):
+    """At step 1 the policy is the model that weighed; then it moves, and its weights with it."""
+    rows = place.path / "weighed.jsonl"
+    held_out = (f"eval_input={rows}", "eval_every=1", "max_steps=2")
+    stored, online = (
+        place.train(f"{name}-start", rows, f"weights={name}:kl", "optim.warmup_ratio=0", *held_out)
+        for name in ("store", "online")
+    )
+    assert online[0] == pytest.approx(stored[0], rel=1e-4) and online[0]["grad_norm"] > 0
+    assert online[1] != pytest.approx(stored[1], rel=1e-4)
+    assert [r.get("eval_pairs") for r in online] == [None, 12, None, 12]
+
+
 @pytest.mark.parametrize("rule", ["calibrated_entropy", "pmi"])
 def test_training_on_the_store_is_training_on_the_same_numbers(place, weighed, uniform, rule):
     weights = place.store("weighed").read(np.arange(24))[rule]

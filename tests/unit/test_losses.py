@@ -150,6 +150,10 @@ LOGPS = np.array([-1.0, -2.0, -3.0, -10.0], np.float32)  # mean 4
 ENTROPIES = np.array([0.0, 1.0, 2.0, 1.0], np.float32)  # mean 1
 
 
+def own_scores(logprobs, entropies):
+    return token_weights.ResponseScores({"full": logprobs}, {"full": entropies}, None, None, is_chosen=True)
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
@@ -159,7 +163,7 @@ ENTROPIES = np.array([0.0, 1.0, 2.0, 1.0], np.float32)  # mean 1
     ],
 )
 def test_token_weights(rule, expected):
-    weights = token_weights.RULES[rule](LOGPS, ENTROPIES)
+    weights = token_weights.RULES[rule].weigh(own_scores(LOGPS, ENTROPIES))
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
     assert weights.dtype == np.float32
 
@@ -168,7 +172,7 @@ def test_token_weights_of_nothing_uncertain():
     """All values 0: 0/0 counts as 1."""
     zeros = np.zeros(3, np.float32)
     for rule in token_weights.RULES.values():
-        weights = rule(zeros, zeros)
+        weights = rule.weigh(own_scores(zeros, zeros))
         np.testing.assert_array_equal(weights, np.ones(3))
         assert weights.dtype == np.float32
 
@@ -176,9 +180,11 @@ def test_token_weights_of_nothing_uncertain():
 def test_scaled():
     rng = np.random.default_rng(0)
     values = rng.exponential(size=50).astype(np.float32)
-    np.testing.assert_allclose(token_weights.scaled(values), np.clip(values / values.mean(), 0, 2), rtol=1e-6)
-    np.testing.assert_allclose(token_weights.scaled(values * 1000), token_weights.scaled(values), rtol=1e-6)
-    assert math.isclose(token_weights.scaled(np.array([1.0, 1.2, 0.8])).mean(), 1.0, rel_tol=1e-6)
+    scaled = token_weights.scaled(values, np.mean)
+    np.testing.assert_allclose(scaled, np.clip(values / values.mean(), 0, 2), rtol=1e-6)
+    np.testing.assert_allclose(token_weights.scaled(values * 1000, np.mean), scaled, rtol=1e-6)
+    assert math.isclose(token_weights.scaled(np.array([1.0, 1.2, 0.8]), np.mean).mean(), 1.0, rel_tol=1e-6)
+    assert np.isnan(token_weights.scaled(np.array([1.0, np.nan]), np.mean)).all()  # and not 1
 
 
 def test_check_rule():

@@ -1,5 +1,6 @@
 """Weight rules by hand-worked numbers, the contrast head against numpy, and rows that point at a store."""
 
+import dataclasses
 import functools
 
 import jax
@@ -33,7 +34,7 @@ def scores(side=CHOSEN, draw=(0, "id"), **changes):
         "kl": array(0, 1, 2, 5),
         "reverse_kl": array(0, 0, 4, 0),
     }
-    return ResponseScores(**{**given, **changes}, side=side, draw=draw)
+    return ResponseScores(**{**given, **changes}, is_chosen=side == CHOSEN, draw=draw)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_only_the_contexts_that_are_read(rules, contexts):
         given = scores(logprobs=only, entropies={c: scores().entropies[c] for c in contexts})
         WEIGHING_RULES[rule].weigh(given)
         if not WEIGHING_RULES[rule].divergences:
-            WEIGHING_RULES[rule].weigh(ResponseScores(given.logprobs, given.entropies, None, None, CHOSEN, (0, "a")))
+            WEIGHING_RULES[rule].weigh(dataclasses.replace(given, kl=None, reverse_kl=None))
 
 
 def test_parse_rules():

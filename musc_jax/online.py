@@ -1,0 +1,76 @@
+"""`weights=online`: in every step the policy itself weighs the tokens that it learns from, without a gradient.
+
+Axes: B rows, T tokens of a row, C contexts, P pairs of a row.
+A step's batch carries, under `weigh/`, a second one of C * T tokens a row: the responses of each row's pairs under
+every context that the rule reads, in the pairs' order. So a row's j-th response token is the j-th in both.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.config import ComputeConfig, ModelConfig
+from lm_jax.data.order import Beside
+from lm_jax.data.packing import example_lengths
+from lm_jax.errors import UserError
+from lm_jax.inference.contrast import packed_contrast
+from lm_jax.training.job import Job
+from lm_jax.training.step import Batch
+from musc_jax.examples import Pairs
+from musc_jax.losses import segment_sums
+from musc_jax.token_weights import PERTURBED, WEIGHING_RULES, ResponseScores
+from musc_jax.weigh import perturbed_prompts, response_examples
+
+_NAME = "weigh"
+
+
+def responses_beside(pairs: Pairs, rule: str, job: Job) -> Beside:
+    """What the batches carry so that `online_weights` can weigh them.
+
+    Raises:
+      UserError: no perturbed prompt where the rule needs it, or one so long that the responses' contexts fit no row.
+    """
+    contexts = WEIGHING_RULES[rule].contexts
+    perturbed = perturbed_prompts(pairs, (rule,)) if PERTURBED in contexts else None
+    examples = response_examples(pairs, contexts, perturbed, job.encoder, job.tokenizer)
+    row_length = len(contexts) * job.config.batch.row_length
+    lengths = example_lengths(examples).reshape(-1, 2).sum(axis=1)
+    if lengths.max() > row_length:
+        worst = int(lengths.argmax())
+        raise UserError(
+            f"{pairs.name(worst)}: both responses under {len(contexts)} prompts take {lengths[worst]} tokens and "
+            f"{len(contexts)} rows hold {row_length}; raise config.batch.row_length or lower config.max_length"
+        )
+    return Beside(_NAME, examples, 2, row_length)
+
+
+def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Callable[[dict, Batch], jax.Array]:
+    """(params, a packed batch of pairs) -> weights [B, T] fp32, zero outside responses, a constant to the gradient."""
+    rule = WEIGHING_RULES[rule]
+
+    def weigh(params: dict, batch: Batch) -> jax.Array:
+        beside = {k.removeprefix(f"{_NAME}/"): v for k, v in batch.items() if k.startswith(f"{_NAME}/")}
+        params = jax.lax.stop_gradient(params)
+        scores = packed_contrast(params, beside, model, compute, len(rule.contexts), rule.divergences)
+        mask, segment_ids = batch["loss_mask"] > 0, batch["segment_ids"]
+        at = jnp.cumsum(mask, axis=1) - 1
+
+        def in_place(values, i):  # [B, T, C] -> [B, T]
+            return jnp.take_along_axis(values[..., i], at, axis=1)
+
+        def sums(values):  # [B, T] -> [B, T], of each token's response
+            by_pair = segment_sums(jnp.where(mask, values, 0.0), segment_ids, batch["example_ids"].shape[1])
+            return jnp.take_along_axis(by_pair.reshape(len(mask), -1), jnp.maximum(segment_ids - 1, 0), axis=1)
+
+        logprobs, entropies, divergences = scores
+        own = ResponseScores(
+            {context: in_place(logprobs, c) for c, context in enumerate(rule.contexts)},
+            {context: in_place(entropies, c) for c, context in enumerate(rule.contexts)},
+            *((None, None) if divergences is None else (in_place(divergences, 0), in_place(divergences, 1))),
+            is_chosen=segment_ids % 2 == 1,
+            mean=lambda values: sums(values) / jnp.maximum(sums(jnp.ones_like(values)), 1),
+        )
+        return jax.lax.stop_gradient(jnp.where(mask, rule.weigh(own), 0.0))
+
+    return weigh
