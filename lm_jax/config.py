@@ -158,6 +158,27 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the projections of every layer; with rank 0 there are none and all parameters train."""
+
+    rank: int
+    alpha: float  # how strongly the adapters count: their product is scaled by alpha / rank
+    targets: str  # all-linear, or comma-separated module names of PEFT's with wildcards: q_proj,v_proj
+    rslora: bool  # scale by alpha / sqrt(rank) (arXiv 2312.03732), which keeps large ranks learning
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise UserError(f"config.lora.rank: must be at least 1, or 0 to train all parameters; got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"config.lora.alpha: must be positive, got {self.alpha}")
+
+    @property
+    def scale(self) -> float:
+        """Of the product of the two factors."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int  # steps between saves; the last step is always saved
     keep: int  # newest checkpoints kept

@@ -253,7 +253,7 @@ def export_hf(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    with _appears_whole(output) if writer else contextlib.nullcontext() as partial:
+    with appears_whole(output) if writer else contextlib.nullcontext() as partial:
         for file, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
@@ -331,7 +331,7 @@ def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _appears_whole(output: Path) -> Iterator[Path]:
+def appears_whole(output: Path) -> Iterator[Path]:
     """A sibling directory to write into, renamed to `output` at the end and removed on an error."""
     partial = output.absolute().parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export left

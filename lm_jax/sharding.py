@@ -27,6 +27,7 @@ PARAM_RULES: Mapping[str, str | None] = {
     "kv_heads": "tensor",  # replicated where the axis does not divide them; see `param_spec`
     "head_dim": None,
     "mlp": "tensor",
+    "rank": None,  # of adapters: small
 }
 ACTIVATION_RULES: Mapping[str, Any] = {
     "batch": BATCH_AXES,

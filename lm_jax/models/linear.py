@@ -74,8 +74,14 @@ def _dot(a, b, contracted, dtype):
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
 
 
+LORA_A, LORA_B = "lora_a", "lora_b"
+
+
 class Linear(nn.Module):
-    """y = x W + b over the last `num_axes` axes of x. Parameters: kernel [*C, *F] and, with a bias, bias [*F]; fp32."""
+    """y = x W + b over the last `num_axes` axes of x. Parameters: kernel [*C, *F] and, with a bias, bias [*F]; fp32.
+
+    Where the parameters hold `lora_a` [*C, r] and `lora_b` [r, *F] too, (x A) B is added; see `lm_jax.models.lora`.
+    """
 
     features: tuple[int, ...]
     use_bias: bool = False
@@ -87,6 +93,9 @@ class Linear(nn.Module):
         fan_in = math.prod(shape[: self.num_axes])
         kernel = self.param("kernel", nn.initializers.normal(fan_in**-0.5), shape, jnp.float32)
         y = contract(x, kernel, self.num_axes)
+        if self.has_variable("params", LORA_A):
+            a, b = (self.get_variable("params", name) for name in (LORA_A, LORA_B))
+            y = y + contract(contract(x, a, self.num_axes), b)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(x.dtype)
         return y

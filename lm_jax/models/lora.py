@@ -1,0 +1,174 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + scale * (x A) B, W frozen, A and B trained.
+
+Adapters are a pytree of their own, in the shape of the parameters: beside each target's `kernel` stand `lora_a` [*C, r]
+and `lora_b` [r, *F], layers stacked. Joined with the frozen parameters they are parameters like any other, which every
+function that takes parameters takes too. Which kernels there are comes from the weight table.
+"""
+
+import dataclasses
+import fnmatch
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lm_jax.config import LoraConfig, ModelConfig
+from lm_jax.errors import UserError
+from lm_jax.models.linear import LORA_A, LORA_B
+from lm_jax.models.registry import weight_table
+from lm_jax.models.weights import WeightSpec, axis_sizes, flatten, nest
+from lm_jax.sharding import param_spec
+
+ALL_LINEAR = "all-linear"  # PEFT's word for it
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+    """The two factors beside one kernel.
+
+    Attributes:
+      kernel: the target in the weight table.
+      rank: r.
+    """
+
+    kernel: WeightSpec
+    rank: int
+
+    @property
+    def module(self) -> str:
+        """The last part of the module's name in a Hugging Face checkpoint: `q_proj`."""
+        return self.kernel.hf_name.split(".")[-2]
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The kernel's contracted and produced axes, of one layer; a checkpoint's matrix is [produced, contracted]."""
+        produced, contracted = self.kernel.hf_groups
+        return contracted, produced
+
+    def shapes(self, config: ModelConfig) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+        """path -> (axes, shape) of both factors, the stacked layers included."""
+        sizes = {**axis_sizes(config), "rank": self.rank}
+        contracted, produced = self.axes
+        parent = self.kernel.path.rpartition("/")[0]
+        both = {LORA_A: ("layers", *contracted, "rank"), LORA_B: ("layers", "rank", *produced)}
+        return {f"{parent}/{name}": (axes, tuple(sizes[a] for a in axes)) for name, axes in both.items()}
+
+
+def adapter_table(config: ModelConfig, lora: LoraConfig) -> tuple[AdapterSpec, ...]:
+    """The adapters that `lora.targets` names: comma-separated patterns of PEFT's module names (`q_proj`, `*_proj`).
+
+    Raises:
+      UserError: a pattern that matches no projection of an attention or feed-forward layer.
+    """
+    kernels = [s for s in weight_table(config) if s.stacked and s.path.endswith("/kernel")]
+    specs = [AdapterSpec(kernel, lora.rank) for kernel in kernels]
+    patterns = [p.strip() for p in lora.targets.split(",") if p.strip()]
+    patterns = ["*"] if patterns == [ALL_LINEAR] else patterns
+    for pattern in patterns or [""]:
+        if not any(fnmatch.fnmatchcase(s.module, pattern) for s in specs):
+            raise UserError(
+                f"config.lora.targets={lora.targets!r}: {pattern!r} matches no module; choose {ALL_LINEAR} or some of "
+                f"{', '.join(s.module for s in specs)}"
+            )
+    return tuple(s for s in specs if any(fnmatch.fnmatchcase(s.module, p) for p in patterns))
+
+
+def adapter_specs(config: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh) -> dict[str, PartitionSpec]:
+    """Path -> PartitionSpec of every factor: cut as the kernel is, the rank not."""
+    return {
+        path: param_spec(path, axes, shape, mesh)
+        for spec in adapter_table(config, lora)
+        for path, (axes, shape) in spec.shapes(config).items()
+    }
+
+
+def abstract_adapters(config: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh) -> dict:
+    """ShapeDtypeStructs of the adapters with their shardings, fp32, and no array."""
+    specs = adapter_specs(config, lora, mesh)
+    return nest(
+        {
+            path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs[path]))
+            for spec in adapter_table(config, lora)
+            for path, (_, shape) in spec.shapes(config).items()
+        }
+    )
+
+
+def init_adapters(config: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> dict:
+    """Adapters born sharded that change nothing yet: A uniform in +-1/sqrt(fan-in), as PEFT draws it, B zero."""
+    abstract = abstract_adapters(config, lora, mesh)
+
+    def draw() -> dict:
+        made = {}
+        for path, x in flatten(abstract).items():
+            if path.endswith(LORA_B):
+                made[path] = jnp.zeros(x.shape, x.dtype)
+            else:
+                key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+                bound = math.prod(x.shape[1:-1]) ** -0.5
+                made[path] = jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
+        return nest(made)
+
+    return jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+
+
+def join(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraConfig) -> dict:
+    """Parameters with adapters in place: what the decoder reads. The scale goes into B, so gradients pass it."""
+    flat = {path: x * lora.scale if path.endswith(LORA_B) else x for path, x in flatten(adapters).items()}
+    return nest({**flatten(params), **flat})
+
+
+def merge(params: dict, adapters: dict, lora: LoraConfig) -> dict:
+    """W + scale * A B for every target, summed in fp32 and kept in W's dtype and sharding; `params` are used up."""
+    merged, flat = flatten(params), flatten(adapters)
+    for path in [p for p in flat if p.endswith(LORA_A)]:
+        parent = path.rpartition("/")[0]
+        kernel = merged[f"{parent}/kernel"]
+        add = jax.jit(_add_product, donate_argnums=0, static_argnums=3, out_shardings=kernel.sharding)
+        merged[f"{parent}/kernel"] = add(kernel, flat[path], flat[f"{parent}/{LORA_B}"], lora.scale)
+    return nest(merged)
+
+
+def _add_product(kernel, a, b, scale):
+    layers, rank = b.shape[:2]
+    product = jnp.matmul(a.reshape(layers, -1, rank), b.reshape(layers, rank, -1), precision="highest")
+    return (kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
+
+
+def peft_tensors(adapters: Mapping[str, Any], config: ModelConfig, lora: LoraConfig) -> dict[str, np.ndarray]:
+    """The tensors of PEFT's adapter_model.safetensors: A as [r, in], B as [out, r], one of each a layer and target.
+
+    Args:
+      adapters: on the host.
+    """
+    flat, tensors = flatten(adapters), {}
+    for spec in adapter_table(config, lora):
+        parent = spec.kernel.path.rpartition("/")[0]
+        a, b = (np.asarray(flat[f"{parent}/{name}"], np.float32) for name in (LORA_A, LORA_B))
+        for layer, name in enumerate(spec.kernel.hf_names(config)):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, spec.rank).T)
+            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(spec.rank, -1).T)
+    return tensors
+
+
+def peft_config(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, Any]:
+    """PEFT's adapter_config.json."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": [spec.module for spec in adapter_table(config, lora)],
+    }

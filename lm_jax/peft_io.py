@@ -1,0 +1,46 @@
+"""Adapters in PEFT's format: what `peft.PeftModel.from_pretrained` loads onto the model that they were trained on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from lm_jax.config import LoraConfig, ModelConfig
+from lm_jax.hf_io import appears_whole, check_output, copy_side_files
+from lm_jax.models.lora import peft_config, peft_tensors
+from lm_jax.sharding import to_host
+
+
+def export_peft(
+    adapters: Mapping[str, Any],
+    config: ModelConfig,
+    lora: LoraConfig,
+    output_dir: str | Path,
+    source_dir: str | Path,
+    base: str,
+) -> None:
+    """Writes adapter_config.json, adapter_model.safetensors (fp32) and the tokenizer. All processes call it.
+
+    Args:
+      adapters: sharded in any way.
+      output_dir: local, absent or empty. It appears whole or not at all.
+      source_dir: the tokenizer, chat template and generation config are copied from here.
+      base: how PEFT finds the model that the adapters belong to: a directory or a hub id.
+
+    Raises:
+      UserError: the output exists and is not empty.
+    """
+    check_output(output_dir)
+    host = to_host(adapters)
+    if jax.process_index() == 0:
+        with appears_whole(Path(output_dir)) as partial:
+            tensors = peft_tensors(host, config, lora)
+            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            settings = json.dumps(peft_config(config, lora, base), indent=2) + "\n"
+            (partial / "adapter_config.json").write_text(settings, encoding="utf-8")
+            copy_side_files(source_dir, partial)
+    multihost_utils.sync_global_devices("export_peft")
