@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     c.output = placeholder(str)  # must not exist, or be empty
     c.step = placeholder(int)  # which checkpoint; none: the newest
     c.dtype = "bfloat16"  # what serving engines expect
+    c.adapter = False  # of a run that trained adapters: True writes them alone, for PEFT; else they are merged
     c.max_shard_bytes = 5_000_000_000  # transformers' usual shard size
 
     c.mesh = ConfigDict()

@@ -54,6 +54,12 @@ def get_config(preset: str = "") -> ConfigDict:
     c.optim.weight_decay = 0.0  # the pull to the reference regularises already
     c.optim.clip_norm = 1.0
 
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # 0 trains every parameter; 16 or so trains adapters, where a state of the whole does not fit
+    c.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
+    c.lora.targets = "all-linear"  # or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+    c.lora.rslora = False  # scale by alpha / sqrt(rank), for large ranks
+
     c.mesh = ConfigDict()
     c.mesh.data = 1  # replicate only when fsdp's gathers cross slow links
     c.mesh.fsdp = -1  # all devices

@@ -5,6 +5,7 @@ import dataclasses
 from lm_jax import hf_io
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
+from lm_jax.peft_io import export_peft
 from lm_jax.sharding import make_mesh
 from lm_jax.training.runs import open_model
 
@@ -17,6 +18,7 @@ class ExportConfig:
     output: str
     step: int | None
     dtype: str
+    adapter: bool
     max_shard_bytes: int
     mesh: MeshConfig
 
@@ -30,13 +32,22 @@ class ExportConfig:
 def export(config: ExportConfig) -> None:
     """Writes the newest (or the given) checkpoint of a run, with the starting model's tokenizer and templates.
 
+    Adapters are merged into the model, or written alone in PEFT's format.
+
     Raises:
-      UserError: no such run or step, or an output that exists.
+      UserError: no such run or step, an output that exists, no adapters where they were asked for.
     """
     hf_io.check_output(config.output)
     mesh = make_mesh(config.mesh)
     source = open_model(config.model, config.step)
+    step = "" if source.step is None else f" step {source.step}"
+    if config.adapter:
+        if source.base is None:
+            raise UserError(f"{config.model}: no run that trained adapters; leave config.adapter out")
+        base = source.base.run or source.base.directory
+        export_peft(source.load_adapters(mesh), source.config, source.lora, config.output, source.directory, base)
+        print(f"exported the adapters of {config.model}{step} to {config.output} for {base}")
+        return
     params = source.load_params(mesh, "float32")
     hf_io.export_hf(params, source.config, config.output, source.directory, config.dtype, config.max_shard_bytes)
-    step = "" if source.step is None else f" step {source.step}"
     print(f"exported {config.model}{step} to {config.output} in {config.dtype}")

@@ -24,6 +24,11 @@ def forward_flops(config: ModelConfig, lengths: np.ndarray) -> float:
     Matmuls with every weight matrix (the embedding lookup is none), plus causal attention's scores and values over
     the tokens that each query sees.
     """
+    return sum(_forward_parts(config, lengths))
+
+
+def _forward_parts(config: ModelConfig, lengths: np.ndarray) -> tuple[float, float]:
+    """FLOPs of (matmuls with weights, attention)."""
     attention = config.d_model * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
     per_layer = attention + 3 * config.d_model * config.d_ff
     weights = config.num_layers * per_layer + config.d_model * config.vocab_size
@@ -32,12 +37,18 @@ def forward_flops(config: ModelConfig, lengths: np.ndarray) -> float:
     for window in config.layer_windows:
         w = lengths if window is None else np.minimum(lengths, window)
         seen += np.sum(w * (w + 1) / 2 + (lengths - w) * w)
-    return 2.0 * weights * lengths.sum() + 4.0 * config.num_heads * config.head_dim * seen
+    return 2.0 * weights * lengths.sum(), 4.0 * config.num_heads * config.head_dim * seen
 
 
-def train_flops(config: ModelConfig, lengths: np.ndarray) -> float:
-    """Forward and backward (twice the forward); recomputation is not useful work and is not counted."""
-    return 3.0 * forward_flops(config, lengths)
+def train_flops(config: ModelConfig, lengths: np.ndarray, frozen: bool = False) -> float:
+    """Forward and backward (twice the forward); recomputation is not useful work and is not counted.
+
+    Args:
+      frozen: the weights have no gradients of their own, which are half of what a matmul's backward takes; what
+        adapters add is not counted.
+    """
+    matmuls, attention = _forward_parts(config, lengths)
+    return (2.0 if frozen else 3.0) * matmuls + 3.0 * attention
 
 
 def peak_flops() -> float | None:

@@ -4,17 +4,19 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, MeshConfig, OptimConfig, to_dict
+from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
 from lm_jax.data.order import BatchIterator, Beside, check_batch, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
+from lm_jax.models.lora import abstract_adapters, adapter_specs, init_adapters, join
 from lm_jax.sharding import make_mesh, state_shardings
 from lm_jax.training.checkpoints import Checkpoints, abstract_like
 from lm_jax.training.flops import forward_flops, train_flops
@@ -41,6 +43,7 @@ class TrainConfig:
     eval_every: int
     batch: BatchConfig
     optim: OptimConfig
+    lora: LoraConfig
     mesh: MeshConfig
     compute: ComputeConfig
     checkpoints: CheckpointConfig
@@ -105,6 +108,8 @@ def open_job(config: TrainConfig) -> Job:
     check_compute(config.compute)
     policy = open_model(config.model)
     param_specs(policy.config, mesh)
+    if config.lora.rank:
+        adapter_specs(policy.config, config.lora, mesh)
     tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(policy.directory, tokenizer))
     return Job(config, mesh, policy, tokenizer, encoder, began)
@@ -112,7 +117,7 @@ def open_job(config: TrainConfig) -> Job:
 
 def begin_job(job: Job, command: str) -> None:
     """Makes the run directory, or finds the same run in it to continue; see `begin_run`."""
-    begin_run(job.config.output, command, to_dict(job.config), job.policy)
+    begin_run(job.config.output, command, to_dict(job.config), job.policy, bool(job.config.lora.rank))
 
 
 def run_job(job: Job, task: Task) -> None:
@@ -131,18 +136,21 @@ def run_job(job: Job, task: Task) -> None:
     optimizer = make_optimizer(config.optim, schedule)
     batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
-        state, shardings = _start_state(job.policy, optimizer, checkpoints, mesh, batches)
+        frozen = job.policy.load_params(mesh, config.compute.dtype) if config.lora.rank else None
+        state, shardings = _start_state(job, optimizer, checkpoints, batches)
         if int(state.step):
             say(f"continuing {config.output} after step {int(state.step)}")
-        step = make_train_step(task.objective, optimizer, schedule)
+        assemble = partial(_assemble, lora=config.lora)
+        step = make_train_step(task.objective, optimizer, schedule, assemble)
         with MetricsWriter(config.output, int(state.step)) as metrics:
             fit(
                 Run(
                     state=state,
                     train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+                    frozen=frozen,
                     batches=batches,
                     costs=[_step_cost(plan[i], task, job) for i in range(num_steps)],
-                    evaluate=_evaluation(job, task) if task.eval_examples else None,
+                    evaluate=_evaluation(job, task, frozen) if task.eval_examples else None,
                     eval_every=config.eval_every,
                     describe=task.describe,
                     checkpoints=checkpoints,
@@ -160,28 +168,41 @@ def _lengths(examples: Sequence[Example], beside: Beside | None, batch: BatchCon
     return lengths if beside is None else np.maximum(lengths, beside.lengths(batch.row_length))
 
 
-def _evaluation(job: Job, task: Task):
-    """params -> metrics over all evaluation examples."""
+def _assemble(trained, frozen, lora: LoraConfig):
+    """The parameters that the objective reads."""
+    return join(frozen, trained, lora) if lora.rank else trained
+
+
+def _evaluation(job: Job, task: Task, frozen):
+    """What is trained -> metrics over all evaluation examples."""
     batch = job.config.batch
     plan = plan_batches(_lengths(task.eval_examples, task.eval_beside, batch), batch, 1, None)
     evaluate = make_evaluate(task.objective)
-    return lambda params: evaluate(
-        params, BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_beside)
+    return lambda trained: evaluate(
+        _assemble(trained, frozen, job.config.lora),
+        BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_beside),
     )
 
 
-def _start_state(policy, optimizer, checkpoints, mesh, batches) -> tuple[TrainState, TrainState]:
+def _start_state(job: Job, optimizer, checkpoints, batches) -> tuple[TrainState, TrainState]:
     """The state to go on from, its data iterator positioned, and its shardings."""
-    abstract_params = policy.abstract_params(mesh, "float32")
-    abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), abstract_params)
-    shardings = state_shardings(abstract, param_specs(policy.config, mesh), mesh)
+    policy, mesh, lora = job.policy, job.mesh, job.config.lora
+    if lora.rank:
+        specs, abstract_trained = adapter_specs(policy.config, lora, mesh), abstract_adapters(policy.config, lora, mesh)
+    else:
+        specs, abstract_trained = param_specs(policy.config, mesh), policy.abstract_params(mesh, "float32")
+    abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), abstract_trained)
+    shardings = state_shardings(abstract, specs, mesh)
     if checkpoints.latest_step() is not None:
         state, position = resume(checkpoints, abstract_like(abstract, shardings))
         batches.set_state(position)
         return state, shardings
-    params = policy.load_params(mesh, "float32")
+    if lora.rank:
+        trained = init_adapters(policy.config, lora, mesh, job.config.seed)
+    else:
+        trained = policy.load_params(mesh, "float32")
     create = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    return create(params), shardings
+    return create(trained), shardings
 
 
 def _step_cost(rows, task: Task, job: Job) -> StepCost:
@@ -190,7 +211,7 @@ def _step_cost(rows, task: Task, job: Job) -> StepCost:
 
     model, items = job.policy.config, [item for row in rows for item in row]
     lengths = segment_lengths(task.examples, items)
-    flops = train_flops(model, lengths)
+    flops = train_flops(model, lengths, frozen=bool(job.config.lora.rank))
     if task.beside is not None:
         n = task.beside.per_example
         beside = segment_lengths(task.beside.examples, [item * n + i for item in items for i in range(n)])

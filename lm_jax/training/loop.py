@@ -33,7 +33,8 @@ class Run:
 
     Attributes:
       state: at the step where training begins or resumes.
-      train_step: compiled (state, batch) -> (state, metrics); the state is donated.
+      train_step: compiled (state, batch, frozen) -> (state, metrics); the state is donated.
+      frozen: what the step reads beside the state and does not change.
       batches: positioned at `state.step`.
       costs: of every step.
       evaluate: params -> metrics, or None.
@@ -42,6 +43,7 @@ class Run:
 
     state: TrainState
     train_step: Callable
+    frozen: Any
     batches: BatchIterator
     costs: list[StepCost]
     evaluate: Callable[[Any], dict[str, float]] | None
@@ -72,7 +74,7 @@ def fit(run: Run) -> TrainState:
         begin = time.perf_counter()
         batch = next(run.batches)
         waited = time.perf_counter() - begin
-        state, values = run.train_step(state, batch)
+        state, values = run.train_step(state, batch, run.frozen)
         if pending is not None:
             clock = _finish(run, pending, clock, progress)
         num_tokens += run.costs[step].tokens

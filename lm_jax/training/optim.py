@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from lm_jax.config import OptimConfig
+from lm_jax.models.linear import LORA_A, LORA_B
+
+_MATRICES = ("kernel", "embedding", LORA_A, LORA_B)
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -32,7 +35,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decay on matrices only (not on norms or biases).
+    """Clip by global norm, then AdamW with decay on matrices only, adapters' among them (not on norms or biases).
 
     Moments are kept in the parameters' dtype, fp32 for fp32 master weights.
     """
@@ -48,4 +51,4 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
 
 
 def _is_matrix(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from lm_jax import hf_io
-from lm_jax.config import ModelConfig
+from lm_jax.config import LoraConfig, ModelConfig, from_config_dict
 from lm_jax.errors import UserError
+from lm_jax.models.lora import abstract_adapters, merge
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
 from lm_jax.sharding import param_spec
@@ -37,23 +39,36 @@ class ModelSource:
       config: what config.json says.
       run: the run directory, or None for a Hugging Face directory.
       step: the run's checkpoint, or None.
+      base: of a run that trained adapters: the model that they belong to.
+      lora: how they are joined with it.
     """
 
     directory: str
     config: ModelConfig
     run: str | None = None
     step: int | None = None
+    base: "ModelSource | None" = None
+    lora: LoraConfig | None = None
 
     def load_params(self, mesh: jax.sharding.Mesh, dtype: str) -> dict:
-        """Parameters born sharded on `mesh` in `dtype`.
+        """Parameters born sharded on `mesh` in `dtype`, adapters merged into them.
 
         Raises:
           UserError: files that are missing, damaged or do not fit the config or the mesh.
         """
         if self.run is None:
             return hf_io.load_params(self.directory, self.config, param_shardings(self.config, mesh), dtype)
+        if self.base is not None:
+            return merge(self.base.load_params(mesh, dtype), self.load_adapters(mesh), self.lora)
+        return self._restore(self.abstract_params(mesh, dtype))
+
+    def load_adapters(self, mesh: jax.sharding.Mesh) -> dict:
+        """The adapters of a run that trained some, born sharded, fp32; raises as `load_params` does."""
+        return self._restore(abstract_adapters(self.config, self.lora, mesh))
+
+    def _restore(self, abstract: dict) -> dict:
         with Checkpoints(f"{self.run}/checkpoints", keep=None) as checkpoints:
-            return checkpoints.restore({"params": self.abstract_params(mesh, dtype)}, self.step)["params"]
+            return checkpoints.restore({"params": abstract}, self.step)["params"]
 
     def abstract_params(self, mesh: jax.sharding.Mesh, dtype: str) -> dict:
         """ShapeDtypeStructs of the parameters with their shardings, and no array."""
@@ -71,14 +86,21 @@ class ModelSource:
         Of a Hugging Face directory: config.json, and each weight file's name, size, time of change and samples of its
         bytes. Of a run: its settings and step.
         """
+        return self._digest(lambda stat: f" {stat.mtime}", str(self.run))
+
+    def identity(self) -> str:
+        """As `fingerprint`, and the same for a copy elsewhere."""
+        return self._digest(lambda stat: "", "")
+
+    def _digest(self, time_of: Callable[[Any], str], place: str) -> str:
         digest = hashlib.sha256((epath.Path(self.directory) / "config.json").read_bytes())
         if self.run is not None:
             digest.update((epath.Path(self.run) / "config.json").read_bytes())
-            digest.update(f"{self.run} {self.step}".encode())
+            digest.update(f"{place} {self.step}".encode())
             return digest.hexdigest()
         for path in sorted(epath.Path(self.directory).glob("*.safetensors")):
             stat = path.stat()
-            digest.update(f"{path.name} {stat.length} {stat.mtime}".encode())
+            digest.update(f"{path.name} {stat.length}{time_of(stat)}".encode())
             with path.open("rb") as f:
                 for i in range(_SAMPLES):
                     f.seek(i * stat.length // _SAMPLES)
@@ -105,11 +127,28 @@ def open_model(model: str, step: int | None = None) -> ModelSource:
         step = steps[-1] if step is None and steps else step
         if step not in steps:
             raise UserError(f"{model}: no checkpoint of step {step}; it has {steps or 'none'}; let the run save one")
-        return ModelSource(str(root / "model"), read_model_config(root / "model"), model, step)
+        return ModelSource(str(root / "model"), read_model_config(root / "model"), model, step, *_base_of(root))
     if step is not None:
         raise UserError(f"{model}: config.step={step} was given but this is no run directory; leave it out")
     directory = str(hf_io.resolve_model_dir(model))
     return ModelSource(directory, read_model_config(directory))
+
+
+def _base_of(root: epath.Path) -> tuple[ModelSource | None, LoraConfig | None]:
+    """What a run's adapters belong to, and their settings; of a run without adapters nothing."""
+    settings = _read_settings(root / "config.json")
+    if (base := settings.get("base")) is None:
+        return None, None
+    try:
+        source = open_model(base["model"], base["step"])
+    except UserError as e:
+        raise UserError(f"{root}: its adapters need the model that they were trained on: {e}") from e
+    if source.identity() != base["identity"]:
+        raise UserError(
+            f"{root}: its adapters belong to other weights than {base['model']} holds now; put the model back that "
+            "they were trained on"
+        )
+    return source, from_config_dict(LoraConfig, settings["config"]["lora"])
 
 
 def param_specs(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.PartitionSpec]:
@@ -122,14 +161,23 @@ def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
     return nest({p: NamedSharding(mesh, spec) for p, spec in param_specs(config, mesh).items()})
 
 
-def begin_run(output: str, command: str, config: dict[str, Any], source: ModelSource) -> None:
+def begin_run(
+    output: str, command: str, config: dict[str, Any], source: ModelSource, trains_adapters: bool = False
+) -> None:
     """Makes the run directory, or finds the same run in it to continue.
+
+    Args:
+      source: where training starts; adapters will always need it.
 
     Raises:
       UserError: the directory holds something else, or a run with other settings.
     """
     root = epath.Path(output)
     description = {"command": command, "config": config}
+    if trains_adapters:
+        name = source.run or config["model"]
+        name = str(epath.Path(name).absolute()) if "://" not in name and epath.Path(name).exists() else name
+        description["base"] = {"model": name, "step": source.step, "identity": source.identity()}
     fault = ""
     if jax.process_index() == 0:
         try:
@@ -168,19 +216,36 @@ def _raise_everywhere(fault: str) -> None:
 
 
 def _check_same_run(path: epath.Path, description: dict[str, Any]) -> None:
-    try:
-        found = json.loads(path.read_text())
-        before, now = _flat(found["config"]), _flat(description["config"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not the settings of a run; give another config.output") from None
+    found = _read_settings(path)
+    before, now = _flat(found["config"]), _flat(description["config"])
     if found.get("command") != description["command"]:
         raise UserError(f"{path}: belongs to {found.get('command')}; give another config.output")
+    if found.get("base") != description.get("base"):
+        raise UserError(
+            f"{path}: this run's adapters were begun on other weights (checkpoint {_base_name(found)}, now "
+            f"{_base_name(description)}); put those back or give another config.output"
+        )
     for key in sorted({*before, *now}):
         if key.split(".")[0] not in _MAY_CHANGE and before.get(key) != now.get(key):
             raise UserError(
                 f"{path}: this run was begun with config.{key}={before.get(key)!r}, now {now.get(key)!r}; "
                 f"continue with the same settings or give another config.output"
             )
+
+
+def _base_name(settings: dict[str, Any]) -> str:
+    base = settings.get("base") or {}
+    return f"{base.get('model')} step {base.get('step')}" if base.get("step") is not None else str(base.get("model"))
+
+
+def _read_settings(path: epath.Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except (ValueError, OSError):
+        settings = None
+    if not isinstance(settings, dict) or not isinstance(settings.get("config"), dict):
+        raise UserError(f"{path}: not the settings of a run; give another directory")
+    return settings
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

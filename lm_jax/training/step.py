@@ -44,30 +44,36 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    assemble: Callable[[Any, Any], Any] = lambda trained, frozen: trained,
+) -> Callable[..., tuple[TrainState, Sums]]:
     """The step function, to be jitted by the caller with the state's shardings and the state donated.
 
+    Args:
+      assemble: (what is trained, what is not) -> the objective's parameters.
+
     Returns:
-      (state, batch) -> (state, metrics): the objective's metrics, `loss`, `grad_norm` (before clipping),
+      (state, batch, frozen) -> (state, metrics): the objective's metrics, `loss`, `grad_norm` (before clipping),
       `learning_rate` and `bad_example`.
     """
 
-    def loss_fn(params, micro, totals):
-        loss, metrics, bad = objective.loss(params, micro, totals)
+    def loss_fn(trained, frozen, micro, totals):
+        loss, metrics, bad = objective.loss(assemble(trained, frozen), micro, totals)
         return loss, ({**metrics, "loss": loss}, bad)
 
-    def gradients(params, micro, totals):
-        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, micro, totals)
+    def gradients(trained, frozen, micro, totals):
+        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, micro, totals)
         return grads, *aux
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, frozen: Any = None):
         totals = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch))
         first, rest = jax.tree.map(lambda x: x[0], batch), jax.tree.map(lambda x: x[1:], batch)
-        summed = gradients(state.params, first, totals)
+        summed = gradients(state.params, frozen, first, totals)
 
         def accumulate(carry, micro):
-            grads, metrics, bad = gradients(state.params, micro, totals)
+            grads, metrics, bad = gradients(state.params, frozen, micro, totals)
             add = (jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], metrics))
             return (*add, jnp.maximum(carry[2], bad)), None
 
