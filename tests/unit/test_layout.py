@@ -17,6 +17,7 @@ LAYERS = (
     ("lm_jax.sharding",),
     ("lm_jax.models",),
     ("lm_jax.hf_io",),
+    ("lm_jax.peft_io",),
     ("lm_jax.data",),
     ("lm_jax.inference", "lm_jax.training"),
     ("lm_jax.lab",),
@@ -27,7 +28,7 @@ LAYERS = (
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 ONLY_IN = {"tensorstore": "lm_jax/data/score_store.py", "orbax": "lm_jax/training/checkpoints.py"}
 # Formats that run code when they are read, and the oracles of the tests
-BANNED = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch", "trl"}
+BANNED = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch", "trl", "peft"}
 MUST_BE_FALSE = {"trust_remote_code", "allow_pickle"}
 MAX_LINES = 400
 # transformers imports it when a chat template is rendered
