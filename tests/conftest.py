@@ -12,6 +12,8 @@ import pytest
 # compilation cache: JAX does not write it atomically, and tests that kill processes would leave torn entries behind.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# At these sizes most of the time goes into compiling, and a third of that into optimisations. See `optimized`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +31,17 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data: {path} does not exist")
     return path
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Compiles in this process as a user's does, for tests of what depends on it: bits, and what is kept in memory."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # what is compiled is what a pod would run
 }
 HBM = 16 * 2**30  # bytes of a v5e chip
 MESH = (2, 4, 2)

@@ -19,6 +19,8 @@ from lm_jax.sharding import make_mesh
 from lm_jax.training.runs import open_model
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 LETTERS = "bfgjklopqvxz"  # the tokenizer merges none of them: a letter is a token
 ANCHOR = Request("anchor", "b" * 3 * CHUNK, 1)  # goes along, so that runs have the same shapes and compile once
 CONTEXT = 128
