@@ -38,10 +38,13 @@ def optimized():
     """Compiles in this process as a user's does, for tests of what depends on it: bits, and what is kept in memory."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
+    def disable(most: bool) -> None:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", most)
+
+    disable(False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    disable(os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
 @pytest.fixture(scope="session")
