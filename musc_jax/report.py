@@ -22,7 +22,7 @@ from lm_jax.training.runs import open_model
 from musc_jax import draws
 from musc_jax.examples import Choose, load_pairs, read_pairs
 from musc_jax.report_pairs import pair_record, token_records
-from musc_jax.token_weights import AUTO, WEIGHING_RULES, check_rule
+from musc_jax.token_weights import AUTO, CONTEXTS, WEIGHING_RULES, check_rule
 
 _SCRIPTS = ("data.js", "state.js", "tokens.js", "charts.js", "cards.js", "main.js")
 
@@ -89,13 +89,13 @@ def report_data(config: ReportConfig) -> dict[str, Any]:
     for record, sides in zip(records, tokens or [{}] * len(records), strict=True):
         for side, found in sides.items():
             record[side] = found  # pieces instead of the text
-    fields = list(dict.fromkeys(f for pair in tokens or () for side in pair.values() for f in side["fields"]))
+    rules, scores = _fields(tokens or [])
     return {
         "file": where,
         "model": config.model,
         "rule": rule,
-        "rules": [f for f in fields if f in WEIGHING_RULES or f == rule],
-        "scores": [f for f in fields if f not in WEIGHING_RULES and f != rule],
+        "rules": rules,
+        "scores": scores,
         "said": said,
         "total": total[0],
         "sampled": "evenly spaced" if config.seed is None else f"drawn with seed {config.seed}",
@@ -119,6 +119,15 @@ def chosen_rows(number: int, at_most: int, seed: int | None) -> list[int]:
     if seed is None:
         return np.linspace(0, number - 1, at_most).round().astype(int).tolist()
     return sorted(draws.shuffled(range(number), seed, "report")[:at_most])
+
+
+def _fields(tokens: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Weights, those that training would take first, and what else is known of the tokens, by name."""
+    found = list(dict.fromkeys(f for sides in tokens for side in sides.values() for f in side["fields"]))
+    order = [*found[:1], *(rule for rule in WEIGHING_RULES if rule in found[1:])]
+    known = [f"{kind}_{context}" for kind in ("logprob", "entropy") for context in CONTEXTS]
+    others = [f for f in found if f not in order]
+    return order, sorted(others, key=lambda f: known.index(f) if f in known else len(known))
 
 
 def _counts(config: ReportConfig) -> dict[str, Any] | None:
