@@ -4,7 +4,8 @@
         --config.input=weighed.jsonl --config.output=page.html
 
 Expect: page.html, which any browser opens. Without a model the texts are shown without tokens and weights. Use the same
-`max_length` as in training: the page shows the tokens that training sees. Presets: `:tiny` as of `configs/musc_train.py`.
+`max_length` as in training: the page shows the tokens that training sees. Presets: `:tiny`, as of
+`configs/musc_train.py`.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from ml_collections.config_dict import placeholder
 def get_config(preset: str = "") -> ConfigDict:
     c = ConfigDict()
     c.model = placeholder(str)  # whose tokenizer cuts the responses; its weights are not read
-    c.input = placeholder(str)  # preference rows, as launch.musc_pairs and launch.musc_token_weights write them, or plain
+    c.input = placeholder(str)  # preference rows, with columns of launch.musc_pairs or launch.musc_token_weights or not
     c.output = placeholder(str)  # HTML; appears when it is whole
     c.counts = placeholder(str)  # the tally of launch.musc_pairs; none: INPUT.counts.json where there is one
     c.weights = "auto"  # as in configs/musc_train.py; of a store the page has every rule, this one first

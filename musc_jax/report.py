@@ -22,7 +22,7 @@ from lm_jax.training.runs import open_model
 from musc_jax import draws
 from musc_jax.examples import Choose, load_pairs, read_pairs
 from musc_jax.report_pairs import pair_record, token_records
-from musc_jax.token_weights import AUTO, CONTEXTS, WEIGHING_RULES, check_rule
+from musc_jax.token_weights import AUTO, CONTEXTS, FROM_COLUMNS, FROM_STORE, WEIGHING_RULES, check_rule
 
 _SCRIPTS = ("data.js", "state.js", "tokens.js", "charts.js", "cards.js", "main.js")
 
@@ -42,6 +42,11 @@ class ReportConfig:
 
     def __post_init__(self):
         check_rule(self.weights)
+        if not (self.weights in (AUTO, "uniform", FROM_COLUMNS) or self.weights.startswith(FROM_STORE)):
+            raise UserError(
+                f"config.weights={self.weights}: computed while training, and the page computes nothing; weigh with "
+                f"launch.musc_token_weights, or choose {AUTO}, uniform, {FROM_COLUMNS} or {FROM_STORE}"
+            )
         for name, least in (("max_pairs", 1), ("max_length", 2)):
             if getattr(self, name) < least:
                 raise UserError(f"config.{name}: must be at least {least}, got {getattr(self, name)}")

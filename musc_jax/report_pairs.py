@@ -15,7 +15,7 @@ from lm_jax.data.text import Text
 from lm_jax.errors import UserError
 from musc_jax.examples import Pairs, perturbed_prompt
 from musc_jax.perturb import Kind
-from musc_jax.token_weights import CHOSEN, REJECTED
+from musc_jax.token_weights import CHOSEN, FROM_STORE, REJECTED
 from musc_jax.word_diff import KEPT, word_diff
 
 _STEPS = 65535  # of a packed number: weights in [0, 2] are exact to 2e-5
@@ -68,9 +68,7 @@ def constraint_records(columns: Mapping[str, Any], name: str) -> list[dict[str, 
         try:
             return [{"text": e["old"], "kind": Kind(e["kind"]).value, "new": e["new"]} for e in edits]
         except (TypeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{name}: perturbations are not what launch.musc_pairs writes; drop the column"
-            ) from error
+            raise UserError(f"{name}: perturbations are not what launch.musc_pairs writes; drop the column") from error
     if columns.get("perturbed_constraints") is None:
         return [{"text": text, "kind": Kind.KEPT.value, "new": None} for text in constraints]
     kinds = [Kind.KEPT if text in left else Kind.DROPPED for text in constraints]
@@ -92,11 +90,12 @@ def constraint_records(columns: Mapping[str, Any], name: str) -> list[dict[str, 
 def token_records(pairs: Pairs, tokenizer: Any) -> list[dict[str, dict[str, Any]]]:
     """For each pair: side -> the tokens that training sees and what is known of them.
 
-    `pieces`: texts; `parts`: [piece, tokens] where a piece is several tokens; `special`: pieces that are special tokens;
-    `tokens`: R; `full_length`: R before truncation; `fields`: name -> numbers as `packed` writes them, weights first.
+    `pieces`: texts; `parts`: [piece, tokens] where a piece is several tokens; `special`: pieces that are special
+    tokens; `tokens`: R; `full_length`: R before truncation; `fields`: name -> numbers as `packed` writes them, the
+    weights that training takes first.
     """
     special = set(tokenizer.all_special_ids)
-    stored = pairs.stored() if pairs.rule.startswith("store") else None
+    stored = pairs.stored() if pairs.rule.startswith(FROM_STORE) else None
     records = []
     for i in range(len(pairs)):
         sides = {}
@@ -105,7 +104,7 @@ def token_records(pairs: Pairs, tokenizer: Any) -> list[dict[str, dict[str, Any]
             if stored is not None:
                 fields = {field: values[k] for field, values in stored[i].items()}
             else:
-                fields = {pairs.rule: values for values in segment.values.values()}
+                fields = {pairs.rule: segment.values["weights"]} if segment.values else {}
             sides[side] = {
                 **_pieces(tokenizer, segment.prompt, segment.response, special),
                 "tokens": len(segment.response),
@@ -127,7 +126,7 @@ def _pieces(tokenizer: Any, prompt: np.ndarray, response: np.ndarray, special: s
 
 
 def packed(values: np.ndarray) -> tuple[float, float, str]:
-    """(lowest, step, base64 of little-endian uint16): value i is lowest + step * number i. [R] -> a fifth of the JSON."""
+    """[R] -> (lowest, step, base64 of little-endian uint16): value i is lowest + step * number i; short as JSON."""
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
     step = (high - low) / _STEPS
     numbers = np.rint((values.astype(np.float64) - low) / (step or 1.0)).astype("<u2")

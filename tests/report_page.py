@@ -2,8 +2,8 @@
 
     python -m tests.report_page OUTPUT_DIR
 
-writes OUTPUT_DIR/page.html (and what it is made from) and, where Chromium is installed, OUTPUT_DIR/report.png. The model
-has read both responses under their own instructions, so what it knows is where the two part ways.
+writes OUTPUT_DIR/page.html (and what it is made from) and, where Chromium is installed, OUTPUT_DIR/report.png. The
+model has read both responses under their own instructions, so what it knows is where the two part ways.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from tests.browser import screenshot
 from tests.checkpoints import CHATML
 from tests.e2e.common import arguments, run
 
-STEPS = 120
-VIEW = "#rule=kl&sort=constraints&desc=1&theme=light"
+STEPS = 60  # more, and it knows the texts by heart, so that no entropy is left
+VIEW = "#sort=constraints&desc=1&theme=light&pair=lighthouse&token=rejected.42"
 
 # Each constraint and what became of it: None kept, "" dropped, else its negation or substitute
 PAIRS = [
@@ -32,31 +32,32 @@ PAIRS = [
             ("Does every paragraph begin with a time of day?", ""),
             ("Does it leave out the word sea?", "Does it use the word sea?"),
         ],
-        "full": "Write a short story about a lighthouse keeper. Tell it in the first person, begin every paragraph with "
-        "a time of day, and leave out the word sea.",
-        "perturbed": "Write a short story about a lighthouse keeper. Tell it in the first person, and use the word sea.",
-        "chosen": "Half past four. I climb the stairs with the oil can in one hand and my father's watch in the other. "
-        "The lamp is already warm, as if somebody had waited here for me.\n\nMidnight. A ship answers, three short "
-        "flashes and a long one. I have not heard that greeting in eleven years.\n\nDawn. I write the name of the ship "
-        "into the log, and then my own beside it, in case anyone should ask who kept the light.",
-        "rejected": "I climb the stairs with the oil can in one hand and my father's watch in the other. The lamp is "
-        "already warm, and the sea is as flat as a table.\n\nThen a ship answers, three short flashes and a long one. I "
-        "have not heard that greeting from the sea in eleven years.\n\nI write the name of the ship into the log, and "
-        "close the book.",
+        "full": "Write a short story about a lighthouse keeper. Tell it in the first person, begin every "
+        "paragraph with a time of day, and leave out the word sea.",
+        "perturbed": "Write a short story about a lighthouse keeper. Tell it in the first person, and use the "
+        "word sea.",
+        "chosen": "Half past four. I climb the stairs with the oil can in one hand and my father's watch in the "
+        "other. The lamp is already warm, as if somebody had waited here for me.\n\nMidnight. A ship answers, "
+        "three short flashes and a long one. I have not heard that greeting in eleven years.\n\nDawn. I write the "
+        "name of the ship into the log, and then my own beside it, in case anyone should ask who kept the light.",
+        "rejected": "I climb the stairs with the oil can in one hand and my father's watch in the other. The lamp "
+        "is already warm, and the sea is as flat as a table.\n\nThen a ship answers, three short flashes and a "
+        "long one. I have not heard that greeting from the sea in eleven years.\n\nI write the name of the ship "
+        "into the log, and close the book.",
     },
     {
-        "id": "tokyo-menu",
+        "id": "breakfasts",
         "constraints": [
             ("Does the response list three breakfasts?", None),
-            ("Does each line begin with an emoji?", None),
-            ("Are the names given in Japanese, too?", ""),
+            ("Does each line begin with an arrow?", None),
+            ("Are the names given in Greek, too?", ""),
         ],
-        "full": "List three breakfasts. Begin each line with an emoji, and give the names in Japanese, too.",
-        "perturbed": "List three breakfasts. Begin each line with an emoji.",
-        "chosen": "🍙 rice balls (おにぎり), best while they are warm\n🍜 noodle soup (うどん), with a soft egg\n🐟 grilled "
-        "salmon (焼き鮭), with pickles on the side",
-        "rejected": "🍙 rice balls, best while they are warm\n🥐 a croissant, with butter\n🐟 grilled salmon, with pickles "
-        "on the side",
+        "full": "List three breakfasts. Begin each line with an arrow, and give the names in Greek, too.",
+        "perturbed": "List three breakfasts. Begin each line with an arrow.",
+        "chosen": "→ sesame bread (κουλούρι), best while it is warm\n→ cheese pie (τυρόπιτα), with black tea\n→ "
+        "rice pudding (ρυζόγαλο), with cinnamon on top",
+        "rejected": "→ sesame bread, best while it is warm\n→ a croissant, with butter\n→ rice pudding, with "
+        "cinnamon on top",
     },
     {
         "id": "refund-mail",
@@ -66,15 +67,15 @@ PAIRS = [
             ("Does it name a date for the payment?", ""),
             ("Does it end with a question?", None),
         ],
-        "full": "Answer a customer who wants a refund for a broken kettle. Stay under sixty words, name a date for the "
-        "payment, and end with a question.",
-        "perturbed": "Answer a customer who wants a refund for a broken kettle. Stay under sixty words, and end with a "
-        "question.",
-        "chosen": "Dear Ms Okafor,\n\nI am sorry about the kettle. We will pay the full price back to your card by "
-        "Friday, 14 March; there is no need to send anything to us. May we write again in a month, to ask how the next "
-        "one serves you?",
-        "rejected": "Dear Ms Okafor,\n\nI am sorry about the kettle. We will pay the full price back to your card soon; "
-        "there is no need to send anything to us. Is there anything else that we can do for you?",
+        "full": "Answer a customer who wants a refund for a broken kettle. Stay under sixty words, name a date "
+        "for the payment, and end with a question.",
+        "perturbed": "Answer a customer who wants a refund for a broken kettle. Stay under sixty words, and end "
+        "with a question.",
+        "chosen": "Dear Ms Okafor,\n\nI am sorry about the kettle. We will pay the full price back to your card "
+        "by Friday, 14 March; there is no need to send anything to us. May we write again in a month, to ask how "
+        "the next one serves you?",
+        "rejected": "Dear Ms Okafor,\n\nI am sorry about the kettle. We will pay the full price back to your card "
+        "soon; there is no need to send anything to us. Is there anything else that we can do for you?",
     },
     {
         "id": "sorting",
@@ -85,12 +86,12 @@ PAIRS = [
         ],
         "full": "Explain insertion sort. Use playing cards as the example, and say what it costs.",
         "perturbed": "Explain insertion sort. Use books on a shelf as the example, and say what it costs.",
-        "chosen": "Take the cards up one by one. Hold each new card against those in your hand, from the right, until "
-        "you meet a smaller one, and push it in there. With n cards that takes about n²/4 looks on average, and n when "
-        "they come in order.",
-        "rejected": "Take the books down one by one. Hold each new book against those on the shelf, from the right, "
-        "until you meet a thinner one, and push it in there. With n books that takes about n²/4 looks on average, and n "
-        "when they come in order.",
+        "chosen": "Take the cards up one by one. Hold each new card against those in your hand, from the right, "
+        "until you meet a smaller one, and push it in there. With n cards that takes about n²/4 looks on average, "
+        "and n when they come in order.",
+        "rejected": "Take the books down one by one. Hold each new book against those on the shelf, from the "
+        "right, until you meet a thinner one, and push it in there. With n books that takes about n²/4 looks on "
+        "average, and n when they come in order.",
     },
 ]
 

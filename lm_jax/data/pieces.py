@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-_CONTEXT = 4  # tokens before the first one that are decoded with it, since some decoders strip the space that begins a text
+_CONTEXT = 4  # tokens before the first one, decoded with it: some decoders strip the space that begins a text
 _LONGEST = 8  # tokens of one piece; only bytes that are no text at all reach it
 _UNFINISHED = "\ufffd"  # what a decoder sets for bytes that are no whole character
 
@@ -11,8 +11,8 @@ _UNFINISHED = "\ufffd"  # what a decoder sets for bytes that are no whole charac
 def token_pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[tuple[str, int]]:
     """(text, number of tokens) in order; the numbers sum to len(ids), the texts join to what `ids` say after `before`.
 
-    Byte-level tokenizers cut characters of several bytes into tokens that are no text alone; such tokens make one piece.
-    Special tokens show as they are written.
+    Byte-level tokenizers cut characters of several bytes into tokens that are no text alone; such tokens make one
+    piece. Special tokens show as they are written.
 
     Args:
       tokenizer: from `load_tokenizer`.

@@ -17,7 +17,7 @@ const SORTS = {
   longer: ["how much longer chosen is", (pair) => apart(both(pair, lengthOf))],
   mean: ["mean weight", (pair) => average(pair, state.rule)],
   heavier: ["how much heavier chosen is", (pair) => apart(both(pair, (side) => meanWeight(side, state.rule)))],
-  constraints: ["number of constraints", (pair) => pair.constraints.length],
+  constraints: ["number of constraints", asked],
   changed: ["number of changed constraints", changed],
 };
 if (!DATA.rules.length) { delete SORTS.mean; delete SORTS.heavier; }
@@ -38,12 +38,12 @@ function words(query) {
 }
 
 function found(pairs) {
-  const asked = words(state.q);
-  if (!asked.length) return pairs;
+  const wanted = words(state.q);
+  if (!wanted.length) return pairs;
   return pairs.filter((pair) => {
     pair.haystack ??= [pair.id, promptText(pair), ...pair.constraints.flatMap((c) => [c.text, c.new ?? ""]),
       textOf(pair.chosen), textOf(pair.rejected)].join("\n").toLocaleLowerCase("en");
-    return asked.every((word) => pair.haystack.includes(word));
+    return wanted.every((word) => pair.haystack.includes(word));
   });
 }
 
@@ -55,7 +55,7 @@ const near = new IntersectionObserver((seen) => {
 function cardOf(pair) {
   if (!cards.has(pair)) {
     const fate = changed(pair), facts = [];
-    if (pair.constraints.length) facts.push(`${plural(pair.constraints.length, "constraint")}${fate ? `, ${fate} changed` : ""}`);
+    if (pair.constraints.length) facts.push(`${plural(asked(pair), "constraint")}${fate ? `, ${fate} changed` : ""}`);
     const link = make("a", { href: "#", title: "a link to this pair", onclick: (event) => {
       event.preventDefault();
       set({ pair: pair.id });
@@ -101,7 +101,7 @@ function constraints(pair) {
   if (!pair.constraints.length) return null;
   const list = make("ol", {}, ...pair.constraints.map(({ text, kind, new: other }) =>
     make("li", { class: kind, dir: "auto" }, kind === "kept" ? text : text ? make("del", {}, text) : "",
-      other && kind !== "kept" ? make("ins", {}, other) : null, kind === "kept" ? null : make("em", {}, kind))));
+      kind === "kept" ? null : make("em", {}, kind), other && kind !== "kept" ? make("ins", {}, other) : null)));
   return make("section", { class: "constraints" }, make("h3", {}, "Constraints"), make("div", { class: "clip" }, list));
 }
 
@@ -160,8 +160,8 @@ function list() {
 function mark() {
   if (!globalThis.CSS?.highlights) return;
   CSS.highlights.delete("found");
-  const asked = words(state.q);
-  if (!asked.length) return;
+  const wanted = words(state.q);
+  if (!wanted.length) return;
   const ranges = [];
   for (const text of document.querySelectorAll("#pairs .text, #pairs li")) {
     const nodes = [], walker = document.createTreeWalker(text, NodeFilter.SHOW_TEXT);
@@ -170,7 +170,7 @@ function mark() {
     const folded = whole.toLowerCase();
     if (folded.length !== whole.length) continue; // a few letters grow when they are made small: positions would be off
     const spot = (at, end) => { const [start, node] = nodes.findLast(([from]) => end ? from < at : from <= at); return [node, at - start]; };
-    for (const word of asked) for (let at = folded.indexOf(word); at >= 0; at = folded.indexOf(word, at + word.length)) {
+    for (const word of wanted) for (let at = folded.indexOf(word); at >= 0; at = folded.indexOf(word, at + word.length)) {
       const range = new Range();
       range.setStart(...spot(at, false));
       range.setEnd(...spot(at + word.length, true));
@@ -184,7 +184,7 @@ function mark() {
 function go(card, token) {
   fill(card);
   card.focus({ preventScroll: true });
-  card.scrollIntoView({ block: "start" });
+  if (!token) card.scrollIntoView({ block: "start" });
   const [name, number] = token.split("."), block = card.querySelector(`.response.${SIDES.includes(name) ? name : "none"} .tokens`);
   const k = block ? starts(block.side).findLastIndex((start) => start < Number(number)) : -1;
   if (k < 0 || k >= block.children.length) return;

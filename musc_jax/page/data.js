@@ -57,6 +57,7 @@ function meanWeight(side, rule) {
 const level = (weight) => Math.max(-LEVELS, Math.min(LEVELS, Math.round((weight - 1) * LEVELS)));
 const shade = (step) => step === 0 ? "var(--sheet)" : `var(--${step < 0 ? "low" : "high"}-${Math.abs(step)})`;
 
+const asked = (pair) => pair.constraints.filter((c) => c.text).length; // without those that only the perturbed side has
 const changed = (pair) => pair.constraints.filter((c) => c.kind !== "kept").length;
 
 // "kl" of the store is shown as itself; the rows' own scores and plain DPO by what they are

@@ -16,8 +16,8 @@ function masthead() {
   by("lead").textContent = lead.join(" ");
   const total = DATA.pairs.reduce((sum, pair) => sum + lengthOf(pair.chosen) + lengthOf(pair.rejected), 0);
   const numbers = [["pairs", grouped(DATA.pairs.length)], [UNIT, grouped(total)]];
-  const asked = DATA.pairs.reduce((sum, pair) => sum + pair.constraints.length, 0);
-  if (asked) numbers.push(["constraints", grouped(asked)], ["of them changed", grouped(DATA.pairs.reduce((sum, pair) => sum + changed(pair), 0))]);
+  const all = DATA.pairs.reduce((sum, pair) => sum + asked(pair), 0);
+  if (all) numbers.push(["constraints", grouped(all)], ["of them changed", grouped(DATA.pairs.reduce((sum, pair) => sum + changed(pair), 0))]);
   by("numbers").append(...numbers.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   by("foot").append(...DATA.said.map((line) => make("p", {}, line)),
     make("p", {}, DATA.model === null ? "" : `tokens of ${DATA.model}`));
