@@ -8,6 +8,7 @@ model has read both responses under their own instructions, so what it knows is 
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -168,6 +169,7 @@ def make(directory: Path, steps: int = STEPS) -> Path:
     """Fits, weighs, and writes the page; its path."""
     directory.mkdir(parents=True, exist_ok=True)
     pairs, weighed, output = (directory / name for name in ("pairs.jsonl", "weighed.jsonl", "page.html"))
+    shutil.rmtree(directory / "weighed.weights", ignore_errors=True)  # of another fit
     made = rows()
     write_jsonl(str(pairs), made)
     texts = [row[p] + row[r] for row in made for p, r in (("prompt", "chosen"), ("perturbed_prompt", "rejected"))]
