@@ -21,7 +21,7 @@ from tests.checkpoints import CHATML
 from tests.e2e.common import arguments, run
 
 STEPS = 60  # more, and it knows the texts by heart, so that no entropy is left
-VIEW = "#sort=constraints&desc=1&theme=light&pair=lighthouse&token=rejected.42"
+VIEW = "#sort=constraints&desc=1&theme=light&pair=lighthouse&token=rejected.29"
 
 # Each constraint and what became of it: None kept, "" dropped, else its negation or substitute
 PAIRS = [
@@ -175,7 +175,7 @@ def make(directory: Path, steps: int = STEPS) -> Path:
     texts = [row[p] + row[r] for row in made for p, r in (("prompt", "chosen"), ("perturbed_prompt", "rejected"))]
     fit(directory / "model", texts, steps)
     model = f"model={directory / 'model'}"
-    weigh = (model, f"input={pairs}", f"output={weighed}", "rules=all", "keep_scores=true")
+    weigh = (model, f"input={pairs}", f"output={weighed}", "rules=calibrated_entropy,kl,pmi", "keep_scores=true")
     run("musc_token_weights", *arguments("musc_token_weights", *weigh, preset="tiny")).ok()
     run("report", *arguments("report", model, f"input={weighed}", f"output={output}", preset="tiny")).ok()
     return output
@@ -186,4 +186,11 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     asked = parser.parse_args()
     made_page = make(asked.directory)
-    print(json.dumps({"page": str(made_page), "picture": screenshot(made_page, asked.directory / "report.png", VIEW)}))
+    print(
+        json.dumps(
+            {
+                "page": str(made_page),
+                "picture": screenshot(made_page, asked.directory / "report.png", VIEW, width=1280, height=1170),
+            }
+        )
+    )

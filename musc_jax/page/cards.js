@@ -126,13 +126,14 @@ function response(pair, name) {
 
 // A long text shows its beginning until somebody asks for the rest
 function clip(box) {
-  if (state.open || box.scrollHeight <= box.clientHeight + 40) { box.classList.remove("clip"); return; }
+  if (box.scrollHeight <= box.clientHeight + 40) { box.classList.remove("clip"); return; }
   const button = make("button", { class: "more", type: "button", "aria-expanded": "false", onclick: () => {
     const open = box.classList.toggle("unclipped");
     button.setAttribute("aria-expanded", String(open));
     button.textContent = open ? "show less" : "show all";
   } }, "show all");
   box.after(button);
+  if (state.open) button.click();
 }
 
 function retint() {

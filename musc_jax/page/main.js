@@ -67,7 +67,7 @@ function update(before) {
   [by("theme").textContent, by("theme").title] = THEMES[state.theme] ?? THEMES[""];
   document.documentElement.dataset.theme = state.theme;
   if (differs("rule")) retint();
-  if (differs("open") && state.open) for (const box of document.querySelectorAll(".clip")) box.classList.add("unclipped");
+  if (before && differs("open")) for (const button of document.querySelectorAll(`.more[aria-expanded="${!state.open}"]`)) button.click();
   if (["q", "sort", "desc"].some(differs) || (differs("rule") && before)) list();
   if (state.pair) {
     const pair = DATA.pairs.find(({ id }) => id === state.pair);
@@ -75,14 +75,16 @@ function update(before) {
   }
 }
 
-function step(by) {
-  const shown = listed.map(cardOf), top = document.querySelector(".bar").offsetHeight + 12;
-  const now = shown.findIndex((card) => card.getBoundingClientRect().bottom > top + 1);
-  if (now < 0 || !shown.length) return;
-  const inside = shown[now].getBoundingClientRect().top < top - 4;
-  const at = by > 0 ? (shown[now].getBoundingClientRect().top > top + 4 ? now : now + 1) : inside ? now : now - 1;
+// From the pair that has the focus, else from the one at the top of the window
+function step(direction) {
+  const shown = listed.map(cardOf), top = parseFloat(getComputedStyle(document.documentElement).scrollPaddingTop);
+  const place = (card) => card.getBoundingClientRect();
+  const focused = shown.indexOf(document.activeElement.closest(".pair"));
+  const seen = focused >= 0 && place(shown[focused]).bottom > top && place(shown[focused]).top < innerHeight;
+  const at = seen ? focused + direction
+    : direction > 0 ? shown.findIndex((card) => place(card).top > top + 8) : shown.findLastIndex((card) => place(card).top < top - 8);
   if (shown[at]) go(shown[at], "");
-  else if (at < 0) scrollTo(0, 0);
+  else if (direction < 0) scrollTo(0, 0);
 }
 
 const ACTIONS = {
@@ -105,7 +107,7 @@ document.addEventListener("keydown", (event) => {
     if (event.target === by("search") && state.q) { event.preventDefault(); set({ q: "" }); }
     return;
   }
-  if (typing || event.ctrlKey || event.metaKey || event.altKey || !ACTIONS[event.key]) return;
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || !ACTIONS[event.key] || (by("help").open && event.key !== "?")) return;
   event.preventDefault();
   ACTIONS[event.key]();
 });
