@@ -138,6 +138,13 @@ def read_page_of(tmp_path, made):
     return read_page(directory / "page.html")
 
 
+def test_the_files_name_is_text(tmp_path):
+    path = tmp_path / "<img src=x>&.jsonl"
+    write_jsonl(str(path), rows(1))
+    write_report(config(path))
+    assert "<title>&lt;img src=x&gt;&amp;.jsonl: preference pairs</title>" in (tmp_path / "page.html").read_text()
+
+
 def test_nothing_is_loaded_from_anywhere(tmp_path):
     path = written(tmp_path, rows())
     write_report(config(path))
