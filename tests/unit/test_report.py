@@ -356,12 +356,16 @@ def luminance(rgb):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+THEMES = {"light": 0, "dark by the system": 1, "dark by choice": 2, "paper": 3}  # in the style's order
+
+
+@pytest.mark.parametrize("theme", THEMES)
 def test_text_is_legible_on_every_tint(theme):
     """WCAG's 4.5 : 1 at each of the twenty tints, and the tints grow apart from the sheet step by step."""
-    start = ":root {" if theme == "light" else ':root[data-theme="dark"] {'
-    block = style().split(start, 1)[1].split("}")[0]
-    found = dict(re.findall(r"--(\w+): (#\w{6}|[\d.]+%)", block))
+    blocks = re.findall(r"\{([^{}]*--sheet:[^{}]*)\}", style())
+    assert len(blocks) == len(THEMES) and blocks[1].split() == blocks[2].split()
+    found = dict(re.findall(r"--(\w+): (#\w{6}|#\w{3}|[\d.]+%)", blocks[THEMES[theme]]))
+    found = {n: "#" + "".join(2 * c for c in v[1:]) if len(v) == 4 and v[0] == "#" else v for n, v in found.items()}
     colour = {n: np.array([int(v[i : i + 2], 16) / 255 for i in (1, 3, 5)]) for n, v in found.items() if v[0] == "#"}
     share = float(found["share"].rstrip("%")) / 100
     for end in ("low", "high"):
