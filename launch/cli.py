@@ -17,7 +17,10 @@ INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have 
 _GIVE = "give --config=configs/NAME.py[:preset]"
 
 
-def run(command: Callable[[], tuple[type, Callable[[Any], None]]]) -> None:
+def run(
+    command: Callable[[], tuple[type, Callable[[Any], None]]],
+    preview: Callable[[], Callable[[Any, int], None]] | None = None,
+) -> None:
     """Parses the flags, builds the command's config strictly and makes the one call `main(config)`.
 
     Exits with 0 on success and 1 on an error of the user's, whose one line is the last on stderr.
@@ -25,10 +28,13 @@ def run(command: Callable[[], tuple[type, Callable[[Any], None]]]) -> None:
     Args:
       command: () -> (config class, main). It imports them, so that --help and a mistyped flag are answered at once and
         Ctrl-C during the imports is caught too.
+      preview: () -> show(config, rows), what --preview=ROWS calls instead of main.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started this wants it ignored
         signal.signal(signal.SIGINT, _interrupted)
     flag = config_flags.DEFINE_config_file("config", None, "settings file, with an optional :preset", lock_config=True)
+    if preview is not None:
+        flags.DEFINE_integer("preview", None, "rows to print as the model sees them; nothing is trained", lower_bound=1)
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -48,7 +54,12 @@ def run(command: Callable[[], tuple[type, Callable[[Any], None]]]) -> None:
         logging.set_verbosity(logging.FATAL)
         try:
             config_class, main = command()
-            main(from_config_dict(config_class, flag.value.to_dict()))
+            config = from_config_dict(config_class, flag.value.to_dict())
+            rows = None if preview is None else flags.FLAGS.preview
+            if rows is None:
+                main(config)
+            else:
+                preview()(config, rows)
         except UserError as e:
             _fail(str(e))
         except OSError as e:  # what a command does not foresee of paths, access and space

@@ -2,6 +2,8 @@ r"""Trains a policy on preference rows with token-aware DPO.
 
     python -m launch.musc_train --config=configs/musc_train.py --config.model=DIR --config.input=pairs.jsonl \
         --config.output=runs/musc
+
+With --preview=5 it prints the first 5 pairs as the model would see them, and trains and writes nothing.
 """
 
 from launch import cli
@@ -13,5 +15,11 @@ def command():
     return MuscTrainConfig, train
 
 
+def preview():
+    from musc_jax.preview import preview
+
+    return preview
+
+
 if __name__ == "__main__":
-    cli.run(command)
+    cli.run(command, preview)

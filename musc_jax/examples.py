@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import numpy as np
 from lm_jax.data.packing import Segment
 from lm_jax.data.preference import PreferenceRow, check_weight_lengths, preference_rows
 from lm_jax.data.rows import read_rows
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import EncodedResponse, Text, TextEncoder, messages_fault
 from lm_jax.errors import UserError
-from musc_jax.stored_weights import COLUMN, pair_fingerprint, stored_weights
+from musc_jax.stored_weights import COLUMN, pair_fingerprint, stored_fields
 from musc_jax.token_weights import AUTO, CHOSEN, FROM_COLUMNS, FROM_STORE, REJECTED
 
 
@@ -24,7 +24,9 @@ class Pairs:
       rows: the rows they came from, in their order.
       columns: the same rows as they were read, every column.
       segments: 2 a pair, chosen then rejected.
+      full_lengths: tokens of each segment's response before truncation.
       rule: what the weights are, `auto` resolved.
+      path: the file that they are from; `where` is its name.
       name: how a user finds pair i.
       report: lines that say how many rows were read, dropped, truncated, and how long they are.
     """
@@ -32,9 +34,14 @@ class Pairs:
     rows: list[PreferenceRow]
     columns: list[Mapping[str, Any]]
     segments: list[Segment]
+    full_lengths: list[int]
     rule: str
-    where: str
+    path: str
     report: list[str]
+
+    @property
+    def where(self) -> str:
+        return _name(self.path)
 
     def name(self, i: int) -> str:
         return f"{self.where} row {self.rows[i].row}"
@@ -42,23 +49,57 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def stored(self) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """All that the rows' store has of each pair; see `stored_fields`. For pairs whose weights are from a store."""
+        sides = list(zip(self.segments[::2], self.segments[1::2], strict=True))
+        return stored_fields(
+            self.columns,
+            [pair_fingerprint(r.prompt, c.response, j.response) for r, (c, j) in zip(self.rows, sides, strict=True)],
+            [(len(c.response), len(j.response)) for c, j in sides],
+            [self.name(i) for i in range(len(self))],
+            self.path,
+            self.rule,
+        )
 
-def load_pairs(path: str, encoder: TextEncoder, weights: str) -> Pairs:
+
+Choose = Callable[[int], Sequence[int]]  # number of pairs -> which of them, ascending
+
+
+def read_pairs(path: str, choose: Choose | None = None) -> tuple[list[PreferenceRow], list[Mapping[str, Any]], str]:
+    """The pairs of a file, all columns of each one's row, and a line that says how many rows were dropped.
+
+    Args:
+      choose: of the pairs that are not dropped those to take; None: all.
+
+    Raises:
+      UserError: no readable preference rows, or none left.
+    """
+    read = read_rows(path)
+    data = preference_rows(read, _name(path))
+    if not data.rows:
+        raise UserError(f"{path}: no pairs left, all dropped ({_counts(data.dropped)}); give pairs that differ")
+    rows = data.rows if choose is None else [data.rows[i] for i in choose(len(data.rows))]
+    said = f"{_name(path)}: {len(read)} rows read, {len(data.rows)} pairs kept"
+    if data.dropped:
+        said += f", dropped: {_counts(data.dropped)}"
+    if len(rows) < len(data.rows):
+        said += f"; {len(rows)} of the pairs taken"
+    return rows, [read[row.row] for row in rows], said
+
+
+def load_pairs(path: str, encoder: TextEncoder, weights: str, choose: Choose | None = None) -> Pairs:
     """Reads and encodes preference rows.
 
     Args:
       weights: a rule's name, `columns`, `store`, `store:RULE` or `auto`. Where the rows' own token scores, or those
         of a store that they point at, are to be used they must fit the tokens; they become the segments' `weights`.
+      choose: see `read_pairs`; the rows that are not taken are not encoded either.
 
     Raises:
       UserError: naming the file or row and the cure.
     """
-    where = os.path.basename(path.rstrip("/"))
-    read = read_rows(path)
-    data = preference_rows(read, where)
-    rows = data.rows
-    if not rows:
-        raise UserError(f"{path}: no pairs left, all dropped ({_counts(data.dropped)}); give pairs that differ")
+    rows, columns, said = read_pairs(path, choose)
+    where = _name(path)
     prompts, responses, wheres = [], [], []
     for row in rows:
         for side, response in ((CHOSEN, row.chosen), (REJECTED, row.rejected)):
@@ -66,40 +107,53 @@ def load_pairs(path: str, encoder: TextEncoder, weights: str) -> Pairs:
             responses.append(response)
             wheres.append(f"{where} row {row.row} ({side})")
     encoded = encoder.encode_many(prompts, responses, wheres)
-    columns = [read[row.row] for row in rows]
-    rule = rule_for(weights, rows, columns)
-    sides = list(zip(encoded[::2], encoded[1::2], strict=True))
-    stored = None
-    if rule.startswith(FROM_STORE):
-        stored = stored_weights(
-            columns,
-            [pair_fingerprint(r.prompt, c.response_ids, j.response_ids) for r, (c, j) in zip(rows, sides, strict=True)],
-            [(len(c.response_ids), len(j.response_ids)) for c, j in sides],
-            [f"{where} row {row.row}" for row in rows],
-            path,
-            rule,
-        )
-    segments = []
-    for i, (row, (chosen, rejected)) in enumerate(zip(rows, sides, strict=True)):
-        if rule == FROM_COLUMNS:
-            if row.chosen_scores is None:
-                raise UserError(
-                    f"{where} row {row.row}: no token scores, which config.weights=columns needs; choose a rule"
-                )
-            check_weight_lengths(row, chosen, rejected, where)
-        own = (row.chosen_scores, row.rejected_scores) if rule == FROM_COLUMNS else (None, None)
-        for text, scores in zip((chosen, rejected), stored[i] if stored else own, strict=True):
-            values = {} if scores is None else {"weights": scores[: len(text.response_ids)]}
-            segments.append(Segment(text.prompt_ids, text.response_ids, values))
-    truncated = sum(e.truncated for e in encoded)
+    segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
     lengths = np.array([len(s) for s in segments])
     report = [
-        f"{where}: {len(rows) + sum(data.dropped.values())} rows read, {len(rows)} pairs kept"
-        + (f", dropped: {_counts(data.dropped)}" if any(data.dropped.values()) else ""),
+        said,
         f"{where}: sequences of {lengths.min()} to {lengths.max()} tokens, median {int(np.median(lengths))}; "
-        f"{truncated} of {len(segments)} responses truncated to config.max_length",
+        f"{sum(e.truncated for e in encoded)} of {len(segments)} responses truncated to config.max_length",
     ]
-    return Pairs(rows, columns, segments, rule, where, report)
+    rule = rule_for(weights, rows, columns)
+    pairs = Pairs(rows, columns, segments, [e.full_length for e in encoded], rule, path, report)
+    if rule.startswith(FROM_STORE):
+        found = [next(iter(fields.values())) for fields in pairs.stored()]
+    elif rule == FROM_COLUMNS:
+        found = [_own_scores(*row, where) for row in zip(rows, encoded[::2], encoded[1::2], strict=True)]
+    else:
+        return pairs
+    weighed = [
+        Segment(s.prompt, s.response, {"weights": values[: len(s.response)]})
+        for s, values in zip(segments, (values for sides in found for values in sides), strict=True)
+    ]
+    return dataclasses.replace(pairs, segments=weighed)
+
+
+def _own_scores(
+    row: PreferenceRow, chosen: EncodedResponse, rejected: EncodedResponse, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    if row.chosen_scores is None:
+        raise UserError(f"{where} row {row.row}: no token scores, which config.weights=columns needs; choose a rule")
+    check_weight_lengths(row, chosen, rejected, where)
+    return row.chosen_scores, row.rejected_scores
+
+
+def perturbed_prompt(prompt: Text, value: Any, name: str) -> Text:
+    """A row's `perturbed_prompt` in the form of its prompt: beside messages a string is the last user message.
+
+    Raises:
+      UserError: of another form, naming the row.
+    """
+    if isinstance(prompt, str) != isinstance(value, str):
+        users = [] if isinstance(prompt, str) else [m for m in prompt if m["role"] == "user"]
+        if not users:
+            raise UserError(
+                f"{name}: prompt and perturbed_prompt must both be strings or both be messages; make them alike"
+            )
+        return [{**m, "content": value} if m is users[-1] else m for m in prompt]
+    if not isinstance(value, str) and (fault := messages_fault(value)):
+        raise UserError(f"{name}: perturbed_prompt {fault}; give a string or a list of messages")
+    return value
 
 
 def rule_for(weights: str, rows: Sequence[PreferenceRow], columns: Sequence[Mapping[str, Any]]) -> str:
@@ -109,6 +163,10 @@ def rule_for(weights: str, rows: Sequence[PreferenceRow], columns: Sequence[Mapp
     if columns and columns[0].get(COLUMN) is not None:
         return FROM_STORE
     return FROM_COLUMNS if rows and rows[0].chosen_scores is not None else "uniform"
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path.rstrip("/"))
 
 
 def _counts(dropped: dict[str, int]) -> str:

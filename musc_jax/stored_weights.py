@@ -44,15 +44,15 @@ def store_as_written(store: str, rows_path: str) -> str:
     return store.removeprefix(base) if store.startswith(base) else store
 
 
-def stored_weights(
+def stored_fields(
     columns: Sequence[Mapping[str, Any]],
     fingerprints: Sequence[str],
     lengths: Sequence[tuple[int, int]],
     names: Sequence[str],
     path: str,
     weights: str,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The weights of each pair, (chosen [R], rejected [R]) float32.
+) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """All that the stores hold of each pair: field -> (chosen [R], rejected [R]) float32, first the rule asked for.
 
     Args:
       columns: the rows as read from `path`.
@@ -68,7 +68,7 @@ def stored_weights(
     """
     asked = weights.removeprefix(FROM_STORE).removeprefix(":") or None
     pointers = [_pointer(row.get(COLUMN), name, weights) for row, name in zip(columns, names, strict=True)]
-    found: list[Any] = [None] * len(columns)
+    found: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{}] * len(columns)
     for where in dict.fromkeys(pointer["store"] for pointer in pointers):
         store = ScoreStore.open(where if "://" in where or os.path.isabs(where) else _base(path) + where)
         digest = key_digest(store.key)
@@ -95,8 +95,8 @@ def stored_weights(
                 )
         values = store.read([2 * pointers[i]["row"] + side for i in mine for side in (0, 1)])
         for k, i in enumerate(mine):
-            field = values[asked or pointers[i]["rule"]]
-            found[i] = (field[2 * k], field[2 * k + 1])
+            first = asked or pointers[i]["rule"]
+            found[i] = {f: (values[f][2 * k], values[f][2 * k + 1]) for f in dict.fromkeys((first, *values))}
     return found
 
 

@@ -40,7 +40,7 @@ def train(config: MuscTrainConfig) -> None:
       UserError: anything the user can mend.
     """
     job = open_job(config)
-    reference = _open_reference(config, job)
+    reference = open_reference(config, job)
     train_pairs = load_pairs(config.input, job.encoder, config.weights)
     rule = train_pairs.rule
     eval_pairs = load_pairs(config.eval_input, job.encoder, rule) if config.eval_input else None
@@ -68,7 +68,12 @@ def train(config: MuscTrainConfig) -> None:
     run_job(job, task)
 
 
-def _open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:
+def open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:
+    """The frozen model: `config.reference`, else the policy where it starts.
+
+    Raises:
+      UserError: none there, or one that reads other tokens or does not fit the mesh.
+    """
     if not config.reference:
         return job.policy
     reference = open_model(config.reference)

@@ -16,14 +16,14 @@ from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.data.text import Text, TextEncoder, end_token_ids, load_tokenizer, messages_fault, tokenizer_fingerprint
+from lm_jax.data.text import Text, TextEncoder, end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.inference.contrast import Contrast, contrast
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
 from lm_jax.training.metrics import Progress, say
 from lm_jax.training.runs import ModelSource, open_model, param_specs
-from musc_jax.examples import Pairs, load_pairs
+from musc_jax.examples import Pairs, load_pairs, perturbed_prompt
 from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint, store_as_written
 from musc_jax.token_weights import (
     CHOSEN,
@@ -127,17 +127,7 @@ def perturbed_prompts(pairs: Pairs, rules: Sequence[str]) -> list[Text]:
                 f"{pairs.name(i)}: column 'perturbed_prompt' is missing, which the rule {needing} contrasts the prompt "
                 f"with; add it, or choose a rule among {without}"
             )
-        if isinstance(row.prompt, str) != isinstance(value, str):
-            users = [] if isinstance(row.prompt, str) else [m for m in row.prompt if m["role"] == "user"]
-            if not users:
-                raise UserError(
-                    f"{pairs.name(i)}: prompt and perturbed_prompt must both be strings or both be messages; make them "
-                    "alike"
-                )
-            value = [{**m, "content": value} if m is users[-1] else m for m in row.prompt]
-        elif not isinstance(value, str) and (fault := messages_fault(value)):
-            raise UserError(f"{pairs.name(i)}: perturbed_prompt {fault}; give a string or a list of messages")
-        found.append(value)
+        found.append(perturbed_prompt(row.prompt, value, pairs.name(i)))
     return found
 
 

@@ -1,10 +1,11 @@
 """Rows of plain data: JSON Lines, JSON, Parquet and `datasets` directories in; JSON Lines out."""
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -64,19 +65,26 @@ def write_jsonl(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
       UserError: a value is NaN or infinite, which JSON does not have.
     """
+    with replacing(path) as out:
+        for number, row in enumerate(rows):
+            try:
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain)
+                out.write(line.encode() + b"\n")
+            except UnicodeEncodeError as error:
+                raise UserError(f"{path} row {number}: half a surrogate pair in the text; remove it") from error
+            except ValueError as error:
+                raise UserError(f"{path} row {number}: NaN or infinity is no JSON; remove it first") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path`, local or gs://, when the block ends, and is gone if it raises."""
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as out:
-            for number, row in enumerate(rows):
-                try:
-                    line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain)
-                    out.write(line.encode() + b"\n")
-                except UnicodeEncodeError as error:
-                    raise UserError(f"{path} row {number}: half a surrogate pair in the text; remove it") from error
-                except ValueError as error:
-                    raise UserError(f"{path} row {number}: NaN or infinity is no JSON; remove it first") from error
+            yield out
             out.flush()
             if "://" not in path:
                 os.fsync(out.fileno())

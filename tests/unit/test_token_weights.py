@@ -14,7 +14,7 @@ from lm_jax.errors import UserError
 from lm_jax.inference.contrast import contrast_head
 from musc_jax import token_weights
 from musc_jax.examples import Pairs, rule_for
-from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint, store_as_written, stored_weights
+from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint, store_as_written, stored_fields
 from musc_jax.token_weights import CHOSEN, REJECTED, WEIGHING_RULES, ResponseScores, contexts_of, parse_rules
 from musc_jax.weigh import perturbed_prompts
 
@@ -277,7 +277,7 @@ def pointer(row, /, **changes):
 
 
 def read(tmp_path, rows, order=(0, 1), weights="store", lengths=((3, 2), (4, 1))):
-    return stored_weights(
+    fields = stored_fields(
         rows,
         [PRINTS[i] for i in order],
         [lengths[i] for i in order],
@@ -285,6 +285,7 @@ def read(tmp_path, rows, order=(0, 1), weights="store", lengths=((3, 2), (4, 1))
         str(tmp_path / "weighed.jsonl"),
         weights,
     )
+    return [next(iter(found.values())) for found in fields]
 
 
 def test_weights_are_found_whatever_the_rows_order(store, tmp_path):
@@ -368,7 +369,7 @@ def user(text):
 def perturbed(prompt, value, rules=("calibrated_entropy",)):
     row = PreferenceRow(7, "7", prompt, "c", "r", None, None)
     columns = {} if value is None else {"perturbed_prompt": value}
-    return perturbed_prompts(Pairs([row], [columns], [], "uniform", "pairs.jsonl", []), rules)[0]
+    return perturbed_prompts(Pairs([row], [columns], [], [], "uniform", "pairs.jsonl", []), rules)[0]
 
 
 def test_perturbed_prompts():

@@ -1,0 +1,64 @@
+"""`launch.musc_train --preview=N`: the first pairs as training sees them, and nothing trained or written."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from lm_jax.inference.cached_scores import FIELDS
+from lm_jax.inference.scoring import score
+from lm_jax.training.job import open_job
+from lm_jax.training.metrics import say
+from lm_jax.training.preview import print_examples, with_values
+from musc_jax.examples import load_pairs
+from musc_jax.reference import no_scores, weighted_pairs
+from musc_jax.token_weights import CHOSEN, REJECTED, RULES_ON_SCORES, online_rule
+from musc_jax.train import MuscTrainConfig, open_reference
+
+
+def preview(config: MuscTrainConfig, number: int) -> None:
+    """Prints the first `number` pairs: every token with its id, mask, weight and position.
+
+    Where the weights come from the reference's scores, those few rows are scored, which loads the reference.
+
+    Raises:
+      UserError: as `train`, as far as it concerns settings and these rows.
+    """
+    job = open_job(config)
+    reference = open_reference(config, job)
+    pairs = load_pairs(config.input, job.encoder, config.weights, lambda pairs: range(min(number, pairs)))
+    say("\n".join(pairs.report))
+    if online_rule(pairs.rule):
+        say(f"weights: {pairs.rule}; the policy computes them in every step, so they are not shown")
+        values = ()
+    else:
+        scored = pairs.rule in RULES_ON_SCORES
+        say(f"weights: {pairs.rule}" + (", of the reference's scores of these rows" if scored else ""))
+        values = ("weights", "ref_logprobs") if scored else ("weights",)
+    scores = _scores(pairs.segments, reference, job) if pairs.rule in RULES_ON_SCORES else no_scores(pairs.segments)
+    examples = weighted_pairs(pairs.segments, scores, pairs.rule)
+    if jax.process_index() == 0:
+        print_examples(
+            [
+                (
+                    f"{pairs.name(i)} ({pairs.rows[i].id})",
+                    [with_values(segment, values) for segment in example],
+                    list(zip((CHOSEN, REJECTED), pairs.full_lengths[2 * i : 2 * i + 2], strict=True)),
+                )
+                for i, example in enumerate(examples)
+            ],
+            job.tokenizer,
+            values,
+        )
+
+
+def _scores(segments, reference, job) -> dict[str, list[np.ndarray]]:
+    """As `reference_scores`, of a few rows and without a cache: in batches as small as the mesh allows."""
+    config, mesh = job.config, job.mesh
+    batch = dataclasses.replace(config.batch, rows=mesh.shape["data"] * mesh.shape["fsdp"], microbatches=1)
+    found: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.float32)] * len(segments) for name in FIELDS}
+    params = reference.load_params(mesh, "float32")
+    for scores in score(params, segments, reference.config, config.compute, batch, mesh):
+        for one in scores:
+            found["logprobs"][one.row], found["entropies"][one.row] = one.logprobs, one.entropies
+    return found
