@@ -126,7 +126,7 @@ def test_one_instruction(pairs):
     for side, asked in (("chosen", points), ("rejected", less)):
         told = "".join(f"\n- done: {point}" for point in [*asked, "The tea is green"])
         assert content(pair[side]) == f"{len(asked) + 1} points.{told}"
-    assert dropped == [] and counts == {"input": 1, "pairs": 1, "dropped": 0, "stages": []}
+    assert dropped == [] and counts == {"input": 1, "pairs": 1, "dropped": 0, "stages": [], "left_out": {}}
 
 
 @pytest.mark.parametrize("perturb", [{"drop": 1.0}, MIXED, {"drop": 0.0, "negate": 1.0}])
