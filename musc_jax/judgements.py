@@ -25,12 +25,14 @@ _FAULTS_LABEL = re.compile(
     r"(?: (?:found|in the response))?\s*[*_]*\s*[:：][*_ \t]*",
     re.IGNORECASE,
 )
+_FAULTS = r"(?:\w+ )?(?:faults?|problems?|issues?|errors?|mistakes?|corrections?|revisions?|changes?)"
 _NO_FAULTS = re.compile(
-    r"\W*(?:none|nothing|n/?a|no (?:\w+ )?(?:faults?|problems?|issues?|errors?|mistakes?|corrections?|changes?)"
-    r"|there (?:is|are|'s) (?:no\b|nothing|none)"
-    r"|(?:the |this |your )?response (?:already )?(?:does|meets|follows|fulfils|fulfills|satisfies|needs no|is correct"
-    r"|is fine|is good|has no)|(?:it|everything) (?:does all|is fine|is correct|needs no)"
-    r"|无|没有(?:任何)?(?:缺点|问题|错误|需要)|不需要(?:修改|更正)|回答(?:正确|很好|已经))",
+    rf"\W*(?:(?:none(?! of)|n/?a|no {_FAULTS}|nothing(?=\W*$| (?:to|else|is (?:missing|wrong)))"
+    rf"|there (?:is|are) (?:no {_FAULTS}|none|nothing (?:to|wrong|missing))"
+    r"|(?:(?:the|this|your) response|it|everything) (?:already |fully )?"
+    r"(?:(?:does|meets|follows|fulfils|fulfills|satisfies) (?:all|every|the (?:whole )?instruction)"
+    rf"|(?:needs|has|contains) no {_FAULTS}|is (?:already )?(?:correct|fine|good|perfect|complete)))\b"
+    r"|无(?:\W*$|需)|没有(?:任何|什么)?(?:缺点|问题|错误|需要)|不需要(?:修改|更正)|回答(?:正确|很好))",
     re.IGNORECASE,
 )
 _STILL = re.compile(r"\b(?:but|however|except|although|though|yet|still)\b|但是?|不过|然而|除了", re.IGNORECASE)
