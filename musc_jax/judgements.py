@@ -13,7 +13,7 @@ SCORES = (1, 5)
 _END = re.compile(rf"^[ \t]*{SEPARATOR}[ \t]*$", re.MULTILINE)
 _MARKS = str.maketrans("", "", "*_`#>[](){}【】「」\"'")
 _SCORE_LABEL = re.compile(
-    r"^\s*(?:(?:final|total|overall|the|my) )*(?:score|rating|mark|评分|得分|分数|总分)\s*(?:is|[:：=])[ \t]*"
+    r"^[ \t]*(?:(?:final|total|overall|the|my) )*(?:score|rating|mark|评分|得分|分数|总分)\s*(?:is|[:：=])[ \t]*"
     r"(?P<value>.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -21,8 +21,8 @@ _VALUE = re.compile(
     r"\s*(?P<score>[1-5])\s*(?:(?:/|out of|of)\s*5)?\s*(?:points?|stars?|分)?\s*[.。]?\s*", re.IGNORECASE
 )
 _FAULTS_LABEL = re.compile(
-    r"\s*[*_#]*\s*(?:list of |the |remaining )*(?:faults?|critique|problems?|issues?|缺点|问题|错误)"
-    r"(?: (?:found|in the response))?\s*[*_]*\s*[:：][*_ \t]*",
+    r"[\s*_#]*(?:list of |the |remaining )*(?:faults?|critique|problems?|issues?|缺点|问题|错误)"
+    r"(?: (?:found|in the response))?[\s*_]*[:：][*_ \t]*",
     re.IGNORECASE,
 )
 _FAULTS = r"(?:\w+ )?(?:faults?|problems?|issues?|errors?|mistakes?|corrections?|revisions?|changes?)"
@@ -37,10 +37,10 @@ _NO_FAULTS = re.compile(
 )
 _STILL = re.compile(r"\b(?:but|however|except|although|though|yet|still)\b|但是?|不过|然而|除了", re.IGNORECASE)
 _REVISION_LABEL = re.compile(
-    r"\s*(?:(?:sure|certainly|of course|okay|ok)[!,. ]+)?(?:here(?: is|'s|’s) )?[*_#]*\s*"
+    r"(?:(?:sure|certainly|of course|okay|ok)[!,. ]+)?(?:here(?: is|'s|’s) )?[\s*_#]*"
     r"(?:the |my |a |an |your )*(?:revised|corrected|improved|rewritten|new|final)"
     r"(?: (?:response|version|answer|text)(?: of the response)?)?"
-    r"\s*[*_]*\s*[:：][*_ \t]*|\s*(?:修改后的?(?:回答|回复|版本)?|修订版?)\s*[:：]\s*",
+    r"[\s*_]*[:：][*_ \t]*|(?:修改后的?(?:回答|回复|版本)?|修订版?)\s*[:：]\s*",
     re.IGNORECASE,
 )
 

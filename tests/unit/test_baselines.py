@@ -2,6 +2,7 @@
 
 import collections
 import statistics
+import time
 
 import pytest
 
@@ -323,6 +324,32 @@ def test_critiques(answer, faults):
 )
 def test_revisions(answer, revision):
     assert parse_revision(answer, "Write it!") == revision
+
+
+def test_no_answer_stalls_a_parser():
+    pieces = [
+        "\n",
+        " ",
+        "*",
+        "#",
+        "Score: ",
+        "Score: 4\n",
+        "Faults: ",
+        "None ",
+        "Revised response ",
+        "here is ",
+        "```",
+        "无",
+    ]
+    answers = [piece * 20_000 for piece in pieces] + [f"a{piece * 20_000}b" for piece in pieces]
+    answers += [
+        f"{label}{piece * 20_000}x" for label in ("Score", "Faults", "The revised response") for piece in pieces
+    ]
+    started = time.process_time()
+    for answer in answers:
+        for parse in (parse_score, parse_critique, lambda text: parse_revision(text, "Write it.")):
+            assert isinstance(parse(answer), (str, float))
+    assert time.process_time() - started < 20
 
 
 # --- stopped and called again, and settings --------------------------------------------------------------------------
