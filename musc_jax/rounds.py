@@ -16,7 +16,6 @@ section 2.4), which takes new instructions for every round.
 
 import contextlib
 import dataclasses
-import gc
 import json
 import re
 import time
@@ -206,7 +205,6 @@ def _do(this: Round, shares: Sequence[Sequence[Task]] | None, generator: Generat
                 part()
         except UserError as error:
             raise UserError(f"round {this.number}: {error}") from error
-        gc.collect()  # a part's model can hang in a cycle, and the next part loads its own
         seconds[name] = round(time.monotonic() - begin, 1)
     found = everywhere(lambda: summary(this.directory))
     return {"round": this.number, "model": this.model, **found, "seconds": seconds}
