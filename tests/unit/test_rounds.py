@@ -204,7 +204,7 @@ def test_means_over_the_last_epoch(tmp_path):
         ({"seed": 2**32 - 2}, "config.seed"),
         ({"pairs": {"num_examples": 0}}, "config.pairs.num_examples=0: must be at least 1"),
         ({"pairs": {"respond": {"temperature": -1.0}}}, "config.pairs.respond.temperature=-1.0"),
-        ({"weights": {"rules": "best"}}, "best"),
+        ({"weights": {"rules": "best"}}, "config.weights.rules"),
         (
             {"train": {"max_length": 9000}},
             "config.train.batch.row_length=4096 must hold a pair, 2 x config.train.max_length",
