@@ -10,8 +10,9 @@ where it was; with a larger `rounds` and `instructions_per_round` given it adds 
 
 Every setting of the three commands is a key here, with its default and its reason in their own config file:
 `--config.pairs.respond.temperature=0.7`, `--config.weights.rules=kl`, `--config.train.loss.beta=0.2`. Those that a
-round sets itself are left out. `--config.pairs.method=self_reward` makes rounds of a baseline. Presets: `:tiny` for a
-small model on a laptop.
+round sets itself are left out. The model runs here: a server would not have what the rounds train.
+`--config.pairs.method=self_reward` makes rounds of a baseline. Presets: `:tiny` for a small model on a laptop.
+Each round compiles its training step again, unless the environment's `JAX_COMPILATION_CACHE_DIR` names a directory.
 """
 
 import runpy

@@ -247,6 +247,7 @@ def test_malformed_manners(pairs, tmp_path, method, manner):
         ("Score: four", Drop.UNPARSABLE),
         ("Score:", Drop.UNPARSABLE),
         ("Score: 2\nScore: 5", Drop.UNPARSABLE),
+        ("Score: 2\nScore: high", Drop.UNPARSABLE),
         ("It has 4 points and 5 lines.", Drop.UNPARSABLE),
         ("-3", Drop.UNPARSABLE),
         ("", Drop.EMPTY),
