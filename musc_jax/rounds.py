@@ -26,6 +26,7 @@ import jax
 from etils import epath
 
 from lm_jax.config import from_config_dict, to_dict
+from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator
@@ -233,8 +234,11 @@ def _shares(config: RoundsConfig) -> list[list[Task]] | None:
 def _begin(root: epath.Path, config: RoundsConfig, shares: Sequence[Sequence[Task]] | None) -> None:
     """Makes the directory, or finds the same rounds in it to continue."""
     settings = to_dict(config)
-    if shares is not None and config.instructions_per_round is None:
-        settings["instructions_per_round"] = len(shares[0])
+    if shares is not None:
+        if config.instructions_per_round is None:
+            settings["instructions_per_round"] = len(shares[0])
+        rows = [dataclasses.asdict(task) for task in read_tasks(config.input)]  # of others the shares would overlap
+        settings["input"] = {"path": config.input, "fingerprint": rows_fingerprint(rows, config.input)}
     description, path = {"command": "musc_rounds", "config": settings}, root / "config.json"
     if path.exists():
         check_same_settings(path, description, _MAY_CHANGE)

@@ -227,6 +227,7 @@ def test_settings(run, parts, tmp_path, settings, part):
         ({"pairs": {"seed_": 1}}, "config.pairs.seed_: unknown key"),
         ({"reference": "seed"}, "config.reference='previous', now 'seed'"),
         ({"rounds": 2}, "config.instructions_per_round=4, now 6"),
+        ({"rows": 13}, "config.input.fingerprint="),
         ({"weights": {"dtype": "bfloat16"}}, "config.weights.dtype='float32', now 'bfloat16'"),
     ],
 )
