@@ -9,6 +9,12 @@ Expect: a line for each stage, then a table that says how many rows were dropped
 kept as they finish: the same command continues a run that was interrupted, and ends with the same bytes as if it had
 not been.
 
+`--config.method` makes the pairs of a baseline that MuSC is compared with, from the same instructions and model.
+self_reward: several responses, each scored 1 to 5 as a whole, best against worst. branch_solve_merge: the same, scored
+by the share of the instruction's constraints that they meet. self_correct: the model's revision of its response
+against that response. They answer the instruction as it was given and have no `perturbed_prompt`: train them with
+uniform weights, as `launch.musc_train` does by itself.
+
 Without instructions of your own: `--config.num_instructions=1000` instead of `--config.input`. Behind an
 OpenAI-compatible server: `--config.endpoint.url=http://localhost:8000/v1 --config.endpoint.model=NAME` instead of
 `--config.model`.
@@ -20,6 +26,8 @@ from ml_collections.config_dict import placeholder
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
+    # musc | self_reward | branch_solve_merge | self_correct: the last three are baselines that MuSC is compared with
+    c.method = "musc"
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory; none with an endpoint
     c.input = placeholder(str)  # rows with `prompt` or `instruction` (and `input`); none: the model invents them
     c.num_instructions = placeholder(int)  # how many it invents; only without input
@@ -38,6 +46,8 @@ def get_config() -> ConfigDict:
     c.full_instruction = "recombined"
     c.near_duplicate = 0.7  # instructions that share this part of their word trigrams are one (Jaccard); 0: off
     c.verify = False  # ask whether both instructions ask for just what they should: two short calls more a row
+    c.num_samples = 4  # responses that self_reward and branch_solve_merge choose among; the Self-Rewarding paper's
+    c.judge_samples = 3  # verdicts on each of them, averaged; the same paper's. 1 is cheapest and ties more often
     c.max_failed_share = 0.05  # of a stage's requests; more without an answer are no accident: stop with an error
 
     c.perturb = ConfigDict()
@@ -65,6 +75,15 @@ def get_config() -> ConfigDict:
     c.respond = ConfigDict()
     c.respond.temperature = 0.5
     c.respond.max_new_tokens = 1024  # a longer response is cut, and its pair dropped
+    c.judge = ConfigDict()
+    c.judge.temperature = 0.7  # the Self-Rewarding paper's; verdicts that are averaged must be able to differ
+    c.judge.max_new_tokens = 512  # a few sentences and a number, or yes and no for every constraint
+    c.critique = ConfigDict()
+    c.critique.temperature = 0.1
+    c.critique.max_new_tokens = 512  # a list of faults
+    c.revise = ConfigDict()
+    c.revise.temperature = 0.5  # as the response that it replaces
+    c.revise.max_new_tokens = 1024
 
     c.decode = ConfigDict()
     c.decode.slots = 8  # answers written at once; more is faster until memory ends

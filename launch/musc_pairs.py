@@ -1,4 +1,4 @@
-"""Makes preference pairs with a model alone, as MuSC does: from your instructions, or from ones that it invents.
+"""Makes preference pairs with a model alone, as MuSC or one of its baselines does: from your instructions or its own.
 
     python -m launch.musc_pairs --config=configs/musc_pairs.py --config.model=DIR --config.input=instructions.jsonl \
         --config.output=pairs.jsonl

@@ -21,3 +21,6 @@ class Drop(enum.StrEnum):
     NEAR_DUPLICATE = "near_duplicate"  # of an earlier row's instruction
     EMPTY_RESPONSE = "empty_response"
     IDENTICAL_PAIR = "identical_pair"
+    NOT_ENOUGH_SCORED = "not_enough_scored"  # fewer than two of a row's responses have a score
+    TIE = "tie"  # all of a row's responses have the same score
+    NOTHING_TO_CORRECT = "nothing_to_correct"  # so the model says of its own response

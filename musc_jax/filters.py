@@ -70,13 +70,19 @@ def pair_fault(chosen: str, rejected: str, chosen_finish: str = "stop", rejected
 
     EMPTY_RESPONSE, IDENTICAL_PAIR (up to white space), REFUSAL of either, TRUNCATED (either finished with `length`).
     """
-    if not chosen.strip() or not rejected.strip():
-        return Drop.EMPTY_RESPONSE
-    if chosen.split() == rejected.split():
+    if chosen.strip() and chosen.split() == rejected.split():
         return Drop.IDENTICAL_PAIR
-    if is_refusal(chosen) or is_refusal(rejected):
+    faults = {response_fault(chosen, chosen_finish), response_fault(rejected, rejected_finish)}
+    return next((fault for fault in (Drop.EMPTY_RESPONSE, Drop.REFUSAL, Drop.TRUNCATED) if fault in faults), None)
+
+
+def response_fault(response: str, finish_reason: str = "stop") -> Drop | None:
+    """Why nothing is to be learnt from a response: EMPTY_RESPONSE, REFUSAL, TRUNCATED (it ended with `length`)."""
+    if not response.strip():
+        return Drop.EMPTY_RESPONSE
+    if is_refusal(response):
         return Drop.REFUSAL
-    return Drop.TRUNCATED if "length" in (chosen_finish, rejected_finish) else None
+    return Drop.TRUNCATED if finish_reason == "length" else None
 
 
 def verdicts_fault(verdicts: Sequence[bool], expected: Sequence[bool]) -> Drop | None:

@@ -9,117 +9,31 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.generator import (
-    EndpointConfig,
-    Local,
-    check_one_model,
-    load_local,
-    local_mesh,
-    model_identity,
-    open_endpoint,
-    open_local,
-)
-from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig, to_dict
+from lm_jax.commands.generator import Local, load_local, local_mesh, model_identity, open_endpoint, open_local
+from lm_jax.config import to_dict
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.text import Text
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Generator, Request, SamplingConfig
+from lm_jax.inference.requests import Generator, Request
 from lm_jax.training.metrics import say
-from musc_jax.construction import FULL, PERTURBED, Construction, Row, left
+from musc_jax.baselines.branch_solve_merge import branch_solve_merge
+from musc_jax.baselines.self_correct import SelfCorrect
+from musc_jax.baselines.self_reward import self_reward
+from musc_jax.construction import Construction
 from musc_jax.demonstrations import Demonstration, own_demonstrations, pick, read_demonstrations
-from musc_jax.perturb import PerturbConfig
-from musc_jax.prompts import STOP, Prompt
+from musc_jax.methods import BEST_OF, PLANS, Method, Plan
+from musc_jax.pairs_config import MARKER, PairsConfig
+from musc_jax.prompts import Prompt
+from musc_jax.row import FULL, PERTURBED, Row, left
+from musc_jax.sources import Source
 from musc_jax.stages import Stages, everywhere
 from musc_jax.tally import summed, table, tally
 from musc_jax.tasks import Task, read_tasks
 
-STAGES = ("self_instruct", "decompose", "negate", "recombine", "check", "respond")
-_MARKER = "{instruction}"
 _BLOCK = 1000  # rows that are kept at once at the end
-# Which settings decide a stage's answers, besides how it samples and those of the stages before it
-_BASE = ("seed", "num_examples", "format", "system", "near_duplicate", "num_instructions")
-_DEPENDS = {
-    "negate": ("perturb",),
-    "recombine": ("full_instruction",),
-    "check": ("verify",),
-    "respond": ("text_template",),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class StageConfig:
-    """How one stage samples."""
-
-    temperature: float
-    max_new_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PairsConfig:
-    """`configs/musc_pairs.py` says what each key is for and why it has its value."""
-
-    model: str | None
-    input: str | None
-    num_instructions: int | None
-    output: str
-    seed: int
-    dtype: str
-    examples: str
-    num_examples: int
-    format: str
-    system: bool
-    text_template: str
-    full_instruction: str
-    near_duplicate: float
-    verify: bool
-    max_failed_share: float
-    perturb: PerturbConfig
-    self_instruct: StageConfig
-    decompose: StageConfig
-    negate: StageConfig
-    recombine: StageConfig
-    check: StageConfig
-    respond: StageConfig
-    decode: DecodeConfig
-    endpoint: EndpointConfig
-    mesh: MeshConfig
-    compute: ComputeConfig
-
-    def __post_init__(self):
-        for name, fits, must in (
-            ("seed", 0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
-            ("num_examples", self.num_examples >= 1 + self.verify, "at least 1, and 2 with config.verify"),
-            ("num_instructions", self.num_instructions is None or self.num_instructions >= 1, "at least 1"),
-            ("format", self.format in ("auto", "messages", "text"), "auto, messages or text"),
-            ("full_instruction", self.full_instruction in ("recombined", "original"), "recombined or original"),
-            ("text_template", self.text_template.count(_MARKER) == 1, f"a text with {_MARKER} in it, once"),
-            ("near_duplicate", 0 <= self.near_duplicate <= 1, "between 0 (off) and 1"),
-            ("max_failed_share", 0 <= self.max_failed_share <= 1, "between 0 and 1"),
-        ):
-            if not fits:
-                raise UserError(f"config.{name}={getattr(self, name)!r}: must be {must}")
-        for stage in STAGES:
-            self.sampling(stage, "messages")
-        if (self.input is None) == (self.num_instructions is None):
-            raise UserError(
-                f"config.input={self.input!r} and config.num_instructions={self.num_instructions!r}: instructions come "
-                "from a file or are invented, as many as config.num_instructions says; give one of the two"
-            )
-        check_one_model(self)
-
-    def sampling(self, stage: str, format: str) -> SamplingConfig:
-        """How a stage samples. Raw text stops where the model would go on with a further example."""
-        keys: StageConfig = getattr(self, stage)
-        stop = ()
-        if format == "text":
-            labels = self.text_template.split(_MARKER)[0].split("\n")
-            label = next((line for line in reversed(labels) if line.strip()), "").strip()
-            stop = (*STOP, f"\n{label}") if stage == "respond" and label else STOP
-        try:
-            return SamplingConfig(keys.max_new_tokens, temperature=keys.temperature, stop=stop, seed=self.seed)
-        except UserError as error:
-            raise UserError(str(error).replace("config.", f"config.{stage}.", 1)) from error
+# Which settings decide every stage's answers, besides how it samples and what `methods.PLANS` says
+_BASE = ("method", "seed", "num_examples", "format", "system", "near_duplicate", "num_instructions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +84,7 @@ def make_pairs(config: PairsConfig, generator: Generator | None = None) -> None:
                 lambda: generator or load_local(config, inputs.local),
                 config.max_failed_share,
             )
-            counts = _write(config, inputs, _construct(config, inputs, stages, identity), journal)
+            counts = _write(config, inputs, *_rows(config, inputs, stages, identity), journal)
         if counts is not None:
             print(table(counts), flush=True)
     finally:
@@ -211,7 +125,8 @@ def _takes_system(tokenizer: Any) -> bool:
 
 def _identity(config: PairsConfig, inputs: _Inputs) -> dict[str, Any]:
     """What the pairs depend on, by the name of the setting."""
-    keys = (*_BASE, *STAGES, *(key for names in _DEPENDS.values() for key in names))
+    plan = PLANS[config.method]
+    keys = (*_BASE, *plan.stages, *(key for names in plan.reads.values() for key in names))
     examples = [dataclasses.asdict(d) for d in inputs.demonstrations]
     tasks = [dataclasses.asdict(task) for task in inputs.tasks or ()]
     return {
@@ -223,10 +138,10 @@ def _identity(config: PairsConfig, inputs: _Inputs) -> dict[str, Any]:
     }
 
 
-def _stage_identity(stage: str, whole: Mapping[str, Any]) -> dict[str, Any]:
+def _stage_identity(plan: Plan, stage: str, whole: Mapping[str, Any]) -> dict[str, Any]:
     """What of that a stage's answers depend on: not what only later stages read, so that it may still change."""
-    later = STAGES[STAGES.index(stage) + 1 :]
-    keys = {*later, *(key for name in later for key in _DEPENDS.get(name, ()))}
+    later = plan.stages[plan.stages.index(stage) + 1 :]
+    keys = {*later, *(key for name in later for key in plan.reads.get(name, ()))}
     return {name: value for name, value in whole.items() if not keys & {*name.split(".")[1:2]}}
 
 
@@ -240,7 +155,12 @@ def _settings(config: PairsConfig, keys: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _construct(config: PairsConfig, inputs: _Inputs, stages: Stages, identity: Mapping[str, Any]) -> list[Row]:
+def _rows(
+    config: PairsConfig, inputs: _Inputs, stages: Stages, identity: Mapping[str, Any]
+) -> tuple[list[Row], Method]:
+    """Every row, either with all of a pair or dropped, and what made them."""
+    plan = PLANS[config.method]
+
     def ask(stage: str, questions: Mapping[tuple[str, str], Prompt | str]) -> dict[tuple[str, str], Any]:
         # The part makes the random draws of a row's requests differ
         requests = [
@@ -249,21 +169,28 @@ def _construct(config: PairsConfig, inputs: _Inputs, stages: Stages, identity: M
         ]
         sampling = config.sampling(stage, inputs.format)
         return dict(
-            zip(questions, stages.ask(stage, requests, sampling, _stage_identity(stage, identity)), strict=True)
+            zip(questions, stages.ask(stage, requests, sampling, _stage_identity(plan, stage, identity)), strict=True)
         )
 
-    construction = Construction(
-        ask,
-        inputs.demonstrations,
-        config.num_examples,
+    source = Source(ask, inputs.demonstrations, config.num_examples, config.seed, config.near_duplicate)
+    method = _method(config, source)
+    rows = source.from_nothing(config.num_instructions) if inputs.tasks is None else source.from_tasks(inputs.tasks)
+    method.pairs(rows)
+    return rows, method
+
+
+def _method(config: PairsConfig, source: Source) -> Method:
+    if config.method == "self_correct":
+        return SelfCorrect(source)
+    if config.method in BEST_OF:
+        make = {"self_reward": self_reward, "branch_solve_merge": branch_solve_merge}[config.method]
+        return make(source, config.num_samples, config.judge_samples)
+    return Construction(
+        source,
         dataclasses.replace(config.perturb, seed=config.seed),
         original=config.full_instruction == "original",
         verify=config.verify,
-        near_duplicate=config.near_duplicate,
     )
-    if inputs.tasks is None:
-        return construction.from_nothing(config.num_instructions)
-    return construction.from_tasks(inputs.tasks)
 
 
 def _text(config: PairsConfig, inputs: _Inputs, question: Prompt | str) -> Text:
@@ -275,15 +202,17 @@ def _text(config: PairsConfig, inputs: _Inputs, question: Prompt | str) -> Text:
 
 def _prompt(config: PairsConfig, format: str, instruction: str) -> Text:
     if format == "text":
-        return config.text_template.replace(_MARKER, instruction, 1)
+        return config.text_template.replace(MARKER, instruction, 1)
     return [{"role": "user", "content": instruction}]
 
 
-def _write(config: PairsConfig, inputs: _Inputs, rows: list[Row], journal: Journal | None) -> dict[str, Any] | None:
+def _write(
+    config: PairsConfig, inputs: _Inputs, rows: list[Row], method: Method, journal: Journal | None
+) -> dict[str, Any] | None:
     """Writes what came out; the counts, of process 0."""
     counts, kept = tally(rows), left(rows)
     if journal is not None:
-        write_jsonl(f"{config.output}.dropped.jsonl", (_dropped(row) for row in rows if row.dropped))
+        write_jsonl(f"{config.output}.dropped.jsonl", (_dropped(row, method) for row in rows if row.dropped))
         write_jsonl(f"{config.output}.counts.json", [counts])
     if not kept:
         if journal is not None:
@@ -296,44 +225,42 @@ def _write(config: PairsConfig, inputs: _Inputs, rows: list[Row], journal: Journ
     missing = journal.missing().tolist()
     for at in range(0, len(missing), _BLOCK):
         journal.append((number, {"kept": rows[number].dropped is None}) for number in missing[at : at + _BLOCK])
-    journal.finish(_pairs(config, inputs, kept))
+    journal.finish(_pairs(config, inputs, kept, method))
     return counts
 
 
-def _pairs(config: PairsConfig, inputs: _Inputs, rows: list[Row]) -> Iterator[dict[str, Any]]:
+def _pairs(config: PairsConfig, inputs: _Inputs, rows: list[Row], method: Method) -> Iterator[dict[str, Any]]:
     for row in rows:
-        chosen, rejected = row.responses[FULL], row.responses[PERTURBED]
+        chosen, rejected = row.chosen, row.rejected
         if inputs.format == "messages":
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+        prompts = {side: _prompt(config, inputs.format, text) for side, text in row.instructions.items()}
         yield {
             "id": row.task.id,
-            "prompt": _prompt(config, inputs.format, row.instructions[FULL]),
+            "prompt": prompts[FULL],
             "chosen": chosen,
             "rejected": rejected,
-            **_provenance(row),
-            "perturbed_prompt": _prompt(config, inputs.format, row.instructions[PERTURBED]),
+            **_provenance(row, method),
+            **({"perturbed_prompt": prompts[PERTURBED]} if PERTURBED in prompts else {}),
         }
 
 
-def _provenance(row: Row) -> dict[str, Any]:
-    """What the pair was made from; of a dropped row as far as it came."""
-    made, perturbation = row.decomposition, row.perturbation
-    return {
-        "constraints": list(made.constraints) if made else None,
-        "perturbed_constraints": list(perturbation.constraints) if perturbation else None,
-        "perturbations": perturbation.rows() if perturbation else None,
-        "original_instruction": row.task.text,
-        "input": row.input,
-    }
+def _provenance(row: Row, method: Method) -> dict[str, Any]:
+    return {**method.provenance(row), "original_instruction": row.task.text, "input": row.input}
 
 
-def _dropped(row: Row) -> dict[str, Any]:
+def _dropped(row: Row, method: Method) -> dict[str, Any]:
     """A dropped row; its instructions and responses as plain texts, None where they were not reached."""
     texts = {
         "prompt": row.instructions.get(FULL),
-        "chosen": row.responses.get(FULL),
-        "rejected": row.responses.get(PERTURBED),
+        "chosen": row.chosen,
+        "rejected": row.rejected,
         "perturbed_prompt": row.instructions.get(PERTURBED),
     }
     why = dataclasses.asdict(row.dropped)
-    return {"id": row.task.id, **why, **{name: text or None for name, text in texts.items()}, **_provenance(row)}
+    return {
+        "id": row.task.id,
+        **why,
+        **{name: text or None for name, text in texts.items()},
+        **_provenance(row, method),
+    }

@@ -7,7 +7,7 @@ recombinations the input, which comes first, is shared too.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lm_jax.data.text import Message
 from lm_jax.errors import UserError
@@ -40,6 +40,10 @@ _MARKERS = {  # stage -> the markers of question and answer, each to stand there
     "recombine": (("input", "constraints"), ("instruction",)),
     "negate": (("constraint",), ("opposite",)),
     "check": (("constraints", "instruction"), ("verdicts",)),
+    "score": (("instruction", "response"), ("reasons", "score")),
+    "meets": (("instruction", "constraints", "response"), ("verdicts",)),
+    "critique": (("instruction", "response"), ("faults",)),
+    "revise": (("instruction", "response", "faults"), ("revision",)),
 }
 _NAMES = sorted({name for sides in _MARKERS.values() for side in sides for name in side})
 _MARKER = re.compile(rf"\{{({'|'.join(_NAMES)})\}}")
@@ -94,6 +98,37 @@ class Prompts:
         "line, and nothing else.",
         question="Constraints:\n{constraints}\n\nInstruction:\n{instruction}",
         answer="Answers:\n{verdicts}",
+    )
+    # Those of the baselines; `musc_jax.judge_prompts` asks them
+    score: Wording = Wording(
+        task="You judge how well a response follows an instruction. Weigh everything that the instruction asks for, "
+        "name in a few sentences what the response does and what it fails to do, then give the whole response one "
+        "score: 5 if it does all that is asked, and well; 4 if it falls short in something small; 3 if it does the "
+        "main thing but misses a part; 2 if it misses most; 1 if it does not do what is asked. End with the line "
+        "'Score: ' and one whole number from 1 to 5.",
+        question="Instruction:\n{instruction}\n\nResponse:\n{response}",
+        answer="Reasons:\n{reasons}\n\nScore: {score}",
+    )
+    meets: Wording = Wording(
+        task="You check responses. Given an instruction, a numbered list of constraints and a response, decide for "
+        "each constraint whether the response meets it. Answer with the constraint's number and yes or no, one a "
+        "line, and nothing else.",
+        question="Instruction:\n{instruction}\n\nConstraints:\n{constraints}\n\nResponse:\n{response}",
+        answer="Answers:\n{verdicts}",
+    )
+    critique: Wording = Wording(
+        task="You look for faults in responses. Given an instruction and a response, list what the instruction asks "
+        "for and the response does not do, or does wrongly: numbered, one fault a line. If the response does all that "
+        "is asked, write None. Write nothing else.",
+        question="Instruction:\n{instruction}\n\nResponse:\n{response}",
+        answer="Faults:\n{faults}",
+    )
+    revise: Wording = Wording(
+        task="You correct responses. Given an instruction, a response and a list of the response's faults, write the "
+        "response anew so that it has none of these faults and still does everything else that is asked. Write "
+        "nothing but the new response.",
+        question="Instruction:\n{instruction}\n\nResponse:\n{response}\n\nFaults:\n{faults}",
+        answer="Revised response:\n{revision}",
     )
 
     def __post_init__(self):
@@ -155,7 +190,7 @@ def decompose(instruction: str, examples: Sequence[Demonstration], prompts: Prom
         ({"instruction": e.task}, {"constraints": numbered(e.constraints), "input": e.input or NO_INPUT})
         for e in examples
     )
-    return _prompt(prompts.decompose, turns, {"instruction": instruction})
+    return ask(prompts.decompose, turns, {"instruction": instruction})
 
 
 def self_instruct(
@@ -180,7 +215,7 @@ def self_instruct(
     )
     low, high = counts
     count = low + int(uniform(seed, "count", index) * (high - low + 1))
-    return _prompt(prompts.self_instruct, turns, {"count": str(count)})
+    return ask(prompts.self_instruct, turns, {"count": str(count)})
 
 
 def recombine(
@@ -194,13 +229,13 @@ def recombine(
         ({"input": e.input or NO_INPUT, "constraints": numbered(e.constraints)}, {"instruction": e.instruction})
         for e in examples
     )
-    return _prompt(prompts.recombine, turns, {"input": input or NO_INPUT, "constraints": numbered(constraints)})
+    return ask(prompts.recombine, turns, {"input": input or NO_INPUT, "constraints": numbered(constraints)})
 
 
 def negate(constraint: str, prompts: Prompts = DEFAULT) -> Prompt:
     """Asks for a constraint that contradicts the given one; `instructions.parse_constraint` reads the answer."""
     turns = (({"constraint": given}, {"opposite": opposite}) for given, opposite in _OPPOSITES)
-    return _prompt(prompts.negate, turns, {"constraint": constraint})
+    return ask(prompts.negate, turns, {"constraint": constraint})
 
 
 def check(
@@ -223,7 +258,7 @@ def check(
         asked = [*example.constraints[:at], foreign, *example.constraints[at:]]
         verdicts = numbered(["no" if number == at else "yes" for number in range(len(asked))])
         turns.append(({"constraints": numbered(asked), "instruction": example.task}, {"verdicts": verdicts}))
-    return _prompt(prompts.check, turns, {"constraints": numbered(constraints), "instruction": instruction})
+    return ask(prompts.check, turns, {"constraints": numbered(constraints), "instruction": instruction})
 
 
 def numbered(texts: Sequence[str]) -> str:
@@ -231,7 +266,13 @@ def numbered(texts: Sequence[str]) -> str:
     return "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
 
 
-def _prompt(wording: Wording, turns, question: Mapping[str, str]) -> Prompt:
+def ask(wording: Wording, turns: Iterable[tuple[Mapping, Mapping]], question: Mapping[str, str]) -> Prompt:
+    """The prompt of a stage.
+
+    Args:
+      turns: of each in-context example what fills in the question and what fills in the answer, by marker.
+      question: what fills in the row's own.
+    """
     return Prompt(
         wording.task,
         tuple((_fill(wording.question, asked), _fill(wording.answer, answered)) for asked, answered in turns),

@@ -1,7 +1,8 @@
 """A scripted stand-in for a model, as an HTTP server's script: it reads the prompts and reacts to what stands in them.
 
 It takes an instruction apart at its sentences, joins constraints back into one, contradicts a constraint, says which
-of them an instruction has, and answers an instruction point by point, so that what went in is seen to come out.
+of them an instruction has, and answers an instruction point by point, so that what went in is seen to come out. As a
+judge it looks which points a response has, and corrects one by answering anew.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ TASK, POINT, AGAINST = (
 )
 _LEADS = re.compile(f"(?:{TASK}|{POINT})")
 _SUBJECTS = "moths tides glass chess rivers bread maps clocks dunes violins".split()
-_STAGES = {getattr(DEFAULT, name).task: name for name in ("decompose", "self_instruct", "recombine", "negate", "check")}
+_STAGES = {getattr(DEFAULT, field.name).task: field.name for field in dataclasses.fields(DEFAULT)}
 
 
 def stage_of(asked: Asked) -> str:
@@ -60,7 +61,25 @@ def answer(asked: Asked) -> str:
         "negate": lambda text: AGAINST + core(re.search(r"Constraint:\n(.*)", text)[1]) + "?",
         "check": _check,
         "respond": _respond,
+        "score": _score,
+        "meets": _meets,
+        "critique": _critique,
+        "revise": lambda text: _respond(_judged(text)[0]),
     }[stage](question)
+
+
+def points_done(instruction: str, response: str) -> list[bool]:
+    """Which points of an instruction a response of this model has."""
+    return [f"- done: {point}\n" in f"{response}\n" for point in sentences(instruction)]
+
+
+def careless(text: str, asked: Asked) -> str:
+    """A `change`: a response lacks about every third point, other ones in every sample."""
+    if stage_of(asked) != "respond":
+        return text
+    head, *points = text.split("\n")
+    draw = random.Random(asked.body["seed"])
+    return "\n".join([head, *(point for point in points if draw.random() < 2 / 3)])
 
 
 def script(change: Callable = lambda text, asked: text) -> Callable[[Asked], Reply]:
@@ -113,6 +132,32 @@ def _check(question: str) -> str:
     text = " ".join(instruction.split())
     wanted = [core(item) for item in _items(constraints)]
     return _numbered(["yes" if point in text.replace(AGAINST + point, "") else "no" for point in wanted])
+
+
+def _judged(question: str) -> tuple[str, str]:
+    """(instruction, response) that a judge is asked about; in raw text the answer's label stands behind them."""
+    instruction, _, rest = question.removeprefix("Instruction:\n").partition("\n\nResponse:\n")
+    response = re.split(r"\n\n(?:Reasons:|Faults:|Answers:|Revised response:)", rest)[0]
+    return instruction.split("\n\nConstraints:\n")[0], response
+
+
+def _score(question: str) -> str:
+    done = points_done(*_judged(question))
+    return f"Reasons:\nIt has {sum(done)} of {len(done)} points.\n\nScore: {1 + 4 * sum(done) // max(len(done), 1)}"
+
+
+def _meets(question: str) -> str:
+    constraints = _items(question.split("\n\nConstraints:\n")[1].split("\n\nResponse:\n")[0])
+    _, response = _judged(question)
+    text = " ".join(response.split())
+    return "Answers:\n" + _numbered(["yes" if core(item) in text else "no" for item in constraints])
+
+
+def _critique(question: str) -> str:
+    instruction, response = _judged(question)
+    done = zip(sentences(instruction), points_done(instruction, response), strict=True)
+    missing = [f"It does not do this: {point}" for point, is_done in done if not is_done]
+    return "Faults:\n" + (_numbered(missing) or "None")
 
 
 def _respond(instruction: str) -> str:

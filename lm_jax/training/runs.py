@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -190,7 +190,7 @@ def begin_run(
 def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSource) -> None:
     path = root / "config.json"
     if path.exists():
-        _check_same_run(path, description)
+        check_same_settings(path, description, _MAY_CHANGE)
         return
     # What a start that was killed leaves behind is no reason to refuse.
     if root.exists() and {p.name for p in root.iterdir()} - {"model", "config.json.tmp"}:
@@ -200,8 +200,16 @@ def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSourc
     (root / "model").mkdir(parents=True)
     hf_io.copy_side_files(source.directory, root / "model")
     (root / "model" / "config.json").write_text((epath.Path(source.directory) / "config.json").read_text())
-    # Last and at once: a directory without config.json is no run.
-    temporary = root / "config.json.tmp"
+    write_settings(path, description)  # last: a directory without config.json is no run
+
+
+def write_settings(path: epath.Path, description: dict[str, Any]) -> None:
+    """Writes what a run was begun with, whole or not at all.
+
+    Args:
+      description: the `command`, and its `config` as nested plain values.
+    """
+    temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
     temporary.replace(path)
 
@@ -215,7 +223,15 @@ def _raise_everywhere(fault: str) -> None:
         raise UserError(fault)
 
 
-def _check_same_run(path: epath.Path, description: dict[str, Any]) -> None:
+def check_same_settings(path: epath.Path, description: dict[str, Any], may_change: Collection[str]) -> None:
+    """Compares with what `write_settings` wrote.
+
+    Args:
+      may_change: dotted names of settings, or of groups of them.
+
+    Raises:
+      UserError: of another command, or a setting that differs and may not.
+    """
     found = _read_settings(path)
     before, now = _flat(found["config"]), _flat(description["config"])
     if found.get("command") != description["command"]:
@@ -226,7 +242,8 @@ def _check_same_run(path: epath.Path, description: dict[str, Any]) -> None:
             f"{_base_name(description)}); put those back or give another config.output"
         )
     for key in sorted({*before, *now}):
-        if key.split(".")[0] not in _MAY_CHANGE and before.get(key) != now.get(key):
+        may = any(f"{key}.".startswith(f"{name}.") for name in may_change)
+        if not may and before.get(key) != now.get(key):
             raise UserError(
                 f"{path}: this run was begun with config.{key}={before.get(key)!r}, now {now.get(key)!r}; "
                 f"continue with the same settings or give another config.output"

@@ -78,7 +78,10 @@ _FORKS.set_forkserver_preload(
 
 
 class Fork:
-    """`start` without the imports: the same code, exit status and signals, forked from a process that has them."""
+    """`start` without the imports: the same code, exit status and signals, forked from a process that has them.
+
+    `name` may also be a module of the tests that runs as a launcher does.
+    """
 
     def __init__(self, name: str, *flags: str, devices: int = 1):
         self._directory = tempfile.TemporaryDirectory()
@@ -102,8 +105,9 @@ def _forked(name, flags, devices, out, err):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    sys.argv = [f"launch/{name}.py", *flags]
-    runpy.run_module(f"launch.{name}", run_name="__main__")
+    module = name if name.startswith("tests.") else f"launch.{name}"
+    sys.argv = [f"{module}.py", *flags]
+    runpy.run_module(module, run_name="__main__")
 
 
 def make_model(path: Path, **overrides) -> str:

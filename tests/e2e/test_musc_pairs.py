@@ -1,36 +1,26 @@
 """`launch.musc_pairs` as users start it: on real instructions behind a server, killed in every stage, and refused."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from musc_jax.demonstrations import with_input
-from tests.conftest import ROOT
+from musc_jax.methods import PLANS
 from tests.e2e import common
-from tests.e2e.common import Done, arguments, fork
+from tests.e2e.common import Done, Fork, arguments, fork
 from tests.http_server import Server
-from tests.strong_model import core, failed, manners, script
+from tests.strong_model import careless, core, failed, manners, script
+from tests.unit.test_baselines import assert_valid as assert_valid_baseline
 from tests.unit.test_pairs import MIXED, ORDER, assert_valid, content, counts_of, instructions
 
-# The command with a model that is scripted, takes its time, and answers in another order every time
-FAKE = """
-from launch import cli
-from tests.strong_model import Scripted
-
-def command():
-    from musc_jax.pairs import PairsConfig, make_pairs
-    return PairsConfig, lambda config: make_pairs(config, Scripted(seconds=0.02))
-
-cli.run(command)
-"""
 MIX = [f"perturb.{name}={share}" for name, share in MIXED.items()]
-ENDS = ("", ".counts.json", ".dropped.jsonl", *(f".stages/{stage}.jsonl" for stage in ORDER))
+# method -> its stages for a user's instructions
+STAGES = {"musc": ORDER, **{name: PLANS[name].stages[1:] for name in PLANS if name != "musc"}}
 
 
 def names(line: str, *parts: str) -> None:
@@ -165,65 +155,55 @@ def _lines(path: Path) -> int:
 class Runs:
     """The same command on the same rows with several outputs."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        (directory / "fake.py").write_text(FAKE)
-        rows = [*instructions(40), {"id": "blank", "prompt": ""}, {"id": "short", "prompt": "Sing it"}]
+    def __init__(self, directory: Path, method: str):
+        self.directory, self.method = directory, method
+        rows = instructions(40 if method == "musc" else 16)
+        rows += [{"id": "blank", "prompt": ""}, {"id": "short", "prompt": "Sing it"}]
         self.rows = common.write_rows(directory / "in.jsonl", rows)
 
     def output(self, name: str) -> Path:
         return self.directory / name / "out.jsonl"
 
-    def start(self, name: str) -> subprocess.Popen:
-        flags = arguments("musc_pairs", f"input={self.rows}", f"output={self.output(name)}", "verify=True", *MIX)
-        return subprocess.Popen(
-            [sys.executable, str(self.directory / "fake.py"), *flags],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    def start(self, name: str) -> Fork:
+        settings = (f"method={self.method}", "num_samples=3", "judge_samples=2", "verify=True", *MIX)
+        flags = arguments("musc_pairs", f"input={self.rows}", f"output={self.output(name)}", *settings)
+        return Fork("tests.e2e.scripted_pairs", *flags)
 
-    def run(self, name: str) -> Done:
-        process = self.start(name)
-        stdout, stderr = process.communicate(timeout=300)
-        return Done(process.returncode, stdout, stderr)
+    def kill_when(self, name: str, reached: Callable[[], bool]) -> None:
+        """Starts the run and sends it SIGKILL as soon as a state is `reached`."""
+        run = self.start(name)
+        while run.process.is_alive() and not reached():
+            time.sleep(0.0005)
+        run.process.kill()
+        assert run.wait().status == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage(tmp_path):
-    runs = Runs(tmp_path)
-    whole = runs.run("whole").ok()
-    assert counts_of(runs.output("whole"))["pairs"] == 40
-    names(whole.stderr, *(f"{stage} answer" for stage in ORDER))
+@pytest.mark.parametrize("method", STAGES)
+def test_killed_in_every_stage(tmp_path, method):
+    runs, order = Runs(tmp_path, method), STAGES[method]
+    whole = runs.start("whole").wait().ok()
+    counts = counts_of(runs.output("whole"))
+    assert counts["pairs"] == 40 if method == "musc" else counts["pairs"] > 8
+    names(whole.stderr, *(f"{stage} answer" for stage in order))
     stages = runs.output("killed").with_name("out.jsonl.stages")
-    for stage in ORDER:
-        process = runs.start("killed")
+    for stage in order:
         partial = stages / f"{stage}.jsonl.partial"
-        while process.poll() is None and _lines(partial) < 4:
-            time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        runs.kill_when("killed", lambda partial=partial: _lines(partial) >= 4)
         # Dead in this stage: those before it are whole, those after it have not begun
         found = {path.name.split(".")[0] for path in stages.iterdir()}
-        assert found == {*ORDER[: ORDER.index(stage) + 1]} and not (stages / f"{stage}.jsonl").exists()
+        assert found == {*order[: order.index(stage) + 1]} and not (stages / f"{stage}.jsonl").exists()
         assert _lines(partial) >= 4
-    process = runs.start("killed")
-    while process.poll() is None and not runs.output("killed").with_name("out.jsonl.counts.json").exists():
-        pass
-    process.kill()
-    process.communicate()
-    last = runs.run("killed").ok()
+    runs.kill_when("killed", runs.output("killed").with_name("out.jsonl.counts.json").exists)
+    last = runs.start("killed").wait().ok()
     assert last.stdout == whole.stdout
-    for end in ENDS:
+    for end in ("", ".counts.json", ".dropped.jsonl", *(f".stages/{stage}.jsonl" for stage in order)):
         assert (
             Path(f"{runs.output('killed')}{end}").read_bytes() == Path(f"{runs.output('whole')}{end}").read_bytes()
         ), end
     left = {path.name for path in runs.output("killed").parent.iterdir()}
     assert left == {f"out.jsonl{end}" for end in ("", ".run.json", ".counts.json", ".dropped.jsonl", ".stages")}
-    assert "finished already" in runs.run("killed").ok().stderr
+    assert "finished already" in runs.start("killed").wait().ok().stderr
 
 
 # --- real instructions behind a server -------------------------------------------------------------------------------
@@ -266,6 +246,28 @@ def test_real_instructions(real, shared_data, tmp_path, examples):
             if edit["new"] is not None:
                 assert core(edit["new"]) in perturbed and core(edit["new"]) in content(pair["rejected"])
     assert kinds == {"kept", "dropped", "substituted", "negated"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in PLANS if name != "musc"])
+def test_real_instructions_and_a_baseline(real, tmp_path, method):
+    """Every fourth instruction, one answer in ten bad: rows with a better and a worse response, the rest counted."""
+    rows, bad = real[::4], list(manners().values())
+
+    def change(text, asked):
+        draw = asked.body["seed"] % 100
+        return bad[draw](text, asked) if draw < len(bad) else careless(text, asked)
+
+    with Server(script(change)) as server:
+        url = (f"endpoint.url={server.url}", "endpoint.model=strong", "max_failed_share=0.1")
+        run(tmp_path, *url, f"method={method}", "judge_samples=1", rows=rows).ok()
+    counts, pairs = counts_of(tmp_path / "out.jsonl"), common.read_rows(tmp_path / "out.jsonl")
+    assert counts["input"] == len(rows) == 179 and len(pairs) == counts["pairs"] > 80
+    assert bool(counts["left_out"]) == (method != "self_correct")
+    texts = {str(row["id"]): with_input(row.get("prompt") or row["instruction"], row.get("input")) for row in rows}
+    for pair in pairs:
+        assert_valid_baseline(pair, method)
+        assert pair["original_instruction"] == texts[pair["id"]]
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_one_instruction(pairs):
     for side, asked in (("chosen", points), ("rejected", less)):
         told = "".join(f"\n- done: {point}" for point in [*asked, "The tea is green"])
         assert content(pair[side]) == f"{len(asked) + 1} points.{told}"
-    assert dropped == [] and counts == {"input": 1, "pairs": 1, "dropped": 0, "stages": []}
+    assert dropped == [] and counts == {"input": 1, "pairs": 1, "dropped": 0, "stages": [], "left_out": {}}
 
 
 @pytest.mark.parametrize("perturb", [{"drop": 1.0}, MIXED, {"drop": 0.0, "negate": 1.0}])
@@ -249,6 +249,11 @@ def test_loads_with_datasets_and_into_training(pairs, tmp_path):
 @pytest.mark.parametrize("format", ["messages", "text"])
 def test_trl_takes_the_file(pairs, tmp_path, format):
     """Its DPOTrainer sees the same tokens as our encoder."""
+    pairs(instructions(4), format=format)
+    assert_trl_sees_the_same(tmp_path, f"{tmp_path}/pairs/out.jsonl")
+
+
+def assert_trl_sees_the_same(directory, path) -> None:
     import datasets
     import transformers
     import trl
@@ -256,14 +261,13 @@ def test_trl_takes_the_file(pairs, tmp_path, format):
     from lm_jax.data.text import TextEncoder, load_tokenizer
     from tests.checkpoints import make_checkpoint, make_tokenizer
 
-    pairs(instructions(4), format=format)
-    path, model = f"{tmp_path}/pairs/out.jsonl", f"{tmp_path}/model"
+    model = f"{directory}/model"
     make_checkpoint(model, "llama", max_position_embeddings=2048)
     make_tokenizer(model)
     trainer = trl.DPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(model),
-        args=trl.DPOConfig(output_dir=f"{tmp_path}/trl", max_length=None, bf16=False, use_cpu=True, report_to="none"),
-        train_dataset=datasets.load_dataset("json", data_files=path, split="train", cache_dir=f"{tmp_path}/cache"),
+        args=trl.DPOConfig(output_dir=f"{directory}/trl", max_length=None, bf16=False, use_cpu=True, report_to="none"),
+        train_dataset=datasets.load_dataset("json", data_files=path, split="train", cache_dir=f"{directory}/cache"),
         processing_class=transformers.AutoTokenizer.from_pretrained(model),
     )
     rows, encoder = list(trainer.train_dataset), TextEncoder(load_tokenizer(model), 2048)

@@ -1,0 +1,107 @@
+"""The settings of `launch.musc_pairs`."""
+
+import dataclasses
+
+from lm_jax.commands.generator import EndpointConfig, check_one_model
+from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.errors import UserError
+from lm_jax.inference.requests import SamplingConfig
+from musc_jax.methods import BEST_OF, PLANS
+from musc_jax.perturb import PerturbConfig
+from musc_jax.prompts import STOP
+
+MARKER = "{instruction}"
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """How one stage samples."""
+
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """`configs/musc_pairs.py` says what each key is for and why it has its value."""
+
+    method: str
+    model: str | None
+    input: str | None
+    num_instructions: int | None
+    output: str
+    seed: int
+    dtype: str
+    examples: str
+    num_examples: int
+    format: str
+    system: bool
+    text_template: str
+    full_instruction: str
+    near_duplicate: float
+    verify: bool
+    num_samples: int
+    judge_samples: int
+    max_failed_share: float
+    perturb: PerturbConfig
+    self_instruct: StageConfig
+    decompose: StageConfig
+    negate: StageConfig
+    recombine: StageConfig
+    check: StageConfig
+    respond: StageConfig
+    judge: StageConfig
+    critique: StageConfig
+    revise: StageConfig
+    decode: DecodeConfig
+    endpoint: EndpointConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+
+    def __post_init__(self):
+        for name, fits, must in (
+            ("method", self.method in PLANS, ", ".join(PLANS)),
+            ("seed", 0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
+            ("num_examples", self.num_examples >= 1 + self.verify, "at least 1, and 2 with config.verify"),
+            ("num_instructions", self.num_instructions is None or self.num_instructions >= 1, "at least 1"),
+            ("format", self.format in ("auto", "messages", "text"), "auto, messages or text"),
+            ("full_instruction", self.full_instruction in ("recombined", "original"), "recombined or original"),
+            ("text_template", self.text_template.count(MARKER) == 1, f"a text with {MARKER} in it, once"),
+            ("num_samples", self.num_samples >= 2, "at least 2"),
+            ("judge_samples", self.judge_samples >= 1, "at least 1"),
+            ("near_duplicate", 0 <= self.near_duplicate <= 1, "between 0 (off) and 1"),
+            ("max_failed_share", 0 <= self.max_failed_share <= 1, "between 0 and 1"),
+        ):
+            if not fits:
+                raise UserError(f"config.{name}={getattr(self, name)!r}: must be {must}")
+        for stage in {stage: None for plan in PLANS.values() for stage in plan.stages}:
+            self.sampling(stage, "messages")
+        if self.method in BEST_OF:
+            for stage, key, number in (
+                ("respond", "num_samples", self.num_samples),
+                ("judge", "judge_samples", self.judge_samples),
+            ):
+                if number > 1 and getattr(self, stage).temperature == 0:
+                    raise UserError(
+                        f"config.{stage}.temperature=0.0: config.{key}={number} would give the same answer {number} "
+                        "times; raise the temperature"
+                    )
+        if (self.input is None) == (self.num_instructions is None):
+            raise UserError(
+                f"config.input={self.input!r} and config.num_instructions={self.num_instructions!r}: instructions come "
+                "from a file or are invented, as many as config.num_instructions says; give one of the two"
+            )
+        check_one_model(self)
+
+    def sampling(self, stage: str, format: str) -> SamplingConfig:
+        """How a stage samples. Raw text stops where the model would go on with a further example."""
+        keys: StageConfig = getattr(self, stage)
+        stop = ()
+        if format == "text":
+            labels = self.text_template.split(MARKER)[0].split("\n")
+            label = next((line for line in reversed(labels) if line.strip()), "").strip()
+            stop = (*STOP, f"\n{label}") if stage == "respond" and label else STOP
+        try:
+            return SamplingConfig(keys.max_new_tokens, temperature=keys.temperature, stop=stop, seed=self.seed)
+        except UserError as error:
+            raise UserError(str(error).replace("config.", f"config.{stage}.", 1)) from error

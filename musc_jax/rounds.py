@@ -1,0 +1,249 @@
+"""`launch.musc_rounds`: MuSC again and again, each round with the model that the round before trained.
+
+A round makes pairs, weighs their tokens and trains, all three with the model that it begins with; the frozen reference
+is that model too, or the seed. Iterated preference training as in Self-Rewarding language models (arXiv 2401.10020,
+section 2.4), which takes new instructions for every round.
+
+    output/config.json              the settings
+    output/rounds.jsonl             a row for every round that is done, see `summary`
+    output/round_1/
+      instructions.jsonl            the round's share of the input
+      pairs.jsonl ...               what launch.musc_pairs writes
+      weighed.jsonl, weighed.weights/   launch.musc_token_weights
+      train/                        launch.musc_train: the run directory that the next round begins with
+      round.json                    appears last
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm_jax.config import from_config_dict, to_dict
+from lm_jax.data.journal import rows_fingerprint
+from lm_jax.data.rows import write_jsonl
+from lm_jax.errors import UserError
+from lm_jax.inference.requests import Generator
+from lm_jax.training.metrics import say
+from lm_jax.training.runs import check_same_settings, write_settings
+from musc_jax.draws import shuffled
+from musc_jax.methods import MUSC
+from musc_jax.pairs import make_pairs
+from musc_jax.pairs_config import PairsConfig
+from musc_jax.round_report import rounds_table, summary
+from musc_jax.stages import everywhere
+from musc_jax.tasks import Task, read_tasks
+from musc_jax.token_weights import AUTO, FROM_STORE
+from musc_jax.train import MuscTrainConfig, train
+from musc_jax.weigh import WeighConfig, weigh_rows
+
+PREVIOUS, SEED = REFERENCES = ("previous", "seed")
+_SECTIONS = ("pairs", "weights", "train")
+# How a round is computed, not what comes out; more rounds can follow
+_MAY_CHANGE = (
+    "rounds",
+    "output",
+    *("pairs.mesh", "pairs.compute", "pairs.decode", "pairs.max_failed_share"),
+    *("weights.mesh", "weights.compute", "weights.batch"),
+    *("train.mesh", "train.compute", "train.checkpoints"),
+)
+_NO_ENDPOINT = {"url": "", "model": "", "concurrency": 1, "timeout": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundsConfig:
+    """`configs/musc_rounds.py` says what each key is for.
+
+    `pairs`, `weights` and `train` have the keys of PairsConfig, WeighConfig and MuscTrainConfig, but for those that a
+    round sets itself: where it reads and writes, which model it takes, the seed.
+    """
+
+    model: str
+    input: str | None
+    num_instructions: int | None
+    output: str
+    seed: int
+    rounds: int
+    instructions_per_round: int | None
+    reference: str
+    pairs: dict
+    weights: dict
+    train: dict
+
+    def __post_init__(self):
+        for name, fits, must in (
+            ("rounds", self.rounds >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**32 - self.rounds, "between 0 and 2**32 - 1, also in the last round"),
+            ("reference", self.reference in REFERENCES, " or ".join(REFERENCES)),
+            ("instructions_per_round", (self.instructions_per_round or 0) >= 0, "at least 1, or 0 for all"),
+        ):
+            if not fits:
+                raise UserError(f"config.{name}={getattr(self, name)!r}: must be {must}")
+        if self.input is None and self.instructions_per_round is not None:
+            raise UserError(
+                "config.instructions_per_round: divides config.input; as many as config.num_instructions says are "
+                "invented in every round"
+            )
+        for section in _SECTIONS:
+            with self.naming(section):
+                getattr(Round(self, 1), section)()
+
+    @contextlib.contextmanager
+    def naming(self, section: str) -> Iterator[None]:
+        """Errors of a part name its settings as they are called here."""
+        try:
+            yield
+        except UserError as error:
+            keys = "|".join(map(re.escape, getattr(self, section)))
+            raise UserError(re.sub(rf"\bconfig\.(?=(?:{keys})\b)", f"config.{section}.", str(error))) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One round, from 1: where it lies and the settings of its parts."""
+
+    config: RoundsConfig
+    number: int
+
+    @property
+    def directory(self) -> str:
+        return f"{self.config.output}/round_{self.number}"
+
+    @property
+    def model(self) -> str:
+        """What it begins with."""
+        return f"{self.config.output}/round_{self.number - 1}/train" if self.number > 1 else self.config.model
+
+    @property
+    def weighs(self) -> bool:
+        """Whether training takes its weights from a store; only MuSC's rows have what a store is made of."""
+        weights = self.config.train.get("weights", "")
+        return self.config.pairs.get("method") == MUSC and (weights == AUTO or weights.startswith(FROM_STORE))
+
+    def pairs(self) -> PairsConfig:
+        config = self.config
+        return self._settings(
+            PairsConfig,
+            config.pairs,
+            input=None if config.input is None else f"{self.directory}/instructions.jsonl",
+            num_instructions=config.num_instructions,
+            output=f"{self.directory}/pairs.jsonl",
+            endpoint=_NO_ENDPOINT,
+        )
+
+    def weights(self) -> WeighConfig:
+        files = {"input": f"{self.directory}/pairs.jsonl", "output": f"{self.directory}/weighed.jsonl", "store": None}
+        return self._settings(WeighConfig, self.config.weights, **files)
+
+    def train(self) -> MuscTrainConfig:
+        return self._settings(
+            MuscTrainConfig,
+            self.config.train,
+            reference=self.config.model if self.config.reference == SEED and self.number > 1 else None,
+            input=f"{self.directory}/{'weighed' if self.weighs else 'pairs'}.jsonl",
+            output=f"{self.directory}/train",
+            reference_cache=None,
+        )
+
+    def _settings(self, cls, section: Mapping[str, Any], **own: Any):
+        seed = self.config.seed + self.number - 1  # other draws in every round
+        return from_config_dict(cls, {**section, "model": self.model, "seed": seed, **own})
+
+
+def run_rounds(config: RoundsConfig, generator: Generator | None = None) -> None:
+    """Does the rounds that are missing, one after the other; called again after an interruption it goes on in the
+    part where it was, and a round that is done is not looked at again.
+
+    Args:
+      generator: makes the pairs in every round instead of the model.
+
+    Raises:
+      UserError: anything the user can mend; the rounds before it stay.
+    """
+    shares = _shares(config)
+    root = epath.Path(config.output)
+    everywhere(lambda: _begin(root, config, shares))
+    rows = []
+    for number in range(1, config.rounds + 1):
+        this = Round(config, number)
+        done = epath.Path(this.directory) / "round.json"
+        row = everywhere(lambda done=done: json.loads(done.read_text()) if done.exists() else None)
+        if row is None:
+            row = _do(this, shares, generator)
+            if jax.process_index() == 0:
+                write_jsonl(str(done), [row])
+        else:
+            say(f"round {number}: done already")
+        rows.append(row)
+        if jax.process_index() == 0:
+            write_jsonl(f"{config.output}/rounds.jsonl", rows)
+    if jax.process_index() == 0:
+        print(rounds_table(rows), flush=True)
+
+
+def _do(this: Round, shares: Sequence[Sequence[Task]] | None, generator: Generator | None) -> dict[str, Any]:
+    """One round, or what of it is missing; its row in the report."""
+    say(f"round {this.number} of {this.config.rounds}: from {this.model}")
+    if shares is not None and jax.process_index() == 0:
+        write_jsonl(f"{this.directory}/instructions.jsonl", map(dataclasses.asdict, shares[this.number - 1]))
+    everywhere(lambda: None)  # all processes wait for the file
+    parts = {
+        "pairs": lambda: make_pairs(this.pairs(), generator),
+        "weights": lambda: weigh_rows(this.weights()) if this.weighs else None,
+        "train": lambda: train(this.train()),
+    }
+    seconds = {}
+    for name, part in parts.items():
+        begin = time.monotonic()
+        try:
+            with this.config.naming(name):
+                part()
+        except UserError as error:
+            raise UserError(f"round {this.number}: {error}") from error
+        seconds[name] = round(time.monotonic() - begin, 1)
+    found = everywhere(lambda: summary(this.directory))
+    return {"round": this.number, "model": this.model, **found, "seconds": seconds}
+
+
+def _shares(config: RoundsConfig) -> list[list[Task]] | None:
+    """Each round's instructions, in the order of the input; None where the model invents them.
+
+    The rounds take one block after the other of one random order, which `rounds` does not change: more can follow.
+    """
+    if config.input is None:
+        return None
+    tasks = read_tasks(config.input)
+    size = len(tasks) // config.rounds if config.instructions_per_round is None else config.instructions_per_round
+    if config.instructions_per_round == 0:
+        return [tasks] * config.rounds
+    if size == 0 or size * config.rounds > len(tasks):
+        raise UserError(
+            f"{config.input}: has {len(tasks)} instructions, too few for {config.rounds} rounds of {max(size, 1)}; give"
+            " more of them, or config.instructions_per_round=0 to take all of them in every round"
+        )
+    order = shuffled(range(len(tasks)), config.seed, "rounds")
+    return [[tasks[i] for i in sorted(order[n * size : (n + 1) * size])] for n in range(config.rounds)]
+
+
+def _begin(root: epath.Path, config: RoundsConfig, shares: Sequence[Sequence[Task]] | None) -> None:
+    """Makes the directory, or finds the same rounds in it to continue."""
+    settings = to_dict(config)
+    if shares is not None:
+        if config.instructions_per_round is None:
+            settings["instructions_per_round"] = len(shares[0])
+        rows = [dataclasses.asdict(task) for task in read_tasks(config.input)]  # of others the shares would overlap
+        settings["input"] = {"path": config.input, "fingerprint": rows_fingerprint(rows, config.input)}
+    description, path = {"command": "musc_rounds", "config": settings}, root / "config.json"
+    if path.exists():
+        check_same_settings(path, description, _MAY_CHANGE)
+        return
+    if root.exists() and {p.name for p in root.iterdir()} - {"config.json.tmp"}:
+        raise UserError(f"{root}: not empty and no rounds; give another config.output")
+    root.mkdir(parents=True, exist_ok=True)
+    write_settings(path, description)
