@@ -23,11 +23,13 @@ class Segment:
       prompt: [P] int32, P >= 1.
       response: [R] int32.
       values: name -> [R] float32, what goes along with each response token (weights, reference log-probs).
+      loss_mask: [R] bool, the response tokens that are learnt or scored, where others' turns are among them; None: all.
     """
 
     prompt: np.ndarray
     response: np.ndarray
     values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    loss_mask: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -101,7 +103,7 @@ def fill_rows(
       tokens, positions, segment_ids, targets [B, T] int32; loss_mask and each name of `values` [B, T] float32;
       example_ids [B, I] int32, -1 where a row has fewer. The segments of a row are numbered from 1 in the order of
       its examples, so with two segments an example, example i of the row has segments 2i + 1 and 2i + 2.
-      `loss_mask` is 1 where the target is a response token.
+      `loss_mask` is 1 where the target is a response token that the segment's own mask does not leave out.
     """
     shape = (len(rows), row_length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "targets")}
@@ -120,7 +122,7 @@ def fill_rows(
                 batch["segment_ids"][b, start:stop] = segment_id
                 batch["targets"][b, start : stop - 1] = tokens[1:]
                 scored = response_slice(segment, start)
-                batch["loss_mask"][b, scored] = 1.0
+                batch["loss_mask"][b, scored] = 1.0 if segment.loss_mask is None else segment.loss_mask
                 for name in values:
                     batch[name][b, scored] = segment.values[name]
                 start = stop

@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.data.text import EncodedResponse, Message, Text, messages_fault
+from lm_jax.data.layouts import (
+    alpaca_prompt,
+    alpaca_text,
+    check_one_layout,
+    checked_messages,
+    columns_of,
+    message,
+    present_columns,
+)
+from lm_jax.data.text import EncodedResponse, Text
 from lm_jax.errors import UserError
 
 IDENTICAL = "chosen and rejected are identical"
@@ -52,22 +61,17 @@ def preference_rows(rows: Sequence[Mapping[str, Any]], where: str) -> Preference
     """
     kept: list[PreferenceRow] = []
     dropped = {IDENTICAL: 0}
-    first: tuple[str, bool] | None = None
+    first = ""
     for number, row in enumerate(rows):
         at = f"{where} row {number}"
-        # datasets and Parquet fill a column that a row does not have with null
-        row = {name: value for name, value in row.items() if value is not None}
+        row = present_columns(row)
         layout = _layout(row, at)
         chosen_scores, rejected_scores = (_scores(row, name, at) for name in _SCORES)
         if (chosen_scores is None) != (rejected_scores is None):
-            raise UserError(f"{at}: has only one of {' and '.join(_SCORES)}; give both or neither ({_columns(row)})")
-        this = (layout, chosen_scores is not None)
+            raise UserError(f"{at}: has only one of {' and '.join(_SCORES)}; give both or neither ({columns_of(row)})")
+        this = f"{_DESCRIBED[layout]}, {'with' if chosen_scores is not None else 'without'} token scores"
         first = first or this
-        if this != first:
-            raise UserError(
-                f"{at}: {_described(this)}, but {where} row 0: {_described(first)}; one file must have one layout, so "
-                f"split it ({_columns(row)})"
-            )
+        check_one_layout(this, first, row, at, where)
         prompt, chosen, rejected = _READERS[layout](row, at)
         if chosen == rejected:
             dropped[IDENTICAL] += 1
@@ -97,7 +101,7 @@ def check_weight_lengths(row: PreferenceRow, chosen: EncodedResponse, rejected: 
 def _layout(row: Mapping[str, Any], at: str) -> str:
     for name in ("chosen", "rejected"):
         if name not in row:
-            raise UserError(f"{at}: column {name!r} is missing; a preference row needs it ({_columns(row)})")
+            raise UserError(f"{at}: column {name!r} is missing; a preference row needs it ({columns_of(row)})")
         if not isinstance(row[name], (str, list)):
             raise UserError(f"{at}: {name} must be a string or messages, got {type(row[name]).__name__}; mend the row")
     strings = [isinstance(row[name], str) for name in ("chosen", "rejected")]
@@ -115,7 +119,7 @@ def _layout(row: Mapping[str, Any], at: str) -> str:
     if strings[0]:
         raise UserError(
             f"{at}: column 'prompt' (or 'instruction') is missing; add it, or give whole conversations as messages in "
-            f"chosen and rejected ({_columns(row)})"
+            f"chosen and rejected ({columns_of(row)})"
         )
     return "conversations"
 
@@ -125,16 +129,16 @@ def _read_strings(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
 
 
 def _read_messages(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
-    prompt = _messages(row["prompt"], "prompt", at)
+    prompt = checked_messages(row["prompt"], "prompt", at)
     chosen, rejected = (
-        [_message("assistant", row[name])] if isinstance(row[name], str) else _messages(row[name], name, at)
+        [message("assistant", row[name])] if isinstance(row[name], str) else checked_messages(row[name], name, at)
         for name in ("chosen", "rejected")
     )
     return prompt, chosen, rejected
 
 
 def _read_conversations(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
-    chosen, rejected = (_messages(row[name], name, at) for name in ("chosen", "rejected"))
+    chosen, rejected = (checked_messages(row[name], name, at) for name in ("chosen", "rejected"))
     if chosen == rejected:
         return [], chosen, rejected  # nothing tells where the prompt ends; the caller drops the pair
     shared = 0
@@ -154,23 +158,8 @@ def _read_conversations(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Te
 
 
 def _read_alpaca(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
-    texts = {name: row.get(name, "") for name in ("system", "instruction", "input")}
-    for name, value in {**texts, "chosen": row["chosen"], "rejected": row["rejected"]}.items():
-        if not isinstance(value, str):
-            raise UserError(f"{at}: {name} must be a string beside 'instruction', got {type(value).__name__}; mend it")
-    question = "\n".join(filter(None, (texts["instruction"], texts["input"])))
-    if not question:
-        raise UserError(f"{at}: instruction and input are both empty; drop the row")
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(
-        isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(t, str) for t in turn) for turn in history
-    ):
-        raise UserError(f"{at}: history must be a list of [question, answer] strings, or empty; mend the row")
-    prompt = [_message("system", texts["system"])] if texts["system"] else []
-    for asked, answered in history:
-        prompt += [_message("user", asked), _message("assistant", answered)]
-    prompt.append(_message("user", question))
-    return prompt, [_message("assistant", row["chosen"])], [_message("assistant", row["rejected"])]
+    chosen, rejected = ([message("assistant", alpaca_text(row, name, at))] for name in ("chosen", "rejected"))
+    return alpaca_prompt(row, at), chosen, rejected
 
 
 _READERS = {
@@ -179,16 +168,12 @@ _READERS = {
     "conversations": _read_conversations,
     "alpaca": _read_alpaca,
 }
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _messages(value: Any, name: str, at: str) -> list[Message]:
-    if fault := messages_fault(value):
-        raise UserError(f"{at}: {name} {fault}; give a list of {{'role': ..., 'content': ...}}")
-    return value
+_DESCRIBED = {
+    "strings": "prompt, chosen and rejected are strings",
+    "messages": "prompt is messages",
+    "conversations": "chosen and rejected are whole conversations without a prompt column",
+    "alpaca": "the columns are instruction, chosen and rejected",
+}
 
 
 def _scores(row: Mapping[str, Any], name: str, at: str) -> np.ndarray | None:
@@ -208,18 +193,3 @@ def _scores(row: Mapping[str, Any], name: str, at: str) -> np.ndarray | None:
             f"{at}: {name}[{position}] is {scores[position]}, no finite number >= 0; compute the weights anew"
         )
     return scores.astype(np.float32)
-
-
-def _columns(row: Mapping[str, Any]) -> str:
-    return f"it has {', '.join(sorted(row)) or 'no columns'}"
-
-
-def _described(kind: tuple[str, bool]) -> str:
-    layout, scored = kind
-    named = {
-        "strings": "prompt, chosen and rejected are strings",
-        "messages": "prompt is messages",
-        "conversations": "chosen and rejected are whole conversations without a prompt column",
-        "alpaca": "the columns are instruction, chosen and rejected",
-    }[layout]
-    return f"{named}, {'with' if scored else 'without'} token scores"

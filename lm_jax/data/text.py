@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ class EncodedResponse:
     response_ids: np.ndarray  # int32 [R], R >= 1; its end token included unless truncated
     full_length: int  # R before truncation
     boundary_split: bool  # the tokenizer would merge prompt and response; the response was tokenised apart
+    loss_mask: np.ndarray | None = None  # bool [R], the assistant's tokens among other turns'; None: all are
 
     @property
     def truncated(self) -> bool:
@@ -117,8 +119,7 @@ def messages_fault(value: Any) -> str | None:
 @dataclasses.dataclass(frozen=True)
 class _Rendered:
     lead: tuple[int, ...]  # the tokenizer's own leading special tokens
-    prompt: str
-    whole: str  # prompt and response; begins with `prompt`
+    texts: tuple[str, ...]  # the prompt, it with its response, all before the next response, all with it, ...
 
 
 class TextEncoder:
@@ -148,7 +149,11 @@ class TextEncoder:
         return self.encode_many([prompt], [response], [where])[0]
 
     def encode_many(
-        self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[Text],
+        wheres: Sequence[str],
+        assistant_only: bool = False,
     ) -> list[EncodedResponse]:
         """Encodes many rows, in batches over the tokenizer's threads.
 
@@ -156,6 +161,8 @@ class TextEncoder:
           prompts: strings, or messages.
           responses: strings, or messages; a string after a prompt of messages is an assistant message.
           wheres: name of each row in errors, as "pairs.jsonl row 17 (chosen)".
+          assistant_only: of a response of several messages, the assistant's turns (each up to its end token) are told
+            from the others' in `loss_mask`. What generation would start from stands before each of them.
 
         Raises:
           UserError: naming the row and the cure: malformed or empty text, no chat template or one that fails, a prompt
@@ -164,11 +171,10 @@ class TextEncoder:
         encoded = []
         rows = list(zip(prompts, responses, wheres, strict=True))
         for batch in _batches(rows):
-            rendered = [self._render(*row) for row in batch]
-            prompt_ids = self._tokenize([r.prompt for r in rendered])
-            whole_ids = self._tokenize([r.whole for r in rendered])
-            for row, text, prompt, whole in zip(batch, rendered, prompt_ids, whole_ids, strict=True):
-                encoded.append(self._split(text, prompt, whole, row[2]))
+            rendered = [self._render(*row, assistant_only) for row in batch]
+            tokenized = iter(self._tokenize([text for r in rendered for text in r.texts]))
+            for row, r in zip(batch, rendered, strict=True):
+                encoded.append(self._split(r, list(itertools.islice(tokenized, len(r.texts))), row[2]))
         return encoded
 
     def encode_prompt(self, prompt: Text, where: str) -> np.ndarray:
@@ -224,32 +230,36 @@ class TextEncoder:
             raise UserError(f"{where}: prompt {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
         return (), _valid(self._apply_template(prompt, where, add_generation_prompt=True), where)
 
-    def _render(self, prompt: Text, response: Text, where: str) -> _Rendered:
+    def _render(self, prompt: Text, response: Text, where: str, assistant_only: bool) -> _Rendered:
         if isinstance(response, str):
             contents = [response]
         elif fault := messages_fault(response):
             raise UserError(f"{where}: response {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
         else:
-            contents = [message["content"] for message in response]
-        if not any(content.strip() for content in contents):
+            contents = [m["content"] for m in response if m["role"] == "assistant" or not assistant_only]
+        if not (all if assistant_only and contents else any)(content.strip() for content in contents):
             raise UserError(f"{where}: the response is empty, so its mask would be; drop the row")
         lead, prompt_text = self._render_prompt(prompt, where)
         if isinstance(prompt, str):
             if not isinstance(response, str):
                 raise UserError(f"{where}: the prompt is a string but the response is messages; make them alike")
             end = "" if response.endswith(self._eos_text) else self._eos_text
-            return _Rendered(lead, prompt_text, _valid(prompt_text + response + end, where))
+            return _Rendered(lead, (prompt_text, _valid(prompt_text + response + end, where)))
         if isinstance(response, str):
             response = [{"role": "assistant", "content": response}]
-        whole = self._apply_template([*prompt, *response], where, add_generation_prompt=False)
-        if not whole.startswith(prompt_text):
-            common = next((i for i, (a, b) in enumerate(zip(prompt_text, whole, strict=False)) if a != b), len(whole))
-            raise UserError(
-                f"{where}: the chat template's prompt is no prefix of prompt and response: alone it goes on with "
-                f"{prompt_text[common : common + 40]!r}, with the response {whole[common : common + 40]!r}; use a chat "
-                "template that renders the prompt alike with and without the response"
-            )
-        return _Rendered(lead, prompt_text, _valid(whole, where))
+        messages, first = [*prompt, *response], len(prompt)
+        turns = [(first, len(messages))]
+        if assistant_only:
+            turns = [(i, i + 1) for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        texts = []
+        for begin, end in turns:
+            texts.append(self._apply_template(messages[:begin], where, add_generation_prompt=True))
+            texts.append(self._apply_template(messages[:end], where, add_generation_prompt=False))
+        for number, (shorter, longer) in enumerate(itertools.pairwise(texts)):
+            if not longer.startswith(shorter):
+                raise _no_prefix(shorter, longer, where, later=number > 0)
+        _valid(texts[-1], where)
+        return _Rendered(lead, tuple(texts))
 
     def _apply_template(self, messages: list[Message], where: str, add_generation_prompt: bool) -> str:
         if not self._tokenizer.chat_template:
@@ -268,13 +278,25 @@ class TextEncoder:
                 "row's roles and order, or the template"
             ) from error
 
-    def _split(self, text: _Rendered, prompt: list[int], whole: list[int], where: str) -> EncodedResponse:
-        boundary_split = whole[: len(prompt)] != prompt
-        response = self._tokenize_apart(text.whole[len(text.prompt) :]) if boundary_split else whole[len(prompt) :]
-        prompt_ids = self._check_prompt([*text.lead, *prompt], where)
-        response = self._check_end(response, where)
-        response_ids = np.asarray(response[: self._max_length - len(prompt_ids)], np.int32)
-        return EncodedResponse(prompt_ids, response_ids, len(response), boundary_split)
+    def _split(self, rendered: _Rendered, tokenized: list[list[int]], where: str) -> EncodedResponse:
+        prompt_ids = self._check_prompt([*rendered.lead, *tokenized[0]], where)
+        ids, after, mask, boundary_split = tokenized[0], [], [], False
+        texts = itertools.pairwise(rendered.texts)
+        for number, ((before, text), whole) in enumerate(zip(texts, tokenized[1:], strict=True)):
+            if whole[: len(ids)] == ids:
+                added = whole[len(ids) :]
+            else:
+                boundary_split = True
+                added = [*after, *self._tokenize_apart(text[len(before) :])]
+            response = number % 2 == 0
+            kept = self._check_end(added, where) if response else added
+            after = added[len(kept) :]  # white space that the template sets after an end token
+            ids = [*ids, *kept]
+            mask += [response] * len(kept)
+        response_ids = np.asarray(ids[len(tokenized[0]) :], np.int32)
+        learnt = np.flatnonzero(mask[: self._max_length - len(prompt_ids)])[-1] + 1
+        loss_mask = None if all(mask) else np.array(mask[:learnt])
+        return EncodedResponse(prompt_ids, response_ids[:learnt], len(response_ids), boundary_split, loss_mask)
 
     def _check_prompt(self, ids: list[int], where: str) -> np.ndarray:
         """The prompt's ids as an array."""
@@ -318,6 +340,21 @@ class TextEncoder:
                 "the end token from the text, it is added"
             )
         return ids[:end]
+
+
+def _no_prefix(shorter: str, longer: str, where: str, later: bool) -> UserError:
+    common = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
+    seen = f"{shorter[common : common + 40]!r}", f"{longer[common : common + 40]!r}"
+    if later:
+        return UserError(
+            f"{where}: the chat template changes an earlier turn once later ones follow: at first it goes on with "
+            f"{seen[0]}, then with {seen[1]}; learn the last turn alone (train_on=last), or use a chat template that "
+            "leaves earlier turns as they are"
+        )
+    return UserError(
+        f"{where}: the chat template's prompt is no prefix of prompt and response: alone it goes on with {seen[0]}, "
+        f"with the response {seen[1]}; use a chat template that renders the prompt alike with and without the response"
+    )
 
 
 def _batches(rows: list[Any]) -> Iterator[list[Any]]:

@@ -15,7 +15,16 @@ from lm_jax.sharding import constrain
 def token_logprobs(
     hidden: jax.Array, embedding: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int, with_entropy: bool = True
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Log-prob of each target and entropy of its distribution, fp32, in chunks of `chunk` tokens a row.
+    """(log-probs [B, T], entropies [B, T] or None): `token_statistics` where nothing else is wanted."""
+    names = ("logprobs", "entropies") if with_entropy else ("logprobs",)
+    found = token_statistics(hidden, embedding, targets, mask, chunk, names)
+    return found["logprobs"], found.get("entropies")
+
+
+def token_statistics(
+    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int, names: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """What is asked for of each target and the distribution it comes from, fp32, in chunks of `chunk` tokens a row.
 
     The gradient recomputes a chunk's logits, so memory is B * chunk * V however long the rows are. Only masked-in
     tokens are worked on: they are moved to the front of their row and chunks that no row needs are skipped.
@@ -26,10 +35,12 @@ def token_logprobs(
       targets: [B, T] int32, the token that follows.
       mask: [B, T], nonzero where a result is wanted.
       chunk: tokens of a row whose logits exist at one time.
-      with_entropy: training has no use for entropies, and their gradient costs passes over the logits.
+      names: among `logprobs` of the targets and `entropies` of the distributions, in nats, and `top1`: 1 where the
+        target is the likeliest token, else 0; no gradient goes through it. Training has no use for entropies, and
+        their gradient costs passes over the logits.
 
     Returns:
-      (log-probs [B, T], entropies [B, T] or None) in nats, zero where the mask is zero.
+      {name: [B, T]}, zero where the mask is zero.
     """
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -49,14 +60,14 @@ def token_logprobs(
     # Around the choice, not inside of it: a cond saves what its branches computed, [tokens, vocabulary] masks among it.
     # prevent_cse is for code outside of a scan, where common subexpressions could meet.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def chunk_logprobs(needed, hidden_chunk, target_chunk, embedding):
+    def chunk_statistics(needed, hidden_chunk, target_chunk, embedding):
         zeros = jnp.zeros(target_chunk.shape, jnp.float32)
-        nothing = (zeros, zeros if with_entropy else None)
-        compute = functools.partial(_chunk_logprobs, with_entropy=with_entropy)
+        nothing = dict.fromkeys(names, zeros)
+        compute = functools.partial(_chunk_statistics, names=names)
         return jax.lax.cond(needed, compute, lambda *_: nothing, hidden_chunk, embedding, target_chunk)
 
     def body(_, inputs):
-        return None, chunk_logprobs(*inputs, embedding)
+        return None, chunk_statistics(*inputs, embedding)
 
     needed = jnp.arange(num_chunks) * chunk < jnp.max(counts)
     _, outputs = jax.lax.scan(body, None, (needed, chunked(hidden), chunked(targets)))
@@ -66,18 +77,21 @@ def token_logprobs(
         x = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
         return jnp.where(wanted, jnp.take_along_axis(x, back, axis=1), 0.0)
 
-    return tuple(None if x is None else unchunked(x) for x in outputs)
+    return jax.tree.map(unchunked, outputs)
 
 
-def _chunk_logprobs(hidden, embedding, targets, with_entropy):
-    """[B, C, D], [V, D], [B, C] -> log-probs and entropies [B, C]."""
+def _chunk_statistics(hidden, embedding, targets, names):
+    """[B, C, D], [V, D], [B, C] -> {name: [B, C]}."""
     logits = contract_rows(hidden, embedding, jnp.float32)
     logits = constrain(logits, "batch", "length", "vocab")
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     # Compare-and-sum instead of a gather: it stays local where the vocabulary is cut over devices.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    if not with_entropy:
-        return target_logit - log_norm, None
-    mean_logit = jnp.sum(jnp.exp(logits - log_norm[..., None]) * logits, axis=-1)
-    return target_logit - log_norm, log_norm - mean_logit
+    found = {"logprobs": target_logit - log_norm}
+    if "entropies" in names:
+        mean_logit = jnp.sum(jnp.exp(logits - log_norm[..., None]) * logits, axis=-1)
+        found["entropies"] = log_norm - mean_logit
+    if "top1" in names:
+        found["top1"] = (target_logit >= jnp.max(logits, axis=-1)).astype(jnp.float32)
+    return {name: found[name] for name in names}

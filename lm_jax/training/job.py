@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
@@ -77,6 +78,7 @@ class Task:
     """What a method gives to training.
 
     Attributes:
+      eval_objective: None: the same; what it carries does not enter an evaluation.
       unit: what an example is, in the plural.
       values: what goes along with every response token, as `Segment.values` has it.
       eval_examples: empty for no evaluation.
@@ -92,6 +94,7 @@ class Task:
     values: tuple[str, ...]
     describe: Callable[[int], str]
     shown: Mapping[str, str]
+    eval_objective: Objective | None = None
     beside: Beside | None = None
     eval_beside: Beside | None = None
 
@@ -137,11 +140,11 @@ def run_job(job: Job, task: Task) -> None:
     batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
         frozen = job.policy.load_params(mesh, config.compute.dtype) if config.lora.rank else None
-        state, shardings = _start_state(job, optimizer, checkpoints, batches)
+        state, shardings = _start_state(job, optimizer, task.objective, checkpoints, batches)
         if int(state.step):
             say(f"continuing {config.output} after step {int(state.step)}")
         assemble = partial(_assemble, lora=config.lora)
-        step = make_train_step(task.objective, optimizer, schedule, assemble)
+        step = make_train_step(task.objective, optimizer, schedule, assemble, num_steps)
         with MetricsWriter(config.output, int(state.step)) as metrics:
             fit(
                 Run(
@@ -177,21 +180,25 @@ def _evaluation(job: Job, task: Task, frozen):
     """What is trained -> metrics over all evaluation examples."""
     batch = job.config.batch
     plan = plan_batches(_lengths(task.eval_examples, task.eval_beside, batch), batch, 1, None)
-    evaluate = make_evaluate(task.objective)
+    evaluate = make_evaluate(task.eval_objective or task.objective)
     return lambda trained: evaluate(
         _assemble(trained, frozen, job.config.lora),
         BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_beside),
     )
 
 
-def _start_state(job: Job, optimizer, checkpoints, batches) -> tuple[TrainState, TrainState]:
+def _start_state(job: Job, optimizer, objective: Objective, checkpoints, batches) -> tuple[TrainState, TrainState]:
     """The state to go on from, its data iterator positioned, and its shardings."""
+
+    def begin(trained):
+        return TrainState.create(trained, optimizer, jax.tree.map(jnp.float32, objective.carry.initial))
+
     policy, mesh, lora = job.policy, job.mesh, job.config.lora
     if lora.rank:
         specs, abstract_trained = adapter_specs(policy.config, lora, mesh), abstract_adapters(policy.config, lora, mesh)
     else:
         specs, abstract_trained = param_specs(policy.config, mesh), policy.abstract_params(mesh, "float32")
-    abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), abstract_trained)
+    abstract = jax.eval_shape(begin, abstract_trained)
     shardings = state_shardings(abstract, specs, mesh)
     if checkpoints.latest_step() is not None:
         state, position = resume(checkpoints, abstract_like(abstract, shardings))
@@ -201,8 +208,7 @@ def _start_state(job: Job, optimizer, checkpoints, batches) -> tuple[TrainState,
         trained = init_adapters(policy.config, lora, mesh, job.config.seed)
     else:
         trained = policy.load_params(mesh, "float32")
-    create = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    return create(trained), shardings
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(trained), shardings
 
 
 def _step_cost(rows, task: Task, job: Job) -> StepCost:

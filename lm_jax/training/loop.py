@@ -97,19 +97,26 @@ def fit(run: Run) -> TrainState:
 
 
 def checkpoint_items(state: TrainState, progress: Any) -> dict[str, Any]:
-    """What a checkpoint holds, by item; parameters apart, since exporting and scoring need nothing else."""
-    return {
+    """What a checkpoint holds, by item; parameters apart, since exporting and scoring need nothing else.
+
+    What the objective carries is an item where it carries something.
+    """
+    items = {
         "params": state.params,
         "optimizer": {"step": state.step, "opt_state": state.opt_state},
         "progress": progress,
     }
+    return items | ({"objective": state.carried} if jax.tree.leaves(state.carried) else {})
 
 
 def resume(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, dict]:
     """The newest checkpoint as (state, data position)."""
     items = checkpoints.restore(checkpoint_items(abstract, None))
     optimizer = items["optimizer"]
-    return TrainState(optimizer["step"], items["params"], optimizer["opt_state"]), items["progress"]["data"]
+    state = TrainState(
+        optimizer["step"], items["params"], optimizer["opt_state"], items.get("objective", abstract.carried)
+    )
+    return state, items["progress"]["data"]
 
 
 @dataclasses.dataclass(frozen=True)

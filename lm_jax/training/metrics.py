@@ -37,10 +37,10 @@ class MetricsWriter:
         self.close()
 
     def write(self, step: int, metrics: dict) -> None:
-        """Writes scalars; a None value (unknown on this machine) is left out."""
+        """Writes scalars; None (unknown on this machine) and, but for losses, NaN (not defined here) are left out."""
         if self._file is None:
             return
-        metrics = {k: v for k, v in metrics.items() if v is not None}
+        metrics = {k: v for k, v in metrics.items() if v is not None and (v == v or k.endswith("loss"))}
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():

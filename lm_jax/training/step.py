@@ -17,6 +17,25 @@ Sums = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
+class Carry:
+    """What an objective takes along from step to step; it is part of the state, and of every checkpoint.
+
+    So a value that depends on earlier losses is known before the step and the same for all of its microbatches,
+    devices and hosts, and no gradient goes through it.
+
+    Attributes:
+      initial: pytree of fp32 scalars before the first step; None: nothing is taken along.
+      read: (carried, progress) -> named scalars that hold for the whole step: they join its totals and are reported
+        among its metrics. `progress` goes from 0 in the run's first step to 1 in its last.
+      update: (carried, totals, metrics) -> what the next step reads; `metrics` are those of the whole step.
+    """
+
+    initial: Any = None
+    read: Callable[[Any, jax.Array], Sums] = lambda carried, progress: {}
+    update: Callable[[Any, Sums, Sums], Any] = lambda carried, totals, metrics: carried
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """What a method minimises, in a form that adds up exactly over microbatches, devices and hosts.
 
@@ -24,11 +43,13 @@ class Objective:
       count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone.
       loss: (params, microbatch, totals) -> (loss, metrics, bad_example): the microbatch's *contributions*, sums
         already divided by the totals of the whole step, so that adding contributions gives the mean. `bad_example` is
-        the largest id of an example whose loss is not finite, or -1.
+        the largest id of an example whose loss is not finite, or -1. A metric that is not defined in a step is NaN.
+      carry: in training alone; `totals` lack what it reads in an evaluation.
     """
 
     count: Callable[[Batch], Sums]
     loss: Callable[[Any, Batch, Sums], tuple[jax.Array, Sums, jax.Array]]
+    carry: Carry = Carry()
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -37,10 +58,12 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array
     params: Any
     opt_state: Any
+    carried: Any = None  # of the objective
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
-        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    def create(cls, params: Any, optimizer: optax.GradientTransformation, carried: Any = None) -> "TrainState":
+        step = jnp.zeros((), jnp.int32)
+        return cls(step=step, params=params, opt_state=optimizer.init(params), carried=carried)
 
 
 def make_train_step(
@@ -48,15 +71,17 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     assemble: Callable[[Any, Any], Any] = lambda trained, frozen: trained,
+    num_steps: int = 1,
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step function, to be jitted by the caller with the state's shardings and the state donated.
 
     Args:
       assemble: (what is trained, what is not) -> the objective's parameters.
+      num_steps: of the whole run, for an objective that follows its progress.
 
     Returns:
-      (state, batch, frozen) -> (state, metrics): the objective's metrics, `loss`, `grad_norm` (before clipping),
-      `learning_rate` and `bad_example`.
+      (state, batch, frozen) -> (state, metrics): the objective's metrics and what its carry reads, `loss`, `grad_norm`
+      (before clipping), `learning_rate` and `bad_example`.
     """
 
     def loss_fn(trained, frozen, micro, totals):
@@ -68,7 +93,8 @@ def make_train_step(
         return grads, *aux
 
     def train_step(state: TrainState, batch: Batch, frozen: Any = None):
-        totals = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch))
+        known = objective.carry.read(state.carried, jnp.minimum(state.step / max(num_steps - 1, 1), 1.0))
+        totals = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch)) | known
         first, rest = jax.tree.map(lambda x: x[0], batch), jax.tree.map(lambda x: x[1:], batch)
         summed = gradients(state.params, frozen, first, totals)
 
@@ -80,14 +106,16 @@ def make_train_step(
         if jax.tree.leaves(rest)[0].shape[0]:
             summed, _ = jax.lax.scan(accumulate, summed, rest)
         grads, metrics, bad = summed
+        carried = objective.carry.update(state.carried, totals, metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics |= known
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "bad_example": bad,
         }
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, carried), metrics
 
     return train_step
 

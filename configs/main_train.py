@@ -1,0 +1,88 @@
+"""Supervised tuning on seed and synthetic pairs (MAIN, arXiv 2504.12913), or on plain supervised rows.
+
+    python -m launch.main_train --config=configs/main_train.py \
+        --config.model=HF_DIR --config.input=rows.jsonl --config.output=runs/main
+
+Expect: a loss that begins at the model's own cross-entropy and falls, and a `mean_token_accuracy` that grows. Rows with
+`source` synthetic beside seed ones add `alpha`, `loss/seed` and `loss/synthetic`; without them it is plain tuning.
+The same command continues a run that was interrupted. Presets: `:tiny` for a small model on a laptop.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    c = ConfigDict()
+    c.model = placeholder(str)  # Hugging Face directory, hub id or run directory: where training starts
+    c.input = placeholder(str)  # supervised rows: .jsonl .json .parquet, a saved dataset, or a hub id
+    c.eval_input = placeholder(str)  # held-out supervised rows; none: no evaluation
+    c.output = placeholder(str)  # run directory
+    c.seed = 0  # of the data order
+    c.dtype = "bfloat16"  # matmuls and activations; master weights, softmax and losses are fp32
+    c.max_length = 2048  # tokens of prompt + response; longer responses are cut
+    c.epochs = 3  # usual for some thousand pairs
+    c.max_steps = placeholder(int)  # stop early; none: all epochs
+    c.eval_every = 100  # steps
+    c.train_on = "all"  # of a conversation: all of the assistant's turns, or the last alone
+    c.response_column = placeholder(str)  # learn this column; `chosen` tunes on preference rows; none: the layout's own
+
+    c.alpha = ConfigDict()  # weight of the synthetic loss against the seed loss; read where the rows are of both sources
+    c.alpha.rule = "loss_ratio"  # CE_seed / (CE_seed + CE_synthetic) | inverse_ratio | fixed | schedule
+    c.alpha.value = 0.5  # of fixed
+    c.alpha.start = 0.0  # schedule begins with the seed pairs alone
+    c.alpha.end = 0.5  # and ends with both alike
+    c.alpha.decay = 0.9  # moving averages of the losses over some ten steps: a step's own is noisy
+
+    c.batch = ConfigDict()
+    c.batch.rows = 32  # a step, over all devices; packed, so a row holds many short sequences
+    c.batch.row_length = 2048  # at least max_length
+    c.batch.microbatches = 1  # raise when memory is short; exact
+    c.batch.max_examples_per_row = 64  # sequences in a row; more would be tiny
+
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 1e-5  # full fine-tuning of a 7B-class model; adapters take ten times as much
+    c.optim.schedule = "cosine"
+    c.optim.warmup_ratio = 0.03  # the losses of a model that can already write are tame
+    c.optim.final_ratio = 0.0  # decay to zero, as transformers' cosine does
+    c.optim.beta1 = 0.9
+    c.optim.beta2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0  # few epochs
+    c.optim.clip_norm = 1.0
+
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # 0 trains every parameter; 16 or so trains adapters, where a state of the whole does not fit
+    c.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
+    c.lora.targets = "all-linear"  # or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+    c.lora.rslora = False  # scale by alpha / sqrt(rank), for large ranks
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1  # replicate only when fsdp's gathers cross slow links
+    c.mesh.fsdp = -1  # all devices
+    c.mesh.tensor = 1  # raise when one layer's activations do not fit
+
+    c.compute = ConfigDict()
+    c.compute.dtype = c.get_ref("dtype")
+    c.compute.remat = "full"  # least memory; `none` is fastest where it fits
+    c.compute.attention = "auto"  # the platform's kernel
+    c.compute.logprob_chunk = 256  # tokens a row whose logits exist at once
+    c.compute.scan_unroll = 1  # layers compiled together; all of them is fastest for a small model on a CPU
+
+    c.checkpoints = ConfigDict()
+    c.checkpoints.every = 100  # steps lost at most when a machine dies
+    c.checkpoints.keep = 2  # the newest, and one to fall back to
+
+    if preset == "tiny":
+        c.dtype = "float32"  # CPUs are no faster in bfloat16
+        c.max_length = 1024
+        c.epochs = 1
+        c.batch.rows = 4
+        c.batch.row_length = 1024
+        c.optim.learning_rate = 1e-3
+        c.compute.remat = "none"
+        c.compute.scan_unroll = 64  # all layers
+        c.checkpoints.every = 50
+    elif preset:
+        raise ValueError(f"unknown preset {preset!r}; choose tiny or none")
+    return c

@@ -1,0 +1,70 @@
+"""`launch.main_train`: supervised tuning on seed and synthetic pairs, or on plain supervised rows, start to finish."""
+
+import dataclasses
+
+from lm_jax.data.supervised import SOURCES, TRAIN_ON, load_supervised
+from lm_jax.errors import UserError
+from lm_jax.training.job import Task, TrainConfig, begin_job, open_job, run_job
+from lm_jax.training.metrics import say
+from lm_jax.training.supervised import VALUES, supervised_objective
+from main_jax.losses import mixed_coefficients, plain_coefficients
+from main_jax.weighting import AlphaConfig, alpha_carry
+
+
+@dataclasses.dataclass(frozen=True)
+class MainTrainConfig(TrainConfig):
+    """`configs/main_train.py` says what each key is for and why it has its value."""
+
+    train_on: str
+    response_column: str | None
+    alpha: AlphaConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_on not in TRAIN_ON:
+            raise UserError(f"config.train_on: unknown {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
+        if self.max_length > self.batch.row_length:
+            raise UserError(
+                f"config.batch.row_length={self.batch.row_length} must hold config.max_length={self.max_length} tokens; "
+                "raise the one or lower the other"
+            )
+
+
+def train(config: MainTrainConfig) -> None:
+    """Runs, or continues, the training that `config` describes, into the run directory `config.output`.
+
+    Rows of both sources are weighed by alpha (arXiv 2504.12913); with one source alone the loss is the plain
+    cross-entropy, whatever alpha. Evaluation is always plain.
+
+    Raises:
+      UserError: anything the user can mend.
+    """
+    job = open_job(config)
+    rows = load_supervised(config.input, job.encoder, config.train_on, config.response_column)
+    held_out = None
+    if config.eval_input:
+        held_out = load_supervised(config.eval_input, job.encoder, config.train_on, config.response_column)
+    for read in filter(None, (rows, held_out)):
+        say("\n".join(read.report))
+    mixed = rows.sources() == frozenset(SOURCES)
+    shown = {"loss": "loss", "mean_token_accuracy": "accuracy"}
+    model, compute = job.policy.config, config.compute
+    if mixed:
+        say(f"alpha: {config.alpha.rule}")
+        objective = supervised_objective(model, compute, mixed_coefficients, alpha_carry(config.alpha))
+        eval_objective = supervised_objective(model, compute, plain_coefficients)
+    else:
+        say(f"all rows are {next(iter(rows.sources()))}: plain cross-entropy, without alpha")
+        objective, eval_objective = supervised_objective(model, compute), None
+    begin_job(job, "main_train")
+    task = Task(
+        objective=objective,
+        unit="rows",
+        examples=[(segment,) for segment in rows.segments],
+        eval_examples=[(segment,) for segment in held_out.segments] if held_out else [],
+        values=VALUES,
+        describe=rows.name,
+        shown=shown | ({"alpha": "alpha"} if mixed else {}),
+        eval_objective=eval_objective,
+    )
+    run_job(job, task)
