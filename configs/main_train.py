@@ -27,7 +27,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.train_on = "all"  # of a conversation: all of the assistant's turns, or the last alone
     c.response_column = placeholder(str)  # learn this column; `chosen` tunes on preference rows; none: the layout's own
 
-    c.alpha = ConfigDict()  # weight of the synthetic loss against the seed loss; read where the rows are of both sources
+    c.alpha = ConfigDict()  # weight of the synthetic loss; read where the rows are of both sources
     c.alpha.rule = "loss_ratio"  # CE_seed / (CE_seed + CE_synthetic) | inverse_ratio | fixed | schedule
     c.alpha.value = 0.5  # of fixed
     c.alpha.start = 0.0  # schedule begins with the seed pairs alone

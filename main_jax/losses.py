@@ -1,7 +1,7 @@
 """Seed and synthetic cross-entropy in one loss: arrays in, a coefficient for every token out. No model, no mean.
 
-Axes: B rows, T tokens. `seed` and `synthetic` [B, T] are the weights of the learnt tokens of each source, `totals` their
-sums over the whole step; a sum over all tokens of coefficient times -log p is then the loss, however the step is cut.
+Axes: B rows, T tokens. `seed` and `synthetic` [B, T] are the weights of the learnt tokens of each source, `totals`
+their sums over the whole step; the sum over all tokens of coefficient times -log p is the loss, however a step is cut.
 """
 
 import jax
@@ -13,9 +13,10 @@ from lm_jax.training.supervised import mean_over_tokens, share
 
 
 def mixed_coefficients(seed: jax.Array, synthetic: jax.Array, totals: Sums) -> dict[str, jax.Array]:
-    """`loss` = alpha * CE_synthetic + (1 - alpha) * CE_seed (MAIN, arXiv 2504.12913), each CE its source's mean by weight.
+    """`loss` = alpha * CE_synthetic + (1 - alpha) * CE_seed (MAIN, arXiv 2504.12913), each the mean over its tokens.
 
-    A source that the step lacks adds 0: alpha weighs a source alike in steps that hold both and in those that do not.
+    The means are by weight. A source that the step lacks adds 0: alpha then weighs a source alike in steps that hold
+    both and in steps that do not.
 
     Args:
       totals: `seed`, `synthetic`, and `alpha`, the weight of the synthetic side.

@@ -25,8 +25,8 @@ class MainTrainConfig(TrainConfig):
             raise UserError(f"config.train_on: unknown {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
         if self.max_length > self.batch.row_length:
             raise UserError(
-                f"config.batch.row_length={self.batch.row_length} must hold config.max_length={self.max_length} tokens; "
-                "raise the one or lower the other"
+                f"config.batch.row_length={self.batch.row_length} must hold config.max_length={self.max_length} "
+                "tokens; raise the one or lower the other"
             )
 
 
