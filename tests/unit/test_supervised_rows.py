@@ -1,0 +1,303 @@
+"""Supervised rows: every layout gives the same conversation, what is learnt of it, and every fault with its cure."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lm_jax.data.packing import fill_rows
+from lm_jax.data.supervised import NO_WEIGHT, load_supervised, supervised_rows
+from lm_jax.data.text import TextEncoder
+from lm_jax.errors import UserError
+
+# With the markers that transformers makes its own mask of; they cover a turn's words and its end token
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# In the manner of Qwen3: what was thought is shown in the last turn alone
+FORGETS = MARKED.replace("{% generation %}", "{% generation %}{{ '<think>' if loop.last else '' }}")
+TURNS = ["what is the sea?", "it is wide", "and blue?", "blue, and that is that", "is it?", "yes, it is"]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def conversation(n=6, system=False):
+    turns = [(assistant if i % 2 else user)(text) for i, text in enumerate(TURNS[:n])]
+    return [{"role": "system", "content": "be brief"}] * system + turns
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        [*TURNS, "user assistant system\n\n"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<|im_end|>", "<|im_start|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=MARKED)
+
+
+def one(row, **options):
+    (read,) = supervised_rows([row], "rows.jsonl", **options).rows
+    return read
+
+
+def raised(rows, **options):
+    with pytest.raises(UserError) as caught:
+        supervised_rows(rows if isinstance(rows, list) else [rows], "rows.jsonl", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("Hi"), assistant("a")]},
+        {"messages": [user("Hi"), assistant("a"), user("thanks")], "prompt": None},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "a"}], "system": ""},
+        {"prompt": [user("Hi")], "response": "a"},
+        {"prompt": [user("Hi")], "response": [assistant("a")]},
+        {"instruction": "Hi", "output": "a"},
+        {"instruction": "", "input": "Hi", "output": "a", "system": None, "history": []},
+    ],
+)
+@pytest.mark.parametrize("train_on", ["all", "last"])
+def test_layouts_of_the_same_messages(row, train_on):
+    read = one(row | {"id": 5}, train_on=train_on)
+    assert (read.prompt, read.response) == ([user("Hi")], [assistant("a")])
+    assert (read.id, read.weight, read.source) == ("5", 1.0, "seed")
+
+
+def test_strings_stay_strings():
+    read = one({"prompt": "Hi", "response": "a", "weight": 2, "source": "synthetic", "output": "x"})
+    assert (read.row, read.id, read.prompt, read.response) == (0, "0", "Hi", "a")
+    assert (read.weight, read.source) == (2.0, "synthetic")
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+SHAREGPT = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(TURNS)]
+HISTORY = {"history": [TURNS[:2], TURNS[2:4]], "system": "be brief", "instruction": TURNS[4], "output": TURNS[5]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"messages": conversation(system=True)}, {"conversations": SHAREGPT, "system": "be brief"}, HISTORY],
+)
+def test_turns_of_a_conversation(row):
+    whole = conversation(system=True)
+    every, last = one(row), one(row, train_on="last")
+    assert (every.prompt, every.response) == (whole[:2], whole[2:])
+    assert (last.prompt, last.response) == (whole[:6], whole[6:])
+
+
+def test_a_prompt_is_never_learnt():
+    turns = conversation()
+    read = one({"prompt": turns[:3], "response": turns[3:]})
+    assert (read.prompt, read.response) == (turns[:3], turns[3:])
+    read = one({"prompt": turns[:2], "response": turns[2:]})  # its first message is the user's
+    assert (read.prompt, read.response) == (turns[:3], turns[3:])
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "Hi"),
+        ({"prompt": [user("Hi")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, [user("Hi")]),
+        ({"chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"), assistant("b")]}, [user("Hi")]),
+        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, [user("Hi")]),
+        ({"messages": [user("no")], "prompt": "Hi", "chosen": "a"}, "Hi"),
+    ],
+)
+def test_preference_rows_with_a_response_column(row, prompt):
+    read = one(row, response_column="chosen")
+    assert (read.prompt, read.response) == (prompt, "a" if prompt == "Hi" else [assistant("a")])
+
+
+GOOD = {"prompt": "p", "response": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "says", "cure"),
+    [
+        ({"text": "a"}, "none of the columns messages, conversations, prompt, instruction", "it has text"),
+        ({"prompt": "p", "chosen": "a"}, "column 'response' is missing", "config.response_column (it has chosen, pro"),
+        ({"instruction": "p"}, "column 'output' is missing", "it has instruction"),
+        ({"prompt": "p", "response": [assistant("a")]}, "prompt is a string but response is messages", "remove the pr"),
+        ({"prompt": "p", "response": 3}, "prompt is a string but response is neither", "make them alike"),
+        ({"prompt": 3, "response": "a"}, "prompt must be a string or messages, got int", "give a list"),
+        ({"messages": "a"}, "messages", "give a list"),
+        ({"messages": []}, "messages is an empty list", "give a list"),
+        ({"messages": [{"role": "user"}]}, "messages message 0 has no content", "give a list"),
+        ({"messages": [user("a")]}, "no assistant message", "drop the row"),
+        ({"messages": [assistant("a"), user("b")]}, "begins with an assistant message", "drop that message"),
+        ({"conversations": [{"role": "user"}]}, "conversations must be a list of {'from'", "name the column messages"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "a turn from 'tool'; known are human", "drop the row"),
+        ({"instruction": "", "output": "a"}, "both empty", "drop the row"),
+        ({"instruction": "p", "output": ["a"]}, "output must be a string", "mend"),
+        ({"instruction": "p", "output": "a", "history": [["q"]]}, "history must be a list", "mend"),
+        (GOOD | {"weight": -1}, "weight is -1, no finite number >= 0", "mend the row"),
+        (GOOD | {"weight": float("nan")}, "weight is nan", "mend the row"),
+        (GOOD | {"weight": float("inf")}, "weight is inf", "mend the row"),
+        (GOOD | {"weight": True}, "weight is True", "mend the row"),
+        (GOOD | {"weight": "1"}, "weight is '1'", "mend the row"),
+        (GOOD | {"source": "human"}, "source is 'human'; it must be seed or synthetic", "rename"),
+    ],
+)
+def test_faulty_rows_are_named(row, says, cure):
+    error = raised(row)
+    assert error.startswith("rows.jsonl row 0: ") and says in error and cure in error, error
+
+
+def test_a_mixture_of_layouts_is_named():
+    error = raised([GOOD, {"instruction": "i", "output": "a"}])
+    assert error.startswith(
+        "rows.jsonl row 1: the columns are instruction and output, but rows.jsonl row 0: the columns"
+    )
+    assert "the prompt messages, but rows.jsonl row 0" in raised([GOOD, {"prompt": [user("p")], "response": "a"}])
+
+
+def test_weightless_rows_are_dropped_and_counted():
+    data = supervised_rows([GOOD | {"weight": w} for w in (1, 0, 0.5, 1e-60)], "f")
+    assert [(r.row, r.weight) for r in data.rows] == [(0, 1.0), (2, 0.5)] and data.dropped == {NO_WEIGHT: 2}
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def encode(tokenizer, row, tmp_path, max_length=400, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (row if isinstance(row, list) else [row])))
+    return load_supervised(str(path), TextEncoder(tokenizer, max_length), **options)
+
+
+def learnt_ids(segment):
+    """(all ids, which of them are learnt)"""
+    mask = np.ones(len(segment.response), bool) if segment.loss_mask is None else segment.loss_mask
+    return [*segment.prompt.tolist(), *segment.response.tolist()], [*[False] * len(segment.prompt), *mask.tolist()]
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("turns", [2, 4, 5, 6])
+def test_the_mask_is_that_of_the_templates_own_markers(tokenizer, tmp_path, turns, system):
+    messages = conversation(turns, system)
+    theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True, tokenize=True)
+    (segment,) = encode(tokenizer, {"messages": messages}, tmp_path).segments
+    ids, mask = learnt_ids(segment)
+    # Ours ends with the last end token; what follows it is not learnt there either
+    assert theirs["input_ids"][: len(ids)] == ids and theirs["assistant_masks"][: len(ids)] == mask
+    assert not any(theirs["assistant_masks"][len(ids) :]) and sum(mask) > 3
+    assert (segment.loss_mask is None) == (turns == 2)
+
+
+def test_train_on_the_last_turn(tokenizer, tmp_path):
+    (segment,) = encode(tokenizer, {"messages": conversation()}, tmp_path, train_on="last").segments
+    assert segment.loss_mask is None
+    assert tokenizer.decode(segment.response) == "yes, it is<|im_end|>"
+    assert tokenizer.decode(segment.prompt).endswith("is it?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_every_turn_starts_where_generation_would(tokenizer, tmp_path):
+    """Also where the template's line break and the turn's own would be one token, which tokenising at once makes."""
+    messages = [user("a"), assistant("\nit"), user("b"), assistant("\n\nis")]
+    encoder = TextEncoder(tokenizer, 400)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    (segment,) = encode(tokenizer, {"messages": messages}, tmp_path).segments
+    ids, mask = learnt_ids(segment)
+    begins = [i for i in range(1, len(ids)) if mask[i] and not mask[i - 1]]
+    assert ids[: begins[0]] == encoder.encode_prompt(messages[:1], "row").tolist()
+    assert ids[begins[0] - 1] == ids[begins[1] - 1] == tokenizer("\n")["input_ids"][0]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    parts = np.split(np.array(ids), np.flatnonzero(np.diff(mask)) + 1)
+    assert [tokenizer.decode(p) for p in parts[1::2]] == ["\nit<|im_end|>", "\n\nis<|im_end|>"]
+
+
+def test_truncation_ends_with_a_learnt_token(tokenizer, tmp_path):
+    whole = learnt_ids(encode(tokenizer, {"messages": conversation()}, tmp_path).segments[0])
+    first = whole[1].index(True)
+    for max_length in range(first + 1, len(whole[0])):
+        data = encode(tokenizer, {"messages": conversation()}, tmp_path, max_length=max_length)
+        ids, mask = learnt_ids(data.segments[0])
+        assert ids == whole[0][: len(ids)] and mask == whole[1][: len(ids)] and mask[-1]
+        assert len(ids) <= max_length and not any(whole[1][len(ids) : max_length])
+        assert "1 rows truncated" in data.report[1]
+
+
+def test_a_batch_holds_masks_weights_and_sources(tokenizer, tmp_path):
+    rows = [
+        {"messages": conversation(), "weight": 0.5, "source": "synthetic"},
+        {"messages": conversation(2), "weight": 0},
+        {"messages": conversation(2)},
+    ]
+    data = encode(tokenizer, rows, tmp_path)
+    assert data.report[0] == "rows.jsonl: 3 rows read, 2 kept, dropped: 1 of weight 0; 1 of them synthetic"
+    assert [data.name(0), data.name(1)] == ["rows.jsonl row 0", "rows.jsonl row 2"]
+    assert data.sources() == {"seed", "synthetic"}
+    batch = fill_rows([[0, 1]], [(s,) for s in data.segments], 200, 2, ("weights", "synthetic"))
+    start = 0
+    for segment, weight, synthetic in zip(data.segments, (0.5, 1), (1, 0), strict=True):
+        ids, mask = learnt_ids(segment)
+        at = slice(start, start + len(ids) - 1)
+        np.testing.assert_array_equal(batch["loss_mask"][0, at], mask[1:])
+        np.testing.assert_array_equal(batch["targets"][0, at], ids[1:])
+        learnt = batch["loss_mask"][0, at] > 0
+        assert set(batch["weights"][0, at][learnt]) == {weight} and set(batch["synthetic"][0, at][learnt]) == {
+            synthetic
+        }
+        start += len(ids)
+    assert batch["loss_mask"].sum() == sum(sum(learnt_ids(s)[1]) for s in data.segments)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "options", "parts"),
+    [
+        (FORGETS, {"messages": conversation()}, {}, ["row 0", "an earlier turn", "'<think>it", "train_on=last"]),
+        (MARKED, {"messages": [user("a"), assistant(" "), *conversation(2)]}, {}, ["row 0", "is empty", "drop"]),
+        (MARKED, {"prompt": "a", "response": ""}, {}, ["row 0", "response is empty", "drop the row"]),
+        (MARKED, {"messages": conversation()}, {"max_length": 8}, ["row 0", "lost to truncation", "raise max_length"]),
+        (MARKED, {"prompt": "a", "response": "b", "weight": 0}, {}, ["no rows left", "1 of weight 0"]),
+        (None, {"messages": conversation()}, {}, ["row 0", "no chat template", "give strings"]),
+        (MARKED.replace("'<|im_end|>' }}{% endgen", "'' }}{% endgen"), {"messages": conversation()}, {},
+         ["row 0", "end token not trained"]),
+    ],
+)  # fmt: skip
+def test_faults_of_the_text_are_named(tokenizer, tmp_path, template, row, options, parts, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UserError) as caught:
+        encode(tokenizer, row, tmp_path, **options)
+    assert [] == [part for part in parts if part not in str(caught.value)], caught.value
+
+
+def test_the_last_turn_can_be_learnt_where_the_template_forgets(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", FORGETS)
+    (segment,) = encode(tokenizer, {"messages": conversation()}, tmp_path, train_on="last").segments
+    assert tokenizer.decode(segment.response) == "<think>yes, it is<|im_end|>"
+
+
+def test_real_rows(shared_data):
+    rows = json.loads((shared_data / "alpaca_en_demo.json").read_text())
+    data = supervised_rows(rows, "alpaca")
+    assert len(data.rows) == 1000 and not data.dropped
+    for read, row in zip(data.rows, rows, strict=True):
+        assert read.prompt == [user("\n".join(filter(None, (row["instruction"], row["input"]))))]
+        assert read.response == [assistant(row["output"])]
