@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer as a peer to be measured beside, and as an oracle for losses and gradients.
+"""TRL's trainers as oracles for losses and gradients, and its DPOTrainer as a peer to be measured beside.
 
 Run as `python -m tests.trl_oracle --model DIR --data musc_tdpo_demo.json --output metrics.json`.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 THREADS = 2
 
@@ -92,6 +92,43 @@ def dpo_oracle(
         name: parameter.grad.numpy() for name, parameter in policy.named_parameters() if parameter.grad is not None
     }
     return {"loss": loss.item(), **per_pair, "grads": grads}
+
+
+def sft_oracle(model_dir: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
+    """TRL's supervised loss on one batch of all rows, fp32, without dropout or truncation.
+
+    Args:
+      rows: with `prompt` and `completion`, or `messages`.
+      settings: of SFTConfig, as `assistant_only_loss`.
+
+    Returns:
+      `loss`, a float (mean over learnt tokens); `mean_token_accuracy`; `labels`, the ids that are learnt of each row;
+      `grads`, the loss's gradient for every parameter, {name: float32 array}.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=scratch,
+                max_length=None,
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=True,
+                report_to="none",
+                **settings,
+            ),
+            train_dataset=Dataset.from_list([dict(row) for row in rows]),
+            processing_class=transformers.AutoTokenizer.from_pretrained(model_dir),
+        )
+        model.eval()
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        labels = [[i for i in row if i >= 0] for row in batch["labels"].tolist()]
+        loss = trainer.compute_loss(model, batch)
+        loss.backward()
+        (accuracy,) = trainer._metrics["eval"]["mean_token_accuracy"]
+    grads = {name: parameter.grad.numpy() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": loss.item(), "mean_token_accuracy": accuracy, "labels": labels, "grads": grads}
 
 
 class StepTimes(transformers.TrainerCallback):

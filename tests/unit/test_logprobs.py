@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm_jax.models.logprobs import token_logprobs
+from lm_jax.models.logprobs import token_logprobs, token_statistics
 
 B, T, D, V = 3, 11, 8, 29
 MASKS = {
@@ -73,6 +73,19 @@ def test_without_entropy():
     _, pull_back = jax.vjp(lambda h, e: fn(h, e, with_entropy=False)[0], hidden, embedding)
     for a, b in zip(pull_back(cotangents[0]), grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_top1(chunk):
+    """1 where the target is torch's argmax, 0 elsewhere and outside the mask; the log-probs beside it are the same."""
+    hidden, embedding, targets, _ = inputs()
+    best = torch.argmax(torch.tensor(hidden) @ torch.tensor(embedding).T, -1).numpy()
+    targets = np.where(np.arange(T) % 3 == 0, targets, best).astype(np.int32)
+    found = token_statistics(hidden, embedding, targets, MASKS["ragged"], chunk, ("top1", "logprobs"))
+    np.testing.assert_array_equal(found["top1"], (targets == best) * MASKS["ragged"])
+    assert 0 < found["top1"].sum() < MASKS["ragged"].sum()
+    expected, _ = token_logprobs(hidden, embedding, targets, MASKS["ragged"], chunk, with_entropy=False)
+    np.testing.assert_array_equal(found["logprobs"], expected)
 
 
 def test_masked_out_targets_are_not_read():

@@ -1,0 +1,162 @@
+"""Supervised tuning as a user runs it: rows in, a run directory out; killed and resumed to the same bits."""
+
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm_jax.training.checkpoints import Checkpoints
+from tests.e2e import common
+from tests.e2e.common import SMALL_TRAIN, TIMING, Fork, arguments, fork
+
+STEPS = 120
+SETTINGS = (*SMALL_TRAIN, "epochs=100", f"max_steps={STEPS}", "checkpoints.every=40", "eval_every=60", "seed=7")
+
+
+def make_rows(path: Path, number: int = 40) -> str:
+    """Seed rows among synthetic ones, the latter with a longer text and another weight."""
+    rows = [
+        {
+            "prompt": f"say that {i} cats sat",
+            "response": f"{i} cats sat on the hat and the mat"[: 12 + i % 20],
+            **({"source": "synthetic", "weight": 0.5} if i % 3 else {}),
+        }
+        for i in range(number)
+    ]
+    return common.write_rows(path, rows)
+
+
+class Place:
+    def __init__(self, path: Path):
+        self.path = path
+        self.model = common.make_model(path / "model")
+        self.rows = make_rows(path / "rows.jsonl")
+
+    def flags(self, name: str, *settings: str) -> list[str]:
+        given = (f"model={self.model}", f"input={self.rows}", f"output={self.path / name}")
+        return arguments("main_train", *given, *SETTINGS, *settings, preset="tiny")
+
+    def train(self, name: str, *settings: str) -> Path:
+        fork("main_train", *self.flags(name, *settings)).ok()
+        return self.path / name
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place) -> Path:
+    held_out = common.write_rows(place.path / "held.jsonl", [{"prompt": "say", "response": "9 cats sat"}])
+    return place.train("undisturbed", f"eval_input={held_out}")
+
+
+def metrics(output: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in common.read_rows(output / "metrics.jsonl")]
+
+
+def saved_steps(output: Path) -> list[int]:
+    return sorted(int(p.name) for p in (output / "checkpoints").glob("*") if p.name.isdigit())
+
+
+def contents(output: Path) -> dict:
+    with Checkpoints(f"{output}/checkpoints", keep=None) as checkpoints:
+        return checkpoints.restore({"params": None, "optimizer": None, "objective": None, "progress": None}, STEPS)
+
+
+def test_metrics(undisturbed):
+    records = metrics(undisturbed)
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == [*range(1, STEPS + 1)]
+    names = {"loss", "alpha", "mean_token_accuracy", "loss/seed", "loss/synthetic", "grad_norm", "num_tokens"}
+    assert names - set().union(*steps) == set()
+    for r in steps:  # the formula, from what was logged; a source that a step lacks is left out
+        sides = [r["alpha"] * r.get("loss/synthetic", 0.0), (1 - r["alpha"]) * r.get("loss/seed", 0.0)]
+        assert r["loss"] == pytest.approx(sum(sides), rel=1e-5)
+        assert np.isfinite(list(r.values())).all()
+    first = next(i for i, r in enumerate(steps) if r["alpha"] != 0.5)
+    seen = steps[first - 1]
+    if first == 1:
+        both = seen["loss/seed"] + seen["loss/synthetic"]
+        assert steps[1]["alpha"] == pytest.approx(seen["loss/seed"] / both, rel=1e-5)
+    assert len({r["alpha"] for r in steps}) > STEPS / 2
+    losses = [r["eval_loss"] for r in records if "eval_loss" in r]
+    assert len(losses) == 2 and losses[1] < losses[0] < steps[0]["loss"]
+    held_out = next(r for r in records if "eval_loss" in r)
+    assert held_out["eval_loss/seed"] == held_out["eval_loss"] and "eval_loss/synthetic" not in held_out
+    assert "eval_alpha" not in held_out  # evaluations under different alphas are alike
+
+
+def test_killed_and_resumed(place, undisturbed):
+    """Between two saves, then while the next is written: the bits of a run that never stopped, alpha's averages too."""
+    for reached in (
+        lambda o: saved_steps(o) == [40] and len(common_lines(o)) > 50,
+        lambda o: any(p.name.startswith("80.") for p in (o / "checkpoints").glob("*tmp*")),
+    ):
+        held_out = f"eval_input={place.path / 'held.jsonl'}"
+        killed = Fork("main_train", *place.flags("killed", held_out))
+        output = place.path / "killed"
+        while not reached(output):
+            assert killed.process.is_alive(), killed.wait().stderr[-2000:]
+            time.sleep(0.0005)
+        killed.process.kill()
+        assert killed.wait().status == -signal.SIGKILL
+    assert saved_steps(output) == [40]
+    place.train("killed", held_out)
+    ours, theirs = contents(output), contents(undisturbed)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    leaves = zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True)
+    assert [] == [path for (path, a), b in leaves if not np.array_equal(np.asarray(a), np.asarray(b))]
+    assert ours["objective"]["seed"]["sum"] > 0
+    assert metrics(output) == metrics(undisturbed)
+
+
+def common_lines(output: Path) -> list[str]:
+    path = output / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_plain_rows(place):
+    """Without `source` alpha has no part in it, whatever it is; a response column makes rows of pairs."""
+    plain = [{k: v for k, v in r.items() if k not in ("source", "weight")} for r in common.read_rows(place.rows)]
+    pairs = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": "no"} for r in plain]
+    short = ("max_steps=3", "checkpoints.every=3")
+    runs = [
+        place.train("plain", f"input={common.write_rows(place.path / 'plain.jsonl', plain)}", *short),
+        place.train(
+            "chosen", f"input={common.write_rows(place.path / 'pairs.jsonl', pairs)}", *short,
+            "response_column=chosen", "alpha.rule=fixed", "alpha.value=0.9",
+        ),
+    ]  # fmt: skip
+    first, second = map(metrics, runs)
+    assert first == second and not {"alpha", "loss/seed"} & set().union(*first)
+    assert {p.name for p in (runs[0] / "checkpoints" / "3").iterdir() if p.is_dir()} == {
+        "params", "optimizer", "progress", "metrics"
+    } & {p.name for p in (runs[0] / "checkpoints" / "3").iterdir()}  # fmt: skip
+
+
+GOOD = {"prompt": "say", "response": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "parts"),
+    [
+        ([GOOD], ["train_on=first"], ["config.train_on", "first", "all, last"]),
+        ([GOOD], ["alpha.rule=paper"], ["config.alpha.rule", "paper", "loss_ratio"]),
+        ([GOOD], ["alpha.decay=1.0"], ["config.alpha.decay", "[0, 1)"]),
+        ([GOOD], ["batch.row_length=32"], ["config.batch.row_length=32", "config.max_length=64", "raise"]),
+        ([GOOD, {"prompt": "say"}], [], ["rows.jsonl row 1", "'response' is missing", "config.response_column"]),
+        ([GOOD, GOOD | {"weight": -2}], [], ["rows.jsonl row 1", "weight is -2", "mend"]),
+        ([GOOD, GOOD | {"response": ""}], [], ["rows.jsonl row 1", "response is empty", "drop the row"]),
+        ([GOOD | {"weight": 0}], [], ["rows.jsonl", "no rows left", "1 of weight 0"]),
+    ],
+)
+def test_bad_inputs(place, tmp_path, rows, settings, parts):
+    path = common.write_rows(tmp_path / "rows.jsonl", rows)
+    line = fork("main_train", *place.flags("bad", f"input={path}", *settings)).error()
+    assert [] == [part for part in parts if part not in line], line
+    assert not (place.path / "bad").exists()
