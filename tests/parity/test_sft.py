@@ -86,7 +86,9 @@ def segments_of(model, tmp_path_factory):
 @functools.cache
 def gradient_fn(config, chunk, mixed):
     coefficients = {"coefficients": mixed_coefficients} if mixed else {}
-    objective = supervised_objective(config, ComputeConfig("float32", logprob_chunk=chunk), **coefficients)
+    objective = supervised_objective(
+        config, ComputeConfig("float32", attention="reference", logprob_chunk=chunk), **coefficients
+    )
 
     @jax.jit
     def fn(params, batch, alpha):
