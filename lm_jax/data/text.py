@@ -253,8 +253,8 @@ class TextEncoder:
             turns = [(i, i + 1) for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         texts = []
         for begin, end in turns:
-            texts.append(self._apply_template(messages[:begin], where, add_generation_prompt=True))
-            texts.append(self._apply_template(messages[:end], where, add_generation_prompt=False))
+            before = self._apply_template(messages[:begin], where, True) if begin > first else prompt_text
+            texts += [before, self._apply_template(messages[:end], where, add_generation_prompt=False)]
         for number, (shorter, longer) in enumerate(itertools.pairwise(texts)):
             if not longer.startswith(shorter):
                 raise _no_prefix(shorter, longer, where, later=number > 0)
