@@ -219,17 +219,18 @@ def test_train_on_the_last_turn(tokenizer, tmp_path):
 
 def test_every_turn_starts_where_generation_would(tokenizer, tmp_path):
     """Also where the template's line break and the turn's own would be one token, which tokenising at once makes."""
-    messages = [user("a"), assistant("\nit"), user("b"), assistant("\n\nis")]
+    words = ["a", "\n\nit", "b", "\n\nis", "a", "is"]
+    messages = [(assistant if i % 2 else user)(text) for i, text in enumerate(words)]
     encoder = TextEncoder(tokenizer, 400)
     assert len(tokenizer("\n\n")["input_ids"]) == 1
     (segment,) = encode(tokenizer, {"messages": messages}, tmp_path).segments
     ids, mask = learnt_ids(segment)
     begins = [i for i in range(1, len(ids)) if mask[i] and not mask[i - 1]]
     assert ids[: begins[0]] == encoder.encode_prompt(messages[:1], "row").tolist()
-    assert ids[begins[0] - 1] == ids[begins[1] - 1] == tokenizer("\n")["input_ids"][0]
+    assert [ids[begin - 1] for begin in begins] == tokenizer("\n")["input_ids"] * 3
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
     parts = np.split(np.array(ids), np.flatnonzero(np.diff(mask)) + 1)
-    assert [tokenizer.decode(p) for p in parts[1::2]] == ["\nit<|im_end|>", "\n\nis<|im_end|>"]
+    assert [tokenizer.decode(p) for p in parts[1::2]] == [f"{text}<|im_end|>" for text in words[1::2]]
 
 
 def test_truncation_ends_with_a_learnt_token(tokenizer, tmp_path):
