@@ -53,7 +53,8 @@ def computed():
         plan = plan_batches(example_lengths(examples), batch, 1, seed=0)
         batches = BatchIterator(plan, examples, mesh, VALUES)
         step = jax.jit(
-            make_train_step(objective, optimizer, lambda step: 0.3, len(plan)), out_shardings=(shardings, None)
+            make_train_step(objective, optimizer, lambda step: 0.3, num_steps=len(plan)),
+            out_shardings=(shardings, None),
         )
         with jax.set_mesh(mesh):
             state, seen = jax.device_put(begin(params), shardings), []
