@@ -2,12 +2,12 @@
 
 import re
 
+from lm_jax.data.answer_text import unfenced, visible
+from lm_jax.data.refusals import is_refusal
 from musc_jax.constraints import folded
 from musc_jax.drops import Drop
 from musc_jax.lists import list_items
 from musc_jax.prompts import SEPARATOR
-from musc_jax.refusals import is_refusal
-from musc_jax.sections import unfenced, visible
 
 SCORES = (1, 5)
 _END = re.compile(rf"^[ \t]*{SEPARATOR}[ \t]*$", re.MULTILINE)

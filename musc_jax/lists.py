@@ -4,6 +4,8 @@ import dataclasses
 import re
 import unicodedata
 
+from lm_jax.data.answer_text import CLOSING, unquoted
+
 _HAN = {digit: number for number, digit in enumerate("一二三四五六七八九十", 1)}
 _NAMES = (  # what stands before an item's number, as in "Constraint 1:"
     r"constraints?|requirements?|criteri(?:on|a)|conditions?|questions?|rules?|points?|contraintes?|restricci[oó]n"
@@ -33,15 +35,7 @@ _HEADING = re.compile(r"\s*(?:#{1,6}\s.*|(\*\*|__)(?:(?!\1).)+\1\s*[:：]?\s*)")
 _FENCE = re.compile(r"\s*(?:```|~~~)\w*\s*")
 _RULE = re.compile(r"\s*(?:[-*_=]\s?){3,}")
 _TABLE = re.compile(r"\s*\|.*\|\s*|\s*\|?(?:\s*:?-{2,}:?\s*\|)+[\s:|-]*")
-CLOSING = re.compile(
-    r"[\s*_(]*(?:let me know|feel free|i hope|hope (?:this|that)|if you (?:need|have|want|would|'d|’d)"
-    r"|please (?:let|note)|note(?: that|:)|these (?:are|constraints|questions)|is there anything|would you like|thank"
-    r"|请告诉我|如果您|如果你|如有|如需|希望|以上|注[：:]|注意[：:]|faites-moi|n'hésitez|si (?:vous|necesitas|tienes)"
-    r"|espero|lass(?:en)? (?:es )?mich|ich hoffe|falls )",
-    re.IGNORECASE,
-)
 _BOLD_LEAD = re.compile(r"(\*\*|__)\s*((?:(?!\1).)*?)\s*\1")
-_QUOTES = {'"': '"', "“": "”", "「": "」", "『": "』", "«": "»", "„": "“", "'": "'", "‘": "’", "`": "`"}
 
 
 @dataclasses.dataclass
@@ -89,14 +83,6 @@ def list_items(text: str) -> list[str]:
         return questions if len(questions) >= 2 else []
     texts = [text for item in _nested(found) for text in _texts(item)]
     return _split_inline(texts[0]) if len(texts) == 1 and found[0].number == 1 else texts
-
-
-def unquoted(text: str) -> str:
-    """Without the quotation marks around the whole, if there are any and none of the same inside."""
-    text = text.strip()
-    if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and not {text[0], text[-1]} & set(text[1:-1]):
-        return text[1:-1].strip()
-    return text
 
 
 def unbold(text: str) -> str:

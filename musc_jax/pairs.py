@@ -13,7 +13,7 @@ from lm_jax.commands.generator import Local, load_local, local_mesh, model_ident
 from lm_jax.config import to_dict
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.rows import write_jsonl
-from lm_jax.data.text import Text
+from lm_jax.data.text import Text, takes_system
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request
 from lm_jax.training.metrics import say
@@ -107,20 +107,8 @@ def _read(config: PairsConfig, mesh: jax.sharding.Mesh | None) -> _Inputs:
             "or chat_template in tokenizer_config.json"
         )
     format = ("messages" if template else "text") if config.format == "auto" else config.format
-    system = config.system and (local is None or format == "text" or _takes_system(local.tokenizer))
+    system = config.system and (local is None or format == "text" or takes_system(local.tokenizer))
     return _Inputs(tasks, demonstrations, local, format, system)
-
-
-def _takes_system(tokenizer: Any) -> bool:
-    """Whether the chat template shows a system message; some refuse it, some leave it out."""
-    task = "The task."
-    try:
-        shown = tokenizer.apply_chat_template(
-            [{"role": "system", "content": task}, {"role": "user", "content": "A question."}], tokenize=False
-        )
-    except Exception:  # a template can raise anything
-        return False
-    return task in shown
 
 
 def _identity(config: PairsConfig, inputs: _Inputs) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm_jax.data.similarity import similarity
 from lm_jax.errors import UserError
 from musc_jax.constraints import folded
 from musc_jax.draws import shuffled, uniform
-from musc_jax.filters import similarity
 
 SIMILAR = 0.5  # a substitute at least this similar to one of the row's constraints might change nothing
 _TRIES = 64

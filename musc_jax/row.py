@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from musc_jax import filters
+from lm_jax.data.answer_text import visible
+from lm_jax.data.similarity import near_duplicates
 from musc_jax.constraints import Decomposition, folded
 from musc_jax.drops import Drop
 from musc_jax.perturb import Perturbation
 from musc_jax.prompts import Prompt
-from musc_jax.sections import visible
 from musc_jax.stages import Answer
 from musc_jax.tasks import Task
 
@@ -110,7 +110,7 @@ def drop_near_duplicates(rows: Sequence[Row], stage: str, text: Callable[[Row], 
     """Drops rows whose text nearly repeats that of an earlier one; a threshold of 0 keeps all."""
     rows = left(rows)
     if threshold:
-        earlier = filters.near_duplicates([text(row) for row in rows], threshold)
+        earlier = near_duplicates([text(row) for row in rows], threshold)
         for row, found in zip(rows, earlier, strict=True):
             if found is not None:
                 row.drop(stage, Drop.NEAR_DUPLICATE)

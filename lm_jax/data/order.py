@@ -36,6 +36,11 @@ class BatchPlan:
     def __getitem__(self, step: int) -> Sequence[np.ndarray]:
         return self.rows[step * self.batch.rows : (step + 1) * self.batch.rows]
 
+    def with_any(self, wanted: np.ndarray) -> "BatchPlan":
+        """The steps in which an example stands that `wanted` [N] is true of, each as it is here."""
+        steps = [step for step in range(len(self)) if any(wanted[row].any() for row in self[step])]
+        return BatchPlan([row for step in steps for row in self[step]], (len(steps),), self.batch)
+
 
 @dataclasses.dataclass(frozen=True)
 class Beside:

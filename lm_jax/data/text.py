@@ -101,6 +101,18 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def takes_system(tokenizer: Any) -> bool:
+    """Whether the chat template shows a system message; some refuse it, some leave it out."""
+    task = "The task."
+    try:
+        shown = tokenizer.apply_chat_template(
+            [{"role": "system", "content": task}, {"role": "user", "content": "A question."}], tokenize=False
+        )
+    except Exception:  # a template can raise anything
+        return False
+    return task in shown
+
+
 def messages_fault(value: Any) -> str | None:
     """What is wrong with `value` as messages, or None."""
     if not isinstance(value, list):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import BatchIterator, BatchPlan, plan_batches
+from lm_jax.data.order import BatchIterator, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows
@@ -69,7 +69,7 @@ def contrast(
         raise ValueError("every example must be one response under the same number of prompts")
     batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
     compute = dataclasses.replace(compute, scan_unroll=1)
-    plan = _steps_with(plan_batches(example_lengths(examples), batch, epochs=1, seed=None), wanted)
+    plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None).with_any(wanted)
     iterator = BatchIterator(plan, examples, mesh)
     pending = None
     for step in range(len(plan)):
@@ -189,12 +189,6 @@ def _chunk_contrast(hidden, embedding, targets, num_prompts, divergences):
 
 def _at_least_0(x):
     return jnp.where(x < 0, 0.0, x)  # and NaN stays NaN
-
-
-def _steps_with(plan: BatchPlan, wanted: np.ndarray) -> BatchPlan:
-    """The steps of `plan` in which a wanted example stands."""
-    steps = [step for step in range(len(plan)) if any(wanted[row].any() for row in plan[step])]
-    return BatchPlan([row for step in steps for row in plan[step]], (len(steps),), plan.batch)
 
 
 def _unpack(rows, scores, examples) -> list[tuple[int, Contrast]]:

@@ -25,12 +25,12 @@ class TokenScores(NamedTuple):
     Attributes:
       row: which of the given segments it is.
       logprobs: [R] fp32, log p(token | prompt, earlier tokens) in nats.
-      entropies: [R] fp32, entropy in nats of the distribution that each token was drawn from.
+      entropies: [R] fp32, entropy in nats of the distribution that each token was drawn from; None where not asked for.
     """
 
     row: int
     logprobs: np.ndarray
-    entropies: np.ndarray
+    entropies: np.ndarray | None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "with_entropy"))
@@ -51,6 +51,8 @@ def score(
     compute: ComputeConfig,
     batch: BatchConfig,
     mesh: jax.sharding.Mesh,
+    with_entropies: bool = True,
+    wanted: np.ndarray | None = None,
 ) -> Iterator[list[TokenScores]]:
     """Scores every response under its prompt; yields a list as each batch finishes, rows in packing order.
 
@@ -61,6 +63,9 @@ def score(
       segments: prompts (at least one token each) and responses.
       batch: a forward pass takes the rows of one microbatch.
       mesh: the mesh that the parameters live on.
+      with_entropies: without them there is less to compute.
+      wanted: [N] bool; batches without a wanted segment are left out, and so the others come out the same to the bit,
+        whatever was done before. None: all.
 
     Raises:
       UserError: a segment longer than a row.
@@ -70,12 +75,14 @@ def score(
     compute = dataclasses.replace(compute, scan_unroll=1)  # there are no residuals whose copies unrolling would save
     examples = [(segment,) for segment in segments]
     plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None)
+    if wanted is not None:
+        plan = plan.with_any(wanted)
     iterator = BatchIterator(plan, examples, mesh)
     pending = None
     for step in range(len(plan)):
         arrays = {k: v[0] for k, v in next(iterator).items()}
         with jax.set_mesh(mesh):
-            scores = packed_logprobs(params, arrays, config, compute)
+            scores = packed_logprobs(params, arrays, config, compute, with_entropies)
         if pending is not None:
             yield _unpack(*pending, segments)
         pending = plan[step], scores
@@ -84,12 +91,12 @@ def score(
 
 
 def _unpack(rows, scores, segments) -> list[TokenScores]:
-    logprobs, entropies = to_host(scores)
+    scores = to_host(scores)
     out = []
     for b, row in enumerate(rows):
         start = 0
         for item in row:
             where = response_slice(segments[item], start)
-            out.append(TokenScores(int(item), logprobs[b, where].copy(), entropies[b, where].copy()))
+            out.append(TokenScores(int(item), *(None if x is None else x[b, where].copy() for x in scores)))
             start += len(segments[item])
     return out

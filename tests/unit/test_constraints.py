@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 
+from lm_jax.data.similarity import similarity
 from lm_jax.errors import UserError
 from musc_jax.constraints import (
     MAX_CONSTRAINTS,
@@ -18,7 +19,6 @@ from musc_jax.constraints import (
 )
 from musc_jax.draws import shuffled, uniform
 from musc_jax.drops import Drop
-from musc_jax.filters import similarity
 from musc_jax.perturb import SIMILAR, Edit, Kind, Perturbation, PerturbConfig, Pool, perturb
 from musc_jax.prompts import decompose, negate, numbered, recombine
 
