@@ -13,11 +13,17 @@ from etils import epath
 from lm_jax.errors import UserError
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_ROWS = 1024  # of a Parquet file that are held at once
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def read_rows(path: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """All rows of `path`, in their order.
+    """All rows of `path`, in their order; see `stream_rows`."""
+    return list(stream_rows(path, columns))
+
+
+def stream_rows(path: str, columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of `path`, in their order, one after the other. Only of .json is the whole file read at once.
 
     Args:
       path: a .jsonl, .json (one list of objects) or .parquet file, local or gs://; a directory that `datasets` saved
@@ -44,8 +50,7 @@ def read_rows(path: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
         raise UserError(f"{path}: {fault}; give {', '.join(_SUFFIXES)}, a saved dataset's directory, or an org/name")
     else:
         rows = _from_datasets(location, split, hub=True)
-    if not rows:
-        raise UserError(f"{path}: no rows in it; give a file with at least one")
+    number = -1
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {number}: expected an object, got {type(row).__name__}; mend the row")
@@ -54,7 +59,9 @@ def read_rows(path: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
                 f"{path} row {number}: column {lacking[0]!r} is missing; it has {', '.join(sorted(row)) or 'none'}; "
                 "rename or add the column"
             )
-    return rows
+        yield row
+    if number < 0:
+        raise UserError(f"{path}: no rows in it; give a file with at least one")
 
 
 def write_jsonl(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -99,7 +106,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _from_file(file: epath.Path) -> list[Any]:
+def _from_file(file: epath.Path) -> Iterator[Any]:
     if not file.exists():
         raise UserError(f"{file}: no such file; check the path")
     if file.suffix == ".parquet":
@@ -108,24 +115,44 @@ def _from_file(file: epath.Path) -> list[Any]:
 
         try:
             with file.open("rb") as source:
-                return pq.read_table(source).to_pylist()
+                for batch in pq.ParquetFile(source).iter_batches(batch_size=_ROWS):
+                    yield from batch.to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file}: no readable Parquet file ({_first_line(error)}); write it anew") from error
-    try:
-        # utf-8-sig: a byte order mark, which some editors write, is no part of the first row
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}:{line}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
-    if not text.strip():
-        raise UserError(f"{file}: the file is empty; give a file with at least one row")
+        return
     if file.suffix == ".json":
+        text = "".join(_lines(file))
+        _check_not_empty(file, not text.strip())
         rows = _parse(text, file, 1)
         if not isinstance(rows, list):
             raise UserError(f"{file}: expected a list of rows, got {type(rows).__name__}; one object a line is .jsonl")
-        return rows
-    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string
-    return [_parse(line, file, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        yield from rows
+        return
+    empty = True
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            empty = False
+            yield _parse(line.rstrip("\n"), file, number)
+    _check_not_empty(file, empty)
+
+
+def _lines(file: epath.Path) -> Iterator[str]:
+    """Cut at newlines alone: U+2028 and its like may stand unescaped inside a JSON string."""
+    offset = 0
+    with file.open("rb") as source:
+        for number, line in enumerate(source, 1):
+            try:
+                # utf-8-sig: a byte order mark, which some editors write, is no part of the first row
+                yield line.decode("utf-8" if offset else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                at = offset + error.start
+                raise UserError(f"{file}:{number}: not UTF-8 (byte {at}); convert the file to UTF-8") from error
+            offset += len(line)
+
+
+def _check_not_empty(file: epath.Path, empty: bool) -> None:
+    if empty:
+        raise UserError(f"{file}: the file is empty; give a file with at least one row")
 
 
 class _NotJson(ValueError):
@@ -160,7 +187,7 @@ def _constant_position(text: str, name: str) -> int:
     return 0
 
 
-def _from_datasets(location: str, split: str | None, hub: bool) -> list[dict[str, Any]]:
+def _from_datasets(location: str, split: str | None, hub: bool) -> Iterator[dict[str, Any]]:
     import datasets
 
     where = f"{location}:{split}" if split else location
@@ -185,7 +212,7 @@ def _from_datasets(location: str, split: str | None, hub: bool) -> list[dict[str
         data = data[split or next(iter(data))]
     elif split is not None:
         raise UserError(f"{where}: the dataset there has no splits; give {location}")
-    return data.to_list()
+    return iter(data)
 
 
 def _first_line(error: Exception) -> str:
