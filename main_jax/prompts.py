@@ -1,0 +1,138 @@
+"""What the forward and the reverse model are asked (MAIN, arXiv 2504.12913); every word can be replaced.
+
+Forward: instruction -> response. Reverse: response -> the instruction that it answers. A forward prompt carries a tag,
+a system message of its own for seed rows and another one for synthetic rows, as in instruction backtranslation
+(Humpback, arXiv 2308.06259, section 2.3): the model can tell the two kinds apart, and is used with the seed's tag.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+from lm_jax.data.text import Text, takes_system
+from lm_jax.errors import UserError
+
+SEED, SYNTHETIC = "seed", "synthetic"
+SOURCES = (SEED, SYNTHETIC)
+FORMATS = ("auto", "messages", "text")
+_MARKERS = {  # of each template, every one to stand there once
+    "reverse_question": ("response",),
+    "forward_text": ("system", "instruction"),
+    "reverse_text": ("system", "response"),
+}
+_MARKER = re.compile(r"\{(system|instruction|response)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """The words, and their form. `{instruction}` and the like are markers; other braces stand for themselves.
+
+    What is filled in is never searched for markers, so texts come out as they went in.
+
+    Attributes:
+      format: messages | text | auto: messages where the model has a chat template.
+      seed_system: tag of seed rows; empty: none.
+      synthetic_system: tag of synthetic rows; empty: none.
+      reverse_system: the reverse model's task; empty: none.
+      reverse_question: what shows the response and asks for its instruction, as a user message.
+      forward_text: the forward prompt in format text.
+      reverse_text: the reverse prompt in format text.
+
+    Raises:
+      UserError: an unknown format; a template lacks a marker, has it twice, or has one that is not its own.
+    """
+
+    format: str
+    seed_system: str
+    synthetic_system: str
+    reverse_system: str
+    reverse_question: str
+    forward_text: str
+    reverse_text: str
+
+    def __post_init__(self):
+        if self.format not in FORMATS:
+            raise UserError(f"config.prompts.format={self.format!r}: must be {', '.join(FORMATS[:-1])} or text")
+        for name, expected in _MARKERS.items():
+            found = _MARKER.findall(getattr(self, name))
+            if sorted(found) != sorted(expected):
+                raise UserError(
+                    f"config.prompts.{name}: has the markers {', '.join(f'{{{m}}}' for m in found) or 'none'}; it must "
+                    f"have {' and '.join(f'{{{m}}}' for m in expected)}, each once"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The prompts of one model; see `open_prompts`.
+
+    Attributes:
+      words: the config.
+      format: messages or text.
+      system: whether the chat template shows a system message; otherwise its text heads the user's.
+    """
+
+    words: PromptConfig
+    format: str
+    system: bool = True
+
+    def forward(self, instruction: str, source: str) -> Text:
+        """Asks for a response to `instruction`, under the tag of its `source` (seed or synthetic)."""
+        system = {SEED: self.words.seed_system, SYNTHETIC: self.words.synthetic_system}[source]
+        return self._prompt(system, instruction, self.words.forward_text, instruction=instruction)
+
+    def no_instruction(self, source: str) -> Text:
+        """The forward prompt around an empty instruction.
+
+        Frame and tag stay, so that a response's likelihoods with and without an instruction differ by that alone.
+        """
+        return self.forward("", source)
+
+    def reverse(self, response: str) -> Text:
+        """Shows `response` and asks for the instruction that it answers; `instructions.read_instruction` reads it."""
+        question = _fill(self.words.reverse_question, response=response)
+        return self._prompt(self.words.reverse_system, question, self.words.reverse_text, response=response)
+
+    def stop(self, direction: str) -> tuple[str, ...]:
+        """Where to end what is sampled from raw text: a base model that runs on begins with the template's first label.
+
+        Args:
+          direction: forward or reverse.
+        """
+        if self.format == "messages":
+            return ()
+        template = {"forward": self.words.forward_text, "reverse": self.words.reverse_text}[direction]
+        labels = [line.strip() for line in _MARKER.sub("\n", template).split("\n") if line.strip()]
+        return (f"\n{labels[0]}",) if labels else ()
+
+    def _prompt(self, system: str, question: str, template: str, **values: str) -> Text:
+        if self.format == "text":
+            return _fill(template, system=system, **values).lstrip("\n")
+        if not self.system:
+            return [{"role": "user", "content": f"{system}\n\n{question}" if system else question}]
+        head = [{"role": "system", "content": system}] if system else []
+        return [*head, {"role": "user", "content": question}]
+
+
+def open_prompts(config: PromptConfig, tokenizer: Any, model: str) -> Prompts:
+    """The prompts in the form that a model's tokenizer takes.
+
+    Args:
+      model: its name, for errors.
+
+    Raises:
+      UserError: messages are asked for and there is no chat template.
+    """
+    template = bool(tokenizer.chat_template)
+    if config.format == "messages" and not template:
+        raise UserError(
+            f"config.prompts.format='messages': the tokenizer of {model} has no chat template; set "
+            "config.prompts.format=text, or chat_template in tokenizer_config.json"
+        )
+    format = ("messages" if template else "text") if config.format == "auto" else config.format
+    return Prompts(config, format, format == "text" or takes_system(tokenizer))
+
+
+def _fill(template: str, **values: str) -> str:
+    # One pass over the template: markers inside a value are never seen
+    return _MARKER.sub(lambda marker: values[marker[1]], template)
