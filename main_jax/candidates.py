@@ -90,7 +90,9 @@ def _fault(row: Mapping[str, Any], cluster: str | None) -> str | None:
         kind = type(row["instruction"]).__name__
         return f"instruction must be a text or null, got {kind}; give each candidate a row of its own"
     if cluster and type(row[cluster]) not in (int, str):
-        return f"{cluster} must be a string or a whole number, got {row[cluster]!r}; mend it, or leave config.cluster out"
+        return (
+            f"{cluster} must be a string or a whole number, got {row[cluster]!r}; mend it, or leave config.cluster out"
+        )
     return None
 
 

@@ -8,13 +8,15 @@ segment is judged last.
 import collections
 import dataclasses
 import enum
+import html
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from lm_jax.data.similarity import tokens
 from lm_jax.errors import UserError
 
 HEADING_WORDS = 12  # a longer line without a sentence's end is a cut sentence
+LAST_WORDS = 8  # a last line that is as short is mostly the title of something else
 
 
 class LineFault(enum.StrEnum):
@@ -24,6 +26,7 @@ class LineFault(enum.StrEnum):
     LINKS = "links"
     SYMBOLS = "symbols"
     UPPER_CASE = "upper_case"
+    GARBLED = "garbled"  # characters of a wrong encoding
     REPEATED = "repeated"  # stands in several documents, or before in this one
     FRAGMENT = "fragment"  # neither sentence, list item nor heading of something
 
@@ -33,9 +36,11 @@ class SegmentFault(enum.StrEnum):
 
     TOO_SHORT = "too_short"
     LANGUAGE = "language"
-    DANGLING = "dangling"  # begins in the middle, or refers to what stood before
+    NUMBERS = "numbers"  # tables, results, price lists
+    DANGLING = "dangling"  # begins in the middle, or refers to what is not there: earlier text, a picture, a link
     PROMOTION = "promotion"  # sells, or asks for a call
-    CONVERSATION = "conversation"  # speaks to somebody by name, or answers a comment
+    CONVERSATION = "conversation"  # comments, greetings, much that is exclaimed
+    PERSONAL = "personal"  # tells of its writer
     NEAR_DUPLICATE = "near_duplicate"
 
 
@@ -50,6 +55,10 @@ class SegmentConfig:
     stop_words: tuple[str, ...]
     min_stop_words: float
     dangling_words: tuple[str, ...]
+    personal_words: tuple[str, ...]
+    max_personal_words: float
+    max_numbers: float
+    max_exclamations: float
 
     def __post_init__(self):
         if not 1 <= self.min_words <= self.max_words:
@@ -57,7 +66,14 @@ class SegmentConfig:
                 f"config.segments.min_words={self.min_words}: must lie between 1 and config.segments.max_words="
                 f"{self.max_words}"
             )
-        for name in ("max_symbols", "max_upper", "min_stop_words"):
+        for name in (
+            "max_symbols",
+            "max_upper",
+            "min_stop_words",
+            "max_personal_words",
+            "max_numbers",
+            "max_exclamations",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"config.segments.{name}={getattr(self, name)}: must lie between 0 and 1")
 
@@ -84,8 +100,10 @@ _BOILERPLATE = re.compile(
     r"©|\(c\) ?\d{4}|copyright|all rights reserved|terms (?:of|and|&) |privacy policy|cookies?\b|disclaimer"
     r"|^(?:posted|published|written|submitted|uploaded|filed|tagged|updated|added)\b.{0,40}\b(?:by|on|in|under|at)\b"
     r"|this entry was posted|^tags?:|^categor(?:y|ies):|^(?:next|previous|prev|older|newer)\b.{0,60}$"
-    r"|click (?:here|on|the|below)|(?:read|learn|see|view|show|find out) more\b|continue reading|leave a (?:reply|comment)"
-    r"|\bcomments?\b.{0,20}$|trackback|pingback|rss feed|subscribe|newsletter|sign[- ]?up\b|log[- ]?in\b|register(?:ed)? (?:now|here)"
+    r"|click (?:here|on|the|below)|(?:read|learn|see|view|show|find out) more\b|continue reading"
+    r"|leave a (?:reply|comment)"
+    r"|\bcomments?\b.{0,20}$|trackback|pingback|rss feed|subscribe|newsletter|sign[- ]?up\b|log[- ]?in\b"
+    r"|register(?:ed)? (?:now|here)"
     r"|(?:share|follow|like|find|join) (?:this|us|me)\b|facebook|twitter|instagram|pinterest|e-?mail (?:us|me|address)"
     r"|add to (?:cart|basket|wish)|free shipping|in stock|out of stock|check ?out\b|your (?:order|cart|browser)"
     r"|javascript|lorem ipsum|photo(?:s|graph)? (?:by|credit|courtesy)|image (?:by|credit|source)|advertisement"
@@ -96,17 +114,27 @@ _BOILERPLATE = re.compile(
 _PROMOTION = re.compile(
     r"\+?\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}|\b(?:call|contact|visit|e-?mail|reach|ask|book with|shop with) (?:us|our|me)\b"
     r"|\b(?:call|order|book|buy|shop|apply|enquire|register|enroll|download) (?:now|today|online)\b|give us a call"
-    r"|\bour (?:team|staff|experts?|clients?|customers?|products?|services?|company|store|shop|prices?|website|range"
-    r"|technicians|professionals|showroom|catalogue?)\b|\bwe (?:offer|provide|specialize|specialise|deliver|ship|guarantee"
-    r"|accept|carry|stock|are proud|pride)\b|\bfree (?:quote|estimate|consultation|trial|delivery)\b|money[- ]back"
-    r"|\bfor sale\b|limited time|special offer|\bdiscounts?\b|\b(?:price|cost)s? (?:starts?|from)\b",
+    r"|\bour (?:team|staff|experts?|clients?|customers?|products?|services?|company|store|shop|prices?|website"
+    r"|range|technicians|professionals|showroom|catalogue?)\b|\bwe (?:offer|provide|speciali[sz]e|deliver|ship"
+    r"|guarantee|accept|carry|stock|are proud|pride)\b|\bfree (?:quote|estimate|consultation|trial|delivery)\b|money[- ]back"
+    r"|\bfor sale\b|limited time|special offer|\bdiscounts?\b|\bjoins? us\b|\btickets? (?:are|cost)\b|\b(?:price|cost)s? (?:starts?|from)\b",
+    re.IGNORECASE,
+)
+_GARBLED = re.compile(r"\ufffd|[ÂÃ][^a-zà-ÿ]|â€|&#?\w+;")
+_SHOWN = "map|picture|image|photo|video|chart|link|table|graph|diagram|screenshot|form"
+_POINTING = re.compile(
+    rf"\b(?:below|above|attached|following) (?:{_SHOWN})s?\b|\b(?:{_SHOWN}|detail|instruction)s? (?:below|above)\b"
+    r"|\b(?:available|listed|shown|seen|see|linked) (?:below|above)\b"
+    r"|\bmy (?:last|previous|next) (?:article|post|entry)\b"
+    r"|\bclick here\b|\b(?:read|view|see|download|visit)\b[^.!?]{0,60}\bhere[.!]"
+    r"|\b(?:in|on) (?:this|the) (?:picture|image|photo|video|thread|episode)\b",
     re.IGNORECASE,
 )
 _CONVERSATION = re.compile(
     r"^(?:hi|hello|hey|dear|thanks?|thank you|congrat\w*|welcome|sorry|yes|no|lol|wow|ok(?:ay)?|great (?:post|article)"
     r"|good (?:morning|luck))\b(?! to\b)|^@\w|\bthis (?:blog|forum|thread|post)\b|\bmy (?:blog|channel|last post)\b"
-    r"|\b(?:lol|imho|btw)\b",
-    re.IGNORECASE,
+    r"|\b(?:lol|imho|btw|xoxo)\b|[!?]{3}|!!|[:;]-?[)(]",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 
@@ -132,12 +160,11 @@ def cut(
       dropped: counts left-out lines by reason, if given.
     """
     dropped = collections.Counter() if dropped is None else dropped
-    whole = True  # nothing of the document stands before
+    whole = True  # no text of the document stands before
     for run in _runs(document, config, repeated, dropped):
-        for segment in _packed(_blocks(run, config.max_words), config):
-            yield Piece(segment, _segment_fault(segment, config, whole))
+        for segment, headed in _packed(_blocks(run, config.max_words), config):
+            yield Piece(segment, _segment_fault(segment, config, whole or headed))
             whole = False
-        whole = False
 
 
 def line_fault(line: str, config: SegmentConfig) -> LineFault | None:
@@ -146,6 +173,8 @@ def line_fault(line: str, config: SegmentConfig) -> LineFault | None:
     spaces = sum(c.isspace() for c in line)
     if not letters or (len(line) - letters - spaces) / (len(line) - spaces) > config.max_symbols:
         return LineFault.SYMBOLS
+    if _GARBLED.search(line):
+        return LineFault.GARBLED
     if _LINK.search(line):
         return LineFault.LINKS
     if sum(c.isupper() for c in line) / letters > config.max_upper and letters > 10:
@@ -162,7 +191,7 @@ def _runs(
     """Stretches of good lines; "" stands for a blank line between them."""
     run: list[str] = []
     seen: set[str] = set()
-    for line in [" ".join(line.split()) for line in document.replace("\r", "\n").split("\n")] + [None]:
+    for line in [" ".join(line.split()) for line in re.split(r"\r\n?|\n", html.unescape(document))] + [None]:
         if line == "":
             run.append("")
             continue
@@ -183,11 +212,13 @@ def _runs(
 
 
 def _without_fragments(run: list[str], dropped: collections.Counter[str]) -> list[str]:
-    """The lines that are sentences, list items, or headings of what follows; a line that is cut loses its last words."""
+    """The lines that are sentences, list items, or headings of what follows; a cut line loses its last words."""
     kept: list[str] = []
     for line in reversed(run):
         following = next((other for other in reversed(kept) if other), "")
-        if not line or _END.search(line) or _is_item(line) or _announces(line, following):
+        if line and not following and len(tokens(line)) <= LAST_WORDS and not _is_item(line):
+            dropped[LineFault.FRAGMENT] += 1
+        elif not line or _END.search(line) or _is_item(line) or _announces(line, following):
             kept.append(line)
         elif sentences := _sentences(line)[:-1]:
             kept.append(" ".join(sentences))
@@ -238,9 +269,7 @@ def _shortened(group: list[str], max_words: int) -> Iterator[str]:
         return
     parts = [(line, "\n") for line in group]
     if max(_words(line) for line in group) > max_words:
-        parts = [
-            (sentence, " " if i else "\n") for line in group for i, sentence in enumerate(_sentences(line))
-        ]
+        parts = [(sentence, " " if i else "\n") for line in group for i, sentence in enumerate(_sentences(line))]
     text, words = "", 0
     for part, separator in parts:
         count = _words(part)
@@ -251,35 +280,48 @@ def _shortened(group: list[str], max_words: int) -> Iterator[str]:
     yield text
 
 
-def _packed(blocks: list[tuple[str, bool]], config: SegmentConfig) -> Iterator[str]:
-    """Blocks joined to segments of about equal size; a section begins a new one where the last is long enough."""
+def _packed(blocks: list[tuple[str, bool]], config: SegmentConfig) -> Iterator[tuple[str, bool]]:
+    """(text, begins a section) of segments of about equal size; a section begins one where the last is long enough."""
     counts = [_words(text) for text, _ in blocks]
     target = sum(counts) / max(-(-sum(counts) // config.max_words), 1)
     parts: list[str] = []
-    words = 0
+    words, headed = 0, False
     for (text, opens), count in zip(blocks, counts, strict=True):
         full = words + count > config.max_words or words >= target or (opens and words >= config.min_words)
         if parts and full:
-            yield "\n".join(parts)
+            yield "\n".join(parts), headed
             parts, words = [], 0
+        if not parts:
+            headed = opens
         parts.append(text)
         words += count
     if parts:
-        yield "\n".join(parts)
+        yield "\n".join(parts), headed
 
 
-def _segment_fault(text: str, config: SegmentConfig, whole: bool) -> SegmentFault | None:
+def _segment_fault(text: str, config: SegmentConfig, begins: bool) -> SegmentFault | None:
+    """What is wrong with a segment; `begins` says whether a document or a section begins with it."""
     words = tokens(text)
     if not config.min_words <= len(words) <= config.max_words:
         return SegmentFault.TOO_SHORT
-    if sum(word in config.stop_words for word in words) / len(words) < config.min_stop_words:
+    if _share(words, config.stop_words.__contains__) < config.min_stop_words:
         return SegmentFault.LANGUAGE
+    if _share(words, lambda word: any(c.isdigit() for c in word)) > config.max_numbers:
+        return SegmentFault.NUMBERS
     first = next((c for c in text if c.isalnum()), "")
-    if first.islower() and not _is_item(text) or (not whole and words[0] in config.dangling_words):
+    if not begins or first.islower() or words[0] in config.dangling_words or _POINTING.search(text):
         return SegmentFault.DANGLING
-    if _CONVERSATION.search(text):
+    exclaimed = _share(_sentences(text.replace("\n", " ")), lambda sentence: sentence.endswith(("!", "！")))
+    if exclaimed > config.max_exclamations or _CONVERSATION.search(text):
         return SegmentFault.CONVERSATION
-    return SegmentFault.PROMOTION if _PROMOTION.search(text) else None
+    if _PROMOTION.search(text):
+        return SegmentFault.PROMOTION
+    personal = _share(words, config.personal_words.__contains__)
+    return SegmentFault.PERSONAL if personal > config.max_personal_words else None
+
+
+def _share(items: Sequence[str], is_one: Callable[[str], bool]) -> float:
+    return sum(map(is_one, items)) / len(items)
 
 
 def _sentences(line: str) -> list[str]:
