@@ -16,6 +16,7 @@ from lm_jax.data.similarity import tokens
 from lm_jax.errors import UserError
 
 HEADING_WORDS = 12  # a longer line without a sentence's end is a cut sentence
+LANGUAGE_WORDS = 15  # of fewer the share of stop words says little
 LAST_WORDS = 8  # a last line that is as short is mostly the title of something else
 
 
@@ -27,6 +28,7 @@ class LineFault(enum.StrEnum):
     SYMBOLS = "symbols"
     UPPER_CASE = "upper_case"
     GARBLED = "garbled"  # characters of a wrong encoding
+    LANGUAGE = "language"  # a long line in another language than asked for
     REPEATED = "repeated"  # stands in several documents, or before in this one
     FRAGMENT = "fragment"  # neither sentence, list item nor heading of something
 
@@ -108,7 +110,7 @@ _BOILERPLATE = re.compile(
     r"|add to (?:cart|basket|wish)|free shipping|in stock|out of stock|check ?out\b|your (?:order|cart|browser)"
     r"|javascript|lorem ipsum|photo(?:s|graph)? (?:by|credit|courtesy)|image (?:by|credit|source)|advertisement"
     r"|^(?:reply|report|quote|share|print|home|menu|search|skip to)\b.{0,20}$|\b(?:am|pm) (?:est|pst|gmt|utc)\b"
-    r"|(?:above|below|this) (?:post|article|page|blog|site|website|video|link|picture|photo)\b",
+    r"|opens in a new (?:window|tab)|(?:above|below|this) (?:post|article|page|blog|site|website|video|link|picture|photo)\b",
     re.IGNORECASE,
 )
 _PROMOTION = re.compile(
@@ -116,8 +118,9 @@ _PROMOTION = re.compile(
     r"|\b(?:call|order|book|buy|shop|apply|enquire|register|enroll|download) (?:now|today|online)\b|give us a call"
     r"|\bour (?:team|staff|experts?|clients?|customers?|products?|services?|company|store|shop|prices?|website"
     r"|range|technicians|professionals|showroom|catalogue?)\b|\bwe (?:offer|provide|speciali[sz]e|deliver|ship"
-    r"|guarantee|accept|carry|stock|are proud|pride)\b|\bfree (?:quote|estimate|consultation|trial|delivery)\b|money[- ]back"
-    r"|\bfor sale\b|limited time|special offer|\bdiscounts?\b|\bjoins? us\b|\btickets? (?:are|cost)\b|\b(?:price|cost)s? (?:starts?|from)\b",
+    r"|guarantee|accept|carry|stock|are proud|pride)\b|\bfree (?:quote|estimate|consultation|trial|delivery)\b"
+    r"|money[- ]back|\bfor sale\b|limited time|special offer|\bdiscounts?\b|\bjoins? us\b|\btickets? (?:are|cost)\b"
+    r"|\b(?:price|cost)s? (?:starts?|from)\b",
     re.IGNORECASE,
 )
 _GARBLED = re.compile(r"\ufffd|[ÂÃ][^a-zà-ÿ]|â€|&#?\w+;")
@@ -179,6 +182,9 @@ def line_fault(line: str, config: SegmentConfig) -> LineFault | None:
         return LineFault.LINKS
     if sum(c.isupper() for c in line) / letters > config.max_upper and letters > 10:
         return LineFault.UPPER_CASE
+    words = tokens(line)
+    if len(words) >= LANGUAGE_WORDS and _share(words, config.stop_words.__contains__) < config.min_stop_words / 2:
+        return LineFault.LANGUAGE
     # Furniture is short; a long paragraph may well speak of cookies
     if _BOILERPLATE.search(line) and (len(line) < 200 or not _END.search(line)):
         return LineFault.BOILERPLATE
