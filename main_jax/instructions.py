@@ -10,7 +10,7 @@ from lm_jax.data.similarity import tokens
 NGRAM = 5  # words in a row that two texts do not share by chance
 MIN_TOKENS = 3  # "Write." asks for nothing
 MAX_TOKENS = 200  # longer than all but a few instructions; what runs on is mostly a response
-MAX_COPIED = 0.5  # of the instruction's 5-grams; a title or a quotation is less
+MAX_COPIED = 0.9  # of the instruction's 5-grams; many answers begin by saying the question again, but for its verb
 _NAMES = (
     r"(?:the |new |user(?:'s|’s)? |original |possible |likely |final )*"
     r"(?:instructions?|questions?|prompts?|tasks?|quer(?:y|ies)|requests?)|user|human|指令|问题|任务"
@@ -47,7 +47,7 @@ def read_instruction(answer: str, response: str, finish_reason: str = "stop") ->
 
     Returns:
       The instruction, or EMPTY, REFUSAL, TRUNCATED, TOO_SHORT (fewer than 3 words), TOO_LONG (more than 200), COPY
-      (more than half of its 5-grams stand in the response).
+      (more than 9 in 10 of its 5-grams stand in the response).
     """
     text = visible(answer)
     if text is None:

@@ -110,7 +110,8 @@ _BOILERPLATE = re.compile(
     r"|add to (?:cart|basket|wish)|free shipping|in stock|out of stock|check ?out\b|your (?:order|cart|browser)"
     r"|javascript|lorem ipsum|photo(?:s|graph)? (?:by|credit|courtesy)|image (?:by|credit|source)|advertisement"
     r"|^(?:reply|report|quote|share|print|home|menu|search|skip to)\b.{0,20}$|\b(?:am|pm) (?:est|pst|gmt|utc)\b"
-    r"|opens in a new (?:window|tab)|(?:above|below|this) (?:post|article|page|blog|site|website|video|link|picture|photo)\b",
+    r"|opens in a new (?:window|tab)"
+    r"|(?:above|below|this) (?:post|article|page|blog|site|website|video|link|picture|photo)\b",
     re.IGNORECASE,
 )
 _PROMOTION = re.compile(

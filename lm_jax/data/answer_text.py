@@ -51,7 +51,7 @@ def without_opening(text: str) -> str:
 def is_opening(text: str) -> bool:
     """Whether `text` is one line that only announces what follows."""
     line = text.strip().strip("*_ ")
-    announces = bool(_OPENING.fullmatch(line)) or (line.endswith((":", "：")) and len(line) <= 150)
+    announces = bool(_OPENING.fullmatch(line)) or (line.endswith((":", "：")) and len(line) <= 150 and ". " not in line)
     return bool(line) and "\n" not in line and announces and bool(_ABOUT_ANSWER.search(line))
 
 
