@@ -67,6 +67,7 @@ _FORKS.set_forkserver_preload(
         "main_jax.train",
         "musc_jax.train",
         "musc_jax.weigh",
+        "main_jax.mutual_filter",
         "lm_jax.commands.generate",
         "lm_jax.commands.score",
         "lm_jax.commands.export",

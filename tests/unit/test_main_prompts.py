@@ -125,7 +125,11 @@ GOOD = "Explain how rain forms."
         ("Explain this:\n\n- rain\n- snow", "stop", "Explain this:\n\n- rain\n- snow"),
         ('What is "rain"?', "stop", 'What is "rain"?'),
         ("Question 3 of the exam: why does it rain?", "stop", "Question 3 of the exam: why does it rain?"),
-        ("Write a plan for the task. Use this format:\nPart 1", "stop", "Write a plan for the task. Use this format:\nPart 1"),
+        (
+            "Write a plan for the task. Use this format:\nPart 1",
+            "stop",
+            "Write a plan for the task. Use this format:\nPart 1",
+        ),
         ("什么是雨？请解释", "stop", "什么是雨？请解释"),
         # No instruction
         ("", "stop", Fault.EMPTY),
@@ -148,7 +152,9 @@ def test_instructions_from_answers(answer, finish, expected):
 
 def test_lengths_at_their_bounds():
     assert read_instruction("Explain rain now", RESPONSE) == "Explain rain now"
-    assert isinstance(read_instruction("a " * 201, ""), Fault) and not isinstance(read_instruction("a " * 200, ""), Fault)
+    assert isinstance(read_instruction("a " * 201, ""), Fault) and not isinstance(
+        read_instruction("a " * 200, ""), Fault
+    )
 
 
 def test_copy_rate_by_hand():
