@@ -16,6 +16,7 @@ from lm_jax.data.similarity import tokens
 from lm_jax.errors import UserError
 
 HEADING_WORDS = 12  # a longer line without a sentence's end is a cut sentence
+FURNITURE_LENGTH = 200  # characters
 LANGUAGE_WORDS = 15  # of fewer the share of stop words says little
 LAST_WORDS = 8  # a last line that is as short is mostly the title of something else
 
@@ -88,6 +89,7 @@ class Piece:
     fault: SegmentFault | None
 
 
+_DIGIT = re.compile(r"\d")
 _END = re.compile(r"[.!?…。！？][\"'”’»)\]*_]*$")
 _BREAK = re.compile(  # between two sentences of a line
     r"(?<=[.!?…])[\"'”’»)\]]*\s+(?=[\"'“‘«(\[]*[^\W_a-z])|(?<=[。！？])(?=\S)"
@@ -96,7 +98,9 @@ _ABBREVIATED = re.compile(
     r"(?:\b(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|Mt|Rev|Gen|Col|Capt|Sgt|Lt|vs|etc|approx|no|No|Nos|vol|Vol|pp|p|fig|Fig"
     r"|Inc|Ltd|Co|Corp|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec)|\b(?:[A-Za-z]\.)+[A-Za-z])\.$"
 )
-_ITEM = re.compile(r"(?:[-*+•‣◦·▪●–—►✓✔]|\(?\d{1,3}[.):]|\(?[a-zA-Z][.)]|step \d+)\s|\d+(?:[./]\d+)?\s", re.IGNORECASE)
+_ITEM = re.compile(
+    r"(?:[-*+•‣◦·▪●–—►✓✔]|\(?\d{1,3}[.):]|\(?[a-zA-Z][.)]|step \d+[.:)]?)\s|\d+(?:[./]\d+)?\s", re.IGNORECASE
+)
 _LINK = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|org|net|co\.uk|info|html?)\b|\S+@\S+\.\w+", re.IGNORECASE)
 _BOILERPLATE = re.compile(
     r"©|\(c\) ?\d{4}|copyright|all rights reserved|terms (?:of|and|&) |privacy policy|cookies?\b|disclaimer"
@@ -173,21 +177,21 @@ def cut(
 
 def line_fault(line: str, config: SegmentConfig) -> LineFault | None:
     """What is wrong with a line by itself, or None."""
-    letters = sum(c.isalpha() for c in line)
-    spaces = sum(c.isspace() for c in line)
+    letters = sum(map(str.isalpha, line))
+    spaces = sum(map(str.isspace, line))
     if not letters or (len(line) - letters - spaces) / (len(line) - spaces) > config.max_symbols:
         return LineFault.SYMBOLS
     if _GARBLED.search(line):
         return LineFault.GARBLED
     if _LINK.search(line):
         return LineFault.LINKS
-    if sum(c.isupper() for c in line) / letters > config.max_upper and letters > 10:
+    if sum(map(str.isupper, line)) / letters > config.max_upper and letters > 10:
         return LineFault.UPPER_CASE
     words = tokens(line)
     if len(words) >= LANGUAGE_WORDS and _share(words, config.stop_words.__contains__) < config.min_stop_words / 2:
         return LineFault.LANGUAGE
     # Furniture is short; a long paragraph may well speak of cookies
-    if _BOILERPLATE.search(line) and (len(line) < 200 or not _END.search(line)):
+    if (len(line) < FURNITURE_LENGTH or not _END.search(line)) and _BOILERPLATE.search(line):
         return LineFault.BOILERPLATE
     return None
 
@@ -313,7 +317,7 @@ def _segment_fault(text: str, config: SegmentConfig, begins: bool) -> SegmentFau
         return SegmentFault.TOO_SHORT
     if _share(words, config.stop_words.__contains__) < config.min_stop_words:
         return SegmentFault.LANGUAGE
-    if _share(words, lambda word: any(c.isdigit() for c in word)) > config.max_numbers:
+    if _share(words, _DIGIT.search) > config.max_numbers:
         return SegmentFault.NUMBERS
     first = next((c for c in text if c.isalnum()), "")
     if not begins or first.islower() or words[0] in config.dangling_words or _POINTING.search(text):
@@ -327,8 +331,8 @@ def _segment_fault(text: str, config: SegmentConfig, begins: bool) -> SegmentFau
     return SegmentFault.PERSONAL if personal > config.max_personal_words else None
 
 
-def _share(items: Sequence[str], is_one: Callable[[str], bool]) -> float:
-    return sum(map(is_one, items)) / len(items)
+def _share(items: Sequence[str], is_one: Callable[[str], object]) -> float:
+    return sum(map(bool, map(is_one, items))) / len(items)
 
 
 def _sentences(line: str) -> list[str]:

@@ -169,7 +169,7 @@ def test_the_report_by_hand(tmp_path):
     assert report["copy_rate"] == {"scored": 0.1875, "best": 0.25, "kept": 0.25}
     shares = {row["from"]: row["share"] for row in report["kept_by_length"]}
     assert shares == {0: 1.0, 50: None, 100: 1.0, 200: None, 400: 0.0}
-    # Best: forward 1, 3, 4 and reverse 4, 2, 1: the ranks are turned around; deviations -5/3, 1/3, 4/3 and 5/3, -1/3, -4/3
+    # Best: forward 1, 3, 4 and reverse 4, 2, 1 deviate from their means by -5/3, 1/3, 4/3 and 5/3, -1/3, -4/3
     assert report["forward_reverse_correlation"]["best"] == {"pearson": -1.0, "spearman": -1.0}
     # All: reverse 4, 9, 2, 1 has ranks 3, 4, 2, 1; squared differences to 1..4 are 4, 4, 1, 9: 1 - 6 * 18 / 60
     assert report["forward_reverse_correlation"]["scored"]["spearman"] == pytest.approx(-0.8, abs=1e-6)
