@@ -256,3 +256,13 @@ def test_scores_of_something_else_are_refused(place, filtered):
     ):
         line = place.refused("other", scores, *settings)
         assert "response.jsonl: made with " in line and says in line
+
+
+def test_responses_are_prepared_by_the_command(tmp_path):
+    text = " ".join(["Rain is the water that falls to the ground from the clouds when they are cold."] * 4)
+    documents = common.write_rows(tmp_path / "documents.jsonl", [{"body": text}, {"body": "Rain."}])
+    flags = arguments("main_prepare", f"input={documents}", f"output={tmp_path}/responses.jsonl")
+    done = fork("main_prepare", *flags, "--config.column=body").ok()
+    assert "kept 1 of 1 segments, from 1 of 2 documents" in done.stdout
+    assert common.read_rows(tmp_path / "responses.jsonl") == [{"id": "0/0", "response": text, "document": 0}]
+    assert "column 'text' is missing" in fork("main_prepare", *flags).error()

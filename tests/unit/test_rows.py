@@ -1,12 +1,14 @@
 """Reading and writing rows: every format gives the same rows, every fault its place and its cure."""
 
+import tracemalloc
+
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lm_jax.data.rows import read_rows, write_jsonl
+from lm_jax.data.rows import read_rows, stream_rows, write_jsonl
 from lm_jax.errors import UserError
 
 ROWS = [{"id": 7, "prompt": "grüße\u2028", "m": [{"role": "user", "content": "a"}]}, {"id": 8, "prompt": "", "m": []}]
@@ -37,6 +39,22 @@ def test_every_format_gives_the_same_rows(tmp_path):
     datasets.DatasetDict({"train": saved.select([1]), "test": saved}).save_to_disk(tmp_path / "two")
     for name in ("a.jsonl", "a.json", "a.parquet", "saved", "one", "one:train", "two:test"):
         assert read_rows(str(tmp_path / name), ["id", "prompt"]) == ROWS, name
+
+
+def test_rows_come_before_the_file_is_read_to_its_end(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n' * 100_000 + "{broken")
+    rows = stream_rows(str(path), ["a"])
+    assert [next(rows) for _ in range(3)] == [{"a": 1}] * 3
+    with pytest.raises(UserError, match="a.jsonl:100001: broken JSON at column 2"):
+        list(rows)
+    tracemalloc.start()
+    try:
+        path.write_text('{"a": 1}\n' * 100_000)
+        assert sum(1 for _ in stream_rows(str(path))) == 100_000
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_splits_have_to_be_there_and_chosen(tmp_path):

@@ -116,7 +116,7 @@ def test_other_scripts_end_sentences_too():
         ("We use cookies to give you the best experience.", LineFault.BOILERPLATE),
         ("Share this", LineFault.BOILERPLATE),
         ("The rain \ufffds falling on the roof.", LineFault.GARBLED),
-        ("Sateella vesi putoaa pilvistä maahan kun pisarat ovat painavia ja ilma on kylmä yöllä tai aamulla siellä", LineFault.LANGUAGE),
+        ("Sateella vesi putoaa maahan ja ilma on nyt niin kylmä ettei se voi olla enää pilvi", LineFault.LANGUAGE),
     ],
 )  # fmt: skip
 def test_lines(line, fault):
