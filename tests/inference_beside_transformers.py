@@ -4,11 +4,13 @@
 
 Generation: 256 prompts of 20 to 200 tokens of real text, up to 128 new tokens at temperature 1, and a model that ends
 early: a share of the vocabulary counts as end tokens. transformers takes batches as the rows come, and also sorted.
-Scoring: log-probs of 1,000 real responses; transformers takes batches sorted by length, with the head on all tokens.
+Scoring: log-probs of 1,000 real responses; transformers takes batches sorted by length, with the head on all tokens;
+ours with entropies, as `launch.score` has them, and without, as `launch.main_filter` does its passes.
 Compilation is left out on our side (each measurement is the second of its kind in the process), as is loading on both.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -139,14 +141,16 @@ def our_scoring(model: str) -> Iterator[dict[str, Any]]:
         Segment(*(np.array(x, np.int32) for x in (tokenizer(p)["input_ids"], [*tokenizer(r)["input_ids"], 2])))
         for p, r in responses()
     ]
-    for rows, row_length in ((4, 1024), (4, 2048), (8, 1024)):
+    shapes = ((4, 1024), (4, 2048), (8, 1024))
+    for entropies, (rows, row_length) in itertools.product((True, False), shapes):
         batch = BatchConfig(rows=rows, row_length=row_length, microbatches=1, max_examples_per_row=64)
         for _ in range(2):
             begin, total = time.perf_counter(), 0.0
-            for group in score(params, segments, config, ComputeConfig("float32"), batch, mesh):
+            for group in score(params, segments, config, ComputeConfig("float32"), batch, mesh, entropies):
                 total += sum(float(s.logprobs.sum()) for s in group)
             seconds = time.perf_counter() - begin
         yield {
+            "entropies": entropies,
             "rows": rows,
             "row_length": row_length,
             "tokens": sum(map(len, segments)),
