@@ -57,15 +57,20 @@ def make_tokenizer(directory: Path, data: Path = DATA) -> transformers.PreTraine
     return wrapped
 
 
-def make_model(directory: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> int:
-    """Saves a random Llama, fp32, that fits the tokenizer. Returns its number of parameters."""
+SIZES = {  # 8.0M parameters
+    "hidden_size": 256,
+    "intermediate_size": 576,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+def make_model(directory: Path, tokenizer: transformers.PreTrainedTokenizerFast, **sizes: int) -> int:
+    """Saves a random fp32 Llama of SIZES, `sizes` in their place, for the tokenizer. Returns its parameter count."""
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=576,  # with the rest of the shape, 8.0M parameters
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        **{**SIZES, **sizes},
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=None,
