@@ -250,7 +250,7 @@ def test_killed_at_ten_random_moments(runs, undisturbed):
     for moment in [None, None, None, *lines, ending]:
         process = runs.start("killed", stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         if moment is None:
-            time.sleep(draw.uniform(0, 0.7) * runs.seconds_to_start)
+            time.sleep(draw.uniform(0, 0.5) * runs.seconds_to_start)
         elif moment is ending:
             while process.poll() is None and not ending():
                 pass
