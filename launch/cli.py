@@ -14,6 +14,7 @@ from lm_jax.config import from_config_dict
 from lm_jax.errors import UserError
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have it
+PIPE_CLOSED = 141  # that of one whose reader went away
 _GIVE = "give --config=configs/NAME.py[:preset]"
 
 
@@ -60,8 +61,11 @@ def run(
                 main(config)
             else:
                 preview()(config, rows)
+            sys.stdout.flush()
         except UserError as e:
             _fail(str(e))
+        except BrokenPipeError:  # who read the output, as `head`, has seen enough
+            os._exit(PIPE_CLOSED)
         except OSError as e:  # what a command does not foresee of paths, access and space
             where = f"{e.filename}: " if e.filename else ""
             _fail(f"{where}{e.strerror or e}; check the path, its access and its free space")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lm_jax.data.refusals import is_refusal
-from lm_jax.data.similarity import similarity, tokens
+from lm_jax.data.similarity import tokens
 from musc_jax.drops import Drop
 
 
@@ -42,11 +42,3 @@ def verdicts_fault(verdicts: Sequence[bool], expected: Sequence[bool]) -> Drop |
     if any(wanted and not found for found, wanted in zip(verdicts, expected, strict=True)):
         return Drop.LOST_CONSTRAINT
     return None if tuple(verdicts) == tuple(expected) else Drop.KEPT_CONSTRAINT
-
-
-def lost(constraints: Sequence[str], again: Sequence[str], threshold: float = 0.4) -> tuple[int, ...]:
-    """Which constraints have no similar one among those of the recombined instruction, decomposed again.
-
-    Coarse: it compares words, and a model may put a constraint in others. `prompts.check` asks instead.
-    """
-    return tuple(i for i, text in enumerate(constraints) if all(similarity(text, other) < threshold for other in again))

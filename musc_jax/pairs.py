@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import jax
 from lm_jax.commands.generator import Local, load_local, local_mesh, model_identity, open_endpoint, open_local
 from lm_jax.config import to_dict
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
-from lm_jax.data.rows import write_jsonl
+from lm_jax.data.rows import check_not_input, write_jsonl
 from lm_jax.data.text import Text, takes_system
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request
@@ -64,9 +63,7 @@ def make_pairs(config: PairsConfig, generator: Generator | None = None) -> None:
     """
     check_output(config.output)
     for name in ("input", "examples"):
-        given = getattr(config, name)
-        if given and os.path.realpath(config.output) == os.path.realpath(given):
-            raise UserError(f"config.output={config.output!r}: config.{name} itself; give another file name")
+        check_not_input(config.output, getattr(config, name), f"config.{name}")
     if generator is None and config.endpoint.url:
         generator = open_endpoint(config.endpoint)
     mesh = local_mesh(config) if generator is None else None

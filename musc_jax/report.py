@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax.data.rows import replacing
+from lm_jax.data.rows import check_not_input, replacing
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.training.metrics import say
@@ -62,6 +62,7 @@ def write_report(config: ReportConfig) -> None:
     """
     if Path(config.output).is_dir():
         raise UserError(f"{config.output}: is a directory; give config.output a file name")
+    check_not_input(config.output, config.input)
     data = report_data(config)
     if jax.process_index() == 0:
         content = page(data)

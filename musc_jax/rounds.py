@@ -39,7 +39,7 @@ from musc_jax.pairs_config import PairsConfig
 from musc_jax.round_report import rounds_table, summary
 from musc_jax.stages import everywhere
 from musc_jax.tasks import Task, read_tasks
-from musc_jax.token_weights import AUTO, FROM_STORE
+from musc_jax.token_weights import AUTO, FROM_COLUMNS, FROM_STORE, ONLINE, parse_rules
 from musc_jax.train import MuscTrainConfig, train
 from musc_jax.weigh import WeighConfig, weigh_rows
 
@@ -93,6 +93,32 @@ class RoundsConfig:
         for section in _SECTIONS:
             with self.naming(section):
                 getattr(Round(self, 1), section)()
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Raises UserError for weights that training would miss only after the first round's pairs."""
+        method, source, (where, _, rule) = (
+            self.pairs["method"],
+            self.train["weights"],
+            self.train["weights"].partition(":"),
+        )
+        if source == FROM_COLUMNS:
+            fault = "the rounds' pairs bring no token scores; choose auto, store, online or a rule"
+        elif method != MUSC and where in (FROM_STORE, ONLINE):
+            fault = f"the pairs of config.pairs.method={method} have no perturbed_prompt; choose auto or uniform"
+        elif where == FROM_STORE and rule and rule not in parse_rules(self.weights["rules"]):
+            fault = f"config.weights.rules={self.weights['rules']} does not weigh by it; add it there"
+        elif (
+            Round(self, 1).weighs
+            and (lengths := (self.weights["max_length"], self.train["max_length"])) != lengths[::-1]
+        ):
+            raise UserError(
+                f"config.weights.max_length={lengths[0]} and config.train.max_length={lengths[1]}: weights fit only "
+                "the tokens that they were made for; make the two alike"
+            )
+        else:
+            return
+        raise UserError(f"config.train.weights={source}: {fault}")
 
     @contextlib.contextmanager
     def naming(self, section: str) -> Iterator[None]:

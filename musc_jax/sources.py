@@ -22,7 +22,7 @@ class Source:
     Attributes:
       ask: the model.
       demonstrations: all examples; one choice of `num_examples` of them serves all rows but self-instruct's.
-      near_duplicate: see `filters.near_duplicates`; 0 keeps all.
+      near_duplicate: see `lm_jax.data.similarity.near_duplicates`; 0 keeps all.
     """
 
     ask: Ask

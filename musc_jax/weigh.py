@@ -14,7 +14,7 @@ from etils import epath
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
-from lm_jax.data.rows import write_jsonl
+from lm_jax.data.rows import check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.text import Text, TextEncoder, end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
@@ -79,6 +79,7 @@ def weigh_rows(config: WeighConfig) -> None:
     check_compute(config.compute)
     if epath.Path(config.output).is_dir():
         raise UserError(f"{config.output}: is a directory; give config.output a file name")
+    check_not_input(config.output, config.input)
     source = open_model(config.model)
     param_specs(source.config, mesh)
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size)

@@ -83,6 +83,12 @@ def write_jsonl(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
                 raise UserError(f"{path} row {number}: NaN or infinity is no JSON; remove it first") from error
 
 
+def check_not_input(output: str, given: str | None, key: str = "config.input") -> None:
+    """Raises UserError where `output` is the file `given`, which writing would replace."""
+    if given and os.path.realpath(output) == os.path.realpath(given):
+        raise UserError(f"config.output={output!r}: {key} itself; give another file name")
+
+
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path`, local or gs://, when the block ends, and is gone if it raises."""

@@ -241,6 +241,12 @@ def test_a_row_too_short_for_a_response_under_its_prompts(place):
     assert "pairs.jsonl row " in line and "under 2 prompts" in line and "config.batch.row_length" in line
 
 
+def test_the_input_as_output(place):
+    before = place.pairs.read_bytes()
+    line = fork("musc_token_weights", *place.flags("none", f"output={place.pairs}")).error()
+    assert "config.input itself" in line and place.pairs.read_bytes() == before
+
+
 def test_unknown_rules(place):
     line = fork("musc_token_weights", *place.flags("none", "rules=surprise")).error()
     assert "config.rules: unknown rule 'surprise'; choose from all, calibrated_entropy" in line

@@ -1,6 +1,7 @@
 """`launch.musc_train --preview=N`: the rows that training would see, against transformers; nothing written."""
 
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -103,3 +104,13 @@ def test_refused(model, tmp_path):
     assert "--preview=0" in fork("musc_train", *flags(model, path), "--preview=0").error()
     assert "'preview'" in fork("score", *arguments("score", "model=x"), "--preview=1").error()
     assert "weights=store" in fork("musc_train", *flags(model, path, "weights=store"), "--preview=1").error()
+
+
+def test_a_reader_that_goes_away(model, tmp_path):
+    """As `head` does: no error to look for."""
+    path = tmp_path / "pairs.jsonl"
+    common.make_pairs(path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = common.start("musc_train", *flags(model, path), "--preview=5", **pipes)
+    process.stdout.close()
+    assert "error" not in process.stderr.read() and process.wait(60) == 141

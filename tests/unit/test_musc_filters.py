@@ -13,7 +13,6 @@ from musc_jax.demonstrations import Demonstration
 from musc_jax.drops import Drop
 from musc_jax.filters import (
     instructions_fault,
-    lost,
     pair_fault,
     verdicts_fault,
 )
@@ -170,10 +169,6 @@ def test_lost_and_kept_constraints():
     assert verdicts_fault((True, False), (True, False)) is None
     assert verdicts_fault((True, True), (True, False)) is Drop.KEPT_CONSTRAINT
     assert verdicts_fault((False, True), (True, False)) is Drop.LOST_CONSTRAINT
-    again = ("Is the text a tweet?", "Does the tweet use exactly two hashtags?")
-    assert (
-        lost(CONSTRAINTS, again) == (2,) and lost(CONSTRAINTS, CONSTRAINTS) == () and lost(CONSTRAINTS, ()) == (0, 1, 2)
-    )
 
 
 # Refusals

@@ -108,7 +108,7 @@ def test_the_seed_as_reference(run, parts):
     ("settings", "weighs"),
     [
         ({"train": {"weights": "auto"}}, True),
-        ({"train": {"weights": "store:pmi"}}, True),
+        ({"train": {"weights": "store:pmi"}, "weights": {"rules": "kl,pmi"}}, True),
         ({"train": {"weights": "uniform"}}, False),
         ({"train": {"weights": "entropy"}}, False),
         ({"train": {"weights": "online:calibrated_entropy"}}, False),
@@ -211,6 +211,13 @@ def test_means_over_the_last_epoch(tmp_path):
         ),
         ({"train": {"loss": {"kind": "dpo"}}}, "config.train.loss"),
         ({"input": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"train": {"weights": "columns"}}, "config.train.weights=columns: the rounds' pairs bring no token scores"),
+        ({"train": {"weights": "store:kl"}}, "config.train.weights=store:kl: config.weights.rules=calibrated_entropy"),
+        (
+            {"train": {"weights": "online"}, "pairs": {"method": "self_correct"}},
+            "config.train.weights=online: the pairs of config.pairs.method=self_correct have no perturbed_prompt",
+        ),
+        ({"weights": {"max_length": 512}}, "config.weights.max_length=512 and config.train.max_length=2048"),
     ],
 )
 def test_settings(run, parts, tmp_path, settings, part):
