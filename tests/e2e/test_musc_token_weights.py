@@ -242,9 +242,9 @@ def test_a_row_too_short_for_a_response_under_its_prompts(place):
 
 
 def test_the_input_as_output(place):
-    before = place.pairs.read_bytes()
+    before = Path(place.pairs).read_bytes()
     line = fork("musc_token_weights", *place.flags("none", f"output={place.pairs}")).error()
-    assert "config.input itself" in line and place.pairs.read_bytes() == before
+    assert "config.input itself" in line and Path(place.pairs).read_bytes() == before
 
 
 def test_unknown_rules(place):
