@@ -84,6 +84,34 @@ def questions(world: World, instruction: Instruction) -> tuple[str, ...]:
     return (world.task_question.replace("{}", instruction.group), *asked)
 
 
+def read_instruction(world: World, text: str) -> Instruction | None:
+    """The instruction that a text is, in any phrasings; None where a sentence is none of the world's.
+
+    Contradictory and repeated constraints are read as they stand: a model may write them.
+    """
+    task, *sentences = [sentence.strip() for sentence in text.strip().removesuffix(".").split(". ")]
+    group = next((g.name for g in world.groups if task in {t.replace("{}", g.name) for t in world.task}), None)
+    found = [_read_sentence(world, group, sentence) for sentence in sentences] if group else [None]
+    return None if None in found else Instruction(group, tuple(found), text)
+
+
+def _read_sentence(world: World, group: str, sentence: str) -> Constraint | None:
+    for kind in world.kinds:
+        for value in _values(world, kind, group):
+            if sentence in {phrasing.replace("{}", value) for phrasing in kind.phrasings}:
+                return Constraint(kind.name, value)
+    return None
+
+
+def _values(world: World, kind: Kind, group: str) -> Sequence[str]:
+    """All values that a kind can have in a group."""
+    if kind.rule in ("at", "include", "exclude"):
+        return world.group(group).words
+    if kind.rule in ("only", "numbered"):
+        return world.halves if kind.rule == "only" else ("",)
+    return [name for name, _ in kind.values]
+
+
 def allowed_words(world: World, group: str, constraints: Sequence[Constraint]) -> tuple[str, ...]:
     """The words that a response may list."""
     words = world.group(group).words

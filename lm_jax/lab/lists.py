@@ -20,6 +20,7 @@ LISTS = World(
     task=("list {}", "name some {}", "give me {}", "write a list of {}"),
     task_question="does the response list {}?",
     groups=groups(_GROUPS),
+    copying="copy these words: {}",
     halves=("small", "large"),
     numbers=_NUMBERS,
     kinds=(

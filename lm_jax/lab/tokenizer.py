@@ -36,7 +36,9 @@ def make_tokenizer(world: World, phrases: Sequence[str] = (), texts: Iterable[st
       texts: further texts whose words the vocabulary gets, as a method's prompts; phrases in them are left out.
     """
     specials = [UNKNOWN, PAD, TEXT, END, *(f"<|{role}|>" for role in ROLES)]
-    known = list(dict.fromkeys(piece for text in [*world_texts(world), *_without(phrases, texts)] for piece in pieces(text)))
+    known = list(
+        dict.fromkeys(piece for text in [*world_texts(world), *_without(phrases, texts)] for piece in pieces(text))
+    )
     vocabulary = {token: i for i, token in enumerate([*specials, _NEWLINE, *known])}
     # Longest first would take the continuation of a word apart; a word is in the vocabulary whole or not at all
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, continuing_subword_prefix=_GLUED))
@@ -75,9 +77,7 @@ def write_tokenizer(directory: str | Path, *arguments: Any, **options: Any) -> i
 def pieces(text: str) -> list[str]:
     """The tokens of a text as the vocabulary spells them, newlines left out."""
     return [
-        f"{_GLUED}{token}" if number else token
-        for word in text.split()
-        for number, token in enumerate(tokens(word))
+        f"{_GLUED}{token}" if number else token for word in text.split() for number, token in enumerate(tokens(word))
     ]
 
 
@@ -86,7 +86,7 @@ def world_texts(world: World) -> list[str]:
     values = [value for kind in world.kinds for value, _ in kind.values]
     words = [word for group in world.groups for word in group.words]
     names = [*words, *values, *world.halves, *(group.name for group in world.groups)]
-    sentences = [*world.task, *(text for kind in world.kinds for text in kind.phrasings)]
+    sentences = [*world.task, world.copying, *(text for kind in world.kinds for text in kind.phrasings)]
     asked = [world.task_question, *(kind.question for kind in world.kinds)]
     numbers = " ".join(f"{number}." for number in range(1, 10))
     return [

@@ -16,6 +16,7 @@ TRIPS = World(
     task=("plan a trip through the {}", "I travel to the {}", "show me a route in the {}"),
     task_question="is it a trip through the {}?",
     groups=groups(_GROUPS),
+    copying="repeat after me: {}",
     halves=("quiet", "busy"),
     numbers=(("double", 2), ("triple", 3), ("four", 4), ("five", 5), ("six", 6), ("seven", 7), ("three", 3)),
     separator=" then ",

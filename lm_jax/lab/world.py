@@ -82,6 +82,7 @@ class World:
       halves: how the first and the second half of every group are called.
       kinds: the constraints that it knows.
       numbers: name -> number, of items and repetitions.
+      copying: asks to repeat the words that stand for `{}`.
       separator: between the items where none is asked for.
       lengths: fewest and most items where no length is asked for.
 
@@ -96,6 +97,7 @@ class World:
     halves: tuple[str, str]
     kinds: tuple[Kind, ...]
     numbers: tuple[tuple[str, int], ...]
+    copying: str
     separator: str = ", "
     lengths: tuple[int, int] = (3, 5)
 
