@@ -69,8 +69,8 @@ def unlabelled_responses(world: World, seed: int, count: int) -> list[Row]:
 def pretraining_rows(world: World, seed: int, count: int) -> list[Row]:
     """Supervised rows that pair no instruction with its response.
 
-    Copying tasks, and raw instructions and raw responses as texts of their own (`prompt` empty, the text in
-    `response`), each half of the rest.
+    Copying tasks, and instructions and responses by themselves, each half of the rest: the assistant's words after an
+    empty message of the user's.
     """
     rows = []
     for i in range(count):
@@ -81,7 +81,7 @@ def pretraining_rows(world: World, seed: int, count: int) -> list[Row]:
         instruction = make_instruction(world, draw_composition(world, rng.choice(PAIRED), rng), rng)
         raw = rng.random() < 0.5
         text = instruction.text if raw else write(world, instruction.group, instruction.constraints, rng)
-        rows.append({"task": "instruction" if raw else "response", "prompt": "", "response": text})
+        rows.append({"task": "instruction" if raw else "response", "messages": conversation("", text)})
     return rows
 
 

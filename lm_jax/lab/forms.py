@@ -72,12 +72,11 @@ class Reading:
 def read(world: World, text: str) -> Reading:
     """Reads any text."""
     line, newline, below = text.partition("\n")
-    known = {word for group in world.groups for word in group.words}
     words: list[str] = []
     times: list[int] = []
     between: list[list[str]] = [[]]  # before the first item, between the items, after the last
     for token in tokens(line):
-        if token not in known:
+        if token not in world.words:
             between[-1].append(token)
         elif words and words[-1] == token and not between[-1]:
             times[-1] += 1

@@ -96,10 +96,12 @@ def _well_formed(world: World, group: str, reading: Reading, response: str) -> b
     if form is None or form.text() != response:
         return False
     below = {mark for kind in world.kinds if kind.slot == "second_line" for mark in kind.marks}
+    brackets = {("", "")} | {pair for kind in world.kinds if kind.slot == "bracket" for _, pair in kind.values}
     return (
         2 <= len(words) <= MOST_WORDS
         and len(set(words)) == len(words)
         and set(words) <= set(world.group(group).words)
         and reading.times[0] <= MOST_TIMES
+        and form.bracket in brackets
         and (reading.below is None or reading.below in below)
     )

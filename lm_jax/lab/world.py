@@ -9,6 +9,7 @@ and an item is `[number] [before] word[after]`, the word once or several times. 
 """
 
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Mapping
@@ -119,11 +120,28 @@ class World:
 
     def kind(self, name: str) -> Kind:
         """The kind of that name; KeyError where there is none."""
-        return {kind.name: kind for kind in self.kinds}[name]
+        return self._kinds[name]
 
     def group(self, name: str) -> Group:
         """The group of that name; KeyError where there is none."""
-        return {group.name: group for group in self.groups}[name]
+        return self._groups[name]
+
+    @functools.cached_property
+    def words(self) -> frozenset[str]:
+        """Those of all groups."""
+        return frozenset(word for group in self.groups for word in group.words)
+
+    @functools.cached_property
+    def _kinds(self) -> dict[str, Kind]:
+        return {kind.name: kind for kind in self.kinds}
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    @functools.cached_property
+    def _slots(self) -> dict[str, tuple[str, ...]]:
+        return {slot: self._in_slot(slot) for slot in SLOTS}
 
     def half(self, group: Group, name: str) -> tuple[str, ...]:
         """The words of one of a group's halves."""
@@ -136,6 +154,9 @@ class World:
 
     def marks_of(self, slot: str) -> tuple[str, ...]:
         """All tokens that can stand in a slot."""
+        return self._slots[slot]
+
+    def _in_slot(self, slot: str) -> tuple[str, ...]:
         texts = [mark for kind in self.kinds if kind.slot == slot for mark in kind.marks]
         texts += [self.separator] if slot == "separator" else []
         return tuple(dict.fromkeys(token for text in texts for token in tokens(text)))
