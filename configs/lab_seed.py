@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.seed = 0  # of the rows, the model's start and the order
     c.rows = 40000  # in all three stages
     c.learning_rate = 2e-3  # the peak; a model this small takes it
-    c.batch_rows = 8  # of twice max_length tokens, a step
+    c.batch_rows = 6  # of max_length tokens, a step; a model this small learns most from many small steps
     c.max_length = 320  # the longest row, a decomposition with one in-context example, has fewer tokens
     c.gate = 0.9  # of start-with and of decompositions, exact; a seed below teaches nothing about a method
     c.gate_rows = 128  # held-out instructions of each sort

@@ -11,14 +11,12 @@ from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.lab.compositions import COMPLEX
-from lm_jax.lab.data import instructions, prompts
-from lm_jax.lab.grammar import Instruction
+from lm_jax.lab.data import instructions
+from lm_jax.lab.gate import check_gate, make_gate
 from lm_jax.lab.lists import LISTS
-from lm_jax.lab.seed_data import CURRICULUM, SIMPLE, Tasks, decomposed, seed_rows
+from lm_jax.lab.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
 from lm_jax.lab.tokenizer import write_tokenizer
 from lm_jax.lab.trips import TRIPS
-from lm_jax.lab.verifiers import verify
-from lm_jax.lab.world import World
 
 WORLDS = {world.name: world for world in (LISTS, TRIPS)}
 _EXAMPLES = 10  # decomposed instructions that a method is given as in-context examples
@@ -90,54 +88,11 @@ def fit_seed(config: LabSeedConfig, tasks: Tasks, phrases: Sequence[str]) -> Non
         "--config.dtype=float32",
     )
     print(f"fitted in {time.monotonic() - began:.0f} s", flush=True)
-    check_gate(config, world, tasks, examples, root)
-
-
-def check_gate(
-    config: LabSeedConfig, world: World, tasks: Tasks, examples: Sequence[Mapping[str, Any]], root: Path
-) -> None:
-    """Decodes held-out instructions greedily and writes what was right to `gate.json`.
-
-    Raises:
-      UserError: words are copied, or instructions decomposed, in less than `config.gate` of the cases.
-    """
-    purpose, count = "gate", config.gate_rows
-    simple = instructions(world, config.seed, f"{purpose}/simple", count, SIMPLE[1:])
-    placed = [
-        i for i in instructions(world, config.seed, f"{purpose}/placed", 8 * count, SIMPLE[1:]) if _places(world, i)
-    ]
-    held_out = instructions(world, config.seed, f"{purpose}/complex", count, COMPLEX, held_out=True)
-    asked = {"simple": simple, "placed": placed[:count], "complex": held_out}
-    rows = [row for name, given in asked.items() for row in prompts(world, given, name)]
-    shots = examples[: tasks.examples]
-    conversations = [tasks.decompose(decomposed(world, i), shots) for i in held_out]
-    rows += [{"id": f"decompose-{i}", "prompt": made[:-1]} for i, made in enumerate(conversations)]
-    answers = _greedy(config, root, rows)
-    right = [made[-1]["content"] == answers[f"decompose-{i}"] for i, made in enumerate(conversations)]
-    verdicts = {
-        name: [verify(world, i, answers[row["id"]]) for i, row in zip(given, prompts(world, given, name), strict=True)]
-        for name, given in asked.items()
-    }
-    first = [
-        all(met for met, c in zip(v.met, i.constraints, strict=True) if world.kind(c.kind).rule == "at")
-        for i, v in zip(asked["placed"], verdicts["placed"], strict=True)
-    ]
-    shares = {
-        "decompose": _share(right),
-        "start_with": _share(first),
-        "simple_all_met": _share([v.all_met for v in verdicts["simple"]]),
-        "complex_all_met": _share([v.all_met for v in verdicts["complex"]]),
-        "well_formed": _share([v.well_formed for made in verdicts.values() for v in made]),
-    }
+    gate = make_gate(world, config.seed, config.gate_rows, tasks, examples)
+    shares = gate.measure(_greedy(config, root, gate.rows()))
     write_jsonl(str(root / "gate.json"), [shares])
     print("greedy, on held-out instructions: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()), flush=True)
-    weak = [name for name in ("start_with", "decompose") if shares[name] < config.gate]
-    if weak:
-        raise UserError(
-            f"{root}/model: {' and '.join(f'{name} {shares[name]:.1%}' for name in weak)} below the gate of "
-            f"{config.gate:.0%}: a method amplifies what its seed model half knows and teaches nothing new, so nothing "
-            "can be learnt from this one; fit with another config.seed or more config.rows"
-        )
+    check_gate(shares, config.gate, f"{root}/model")
 
 
 def _fit(config: LabSeedConfig, model: Path, rows: Path, output: Path, last: bool) -> None:
@@ -148,10 +103,10 @@ def _fit(config: LabSeedConfig, model: Path, rows: Path, output: Path, last: boo
         f"--config.input={rows}",
         f"--config.output={output}",
         f"--config.seed={config.seed}",
-        "--config.train_on=last",  # in-context answers are there to be read
+        "--config.optim.warmup_ratio=0.1",  # every stage begins with a new optimiser state
         f"--config.max_length={config.max_length}",
         f"--config.batch.rows={config.batch_rows}",
-        f"--config.batch.row_length={2 * config.max_length}",
+        f"--config.batch.row_length={config.max_length}",
         f"--config.optim.learning_rate={config.learning_rate}",
         f"--config.optim.schedule={'cosine' if last else 'constant'}",
         "--config.optim.beta2=0.98",
@@ -173,14 +128,6 @@ def _greedy(config: LabSeedConfig, root: Path, rows: Sequence[Mapping[str, Any]]
         f"--config.decode.max_length={config.max_length + 160}",
     )
     return {row["id"]: row["response"] for row in read_rows(str(root / "gate_answers.jsonl"))}
-
-
-def _places(world: World, instruction: Instruction) -> bool:
-    return any(world.kind(constraint.kind).rule == "at" for constraint in instruction.constraints)
-
-
-def _share(right: Sequence[bool]) -> float:
-    return sum(right) / max(1, len(right))
 
 
 def _model(vocab_size: int) -> ModelConfig:

@@ -8,15 +8,19 @@ import transformers
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import LAST, load_supervised
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
+from lm_jax.errors import UserError
 from lm_jax.lab.compositions import COMPLEX, Split, split_of
 from lm_jax.lab.data import clean_pairs, instructions, pretraining_rows, prompts, unlabelled_responses
 from lm_jax.lab.forms import read
+from lm_jax.lab.gate import check_gate, make_gate
 from lm_jax.lab.grammar import questions, read_instruction
 from lm_jax.lab.lists import LISTS
 from lm_jax.lab.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
 from lm_jax.lab.tokenizer import END, TEXT, make_tokenizer, write_tokenizer
 from lm_jax.lab.trips import TRIPS
 from lm_jax.lab.verifiers import verify
+from lm_jax.lab.world import draw
+from lm_jax.lab.writer import write
 from musc_jax.constraints import parse_decomposition
 from musc_jax.conversations import decomposing, recombining, task_texts
 from musc_jax.demonstrations import demonstration
@@ -189,3 +193,27 @@ def test_the_trainer_reads_every_file(made, tmp_path):
         loaded = load_supervised(str(path), encoder, LAST)
         assert len(loaded.rows) == len(given)
         assert "0 rows truncated" in "\n".join(loaded.report)
+
+
+@WORLDS
+def test_the_gate_lets_right_answers_through_and_stops_wrong_ones(world):
+    examples = [decomposed(world, i) for i in instructions(world, 0, "examples", 2, COMPLEX)]
+    gate = make_gate(world, 0, 20, TASKS, examples)
+    rows = gate.rows()
+    assert len({row["id"] for row in rows}) == len(rows) == 80
+    assert {split_of(world, i.composition) for i in gate.asked["complex"]} == {Split.HELD_OUT}
+    given = [instruction for name in ("simple", "start_with", "complex") for instruction in gate.asked[name]]
+    rng = draw(world, 0, "right", 0)
+    right = {row["id"]: write(world, i.group, i.constraints, rng) for row, i in zip(rows, given, strict=False)}
+    right |= {f"decompose-{i}": made[-1]["content"] for i, made in enumerate(gate.decompositions)}
+    shares = gate.measure(right)
+    assert set(shares.values()) == {1.0}
+    check_gate(shares, 0.9, "model")
+    # The first word wrong in 3 of 20
+    wrong = [row["id"] for row, i in zip(rows, given, strict=False) if i in gate.asked["start_with"]][:3]
+    shares = gate.measure(right | dict.fromkeys(wrong, None))
+    assert shares["start_with"] == pytest.approx(0.85) and shares["decompose"] == 1
+    with pytest.raises(UserError, match="^model: start_with 85.0% below the gate of 90%: "):
+        check_gate(shares, 0.9, "model")
+    shares = gate.measure(right | {f"decompose-{i}": right["decompose-0"] for i in range(20)})
+    assert shares["decompose"] == pytest.approx(0.05)
