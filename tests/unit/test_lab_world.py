@@ -75,6 +75,7 @@ def test_responses_by_hand():
         ("( axe axe, saw saw ) bye\nrobot", "101111", True),
         ("( * axe axe, saw saw ) bye\nrobot", "101111", False),  # not before each
         ("( * axe, * saw saw ) bye\nrobot", "110111", False),
+        ("( * axe axe, * saw ) bye\nrobot", "110111", False),
         ("( * axe axe, * saw saw )\nrobot", "111011", True),
         ("( * axe axe, * saw saw ) bye", "111101", True),
         ("* axe axe, * saw saw bye\nrobot", "111110", True),
