@@ -106,7 +106,7 @@ def _fit(config: LabSeedConfig, model: Path, rows: Path, output: Path, last: boo
         "--config.optim.warmup_ratio=0.1",  # every stage begins with a new optimiser state
         f"--config.max_length={config.max_length}",
         f"--config.batch.rows={config.batch_rows}",
-        f"--config.batch.row_length={config.max_length}",
+        f"--config.batch.row_length={2 * config.max_length}",
         f"--config.optim.learning_rate={config.learning_rate}",
         f"--config.optim.schedule={'cosine' if last else 'constant'}",
         "--config.optim.beta2=0.98",

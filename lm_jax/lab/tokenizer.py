@@ -1,7 +1,8 @@
 """A word tokenizer with the closed vocabulary of a world, in Hugging Face format.
 
 A word is one token wherever it stands, so that a model copies it from an instruction as it is; what is glued to the
-word before it (a comma, a colon) has a token of its own, marked as in WordPiece. Chat turns are `<|role|>text<|end|>`.
+word before it (a comma, a colon) has a token of its own, marked as in WordPiece. Chat turns are `<|role|>`, a
+newline, the text and `<|end|>`: behind a newline no space is set, so that an answer is decoded as it was learnt.
 """
 
 import re
@@ -20,8 +21,8 @@ ROLES = ("system", "user", "assistant")
 _GLUED = "##"
 _NEWLINE = "\u23ce"  # stands for a newline inside the vocabulary, since pieces are cut at white space
 _CHAT = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
@@ -49,6 +50,7 @@ def make_tokenizer(world: World, phrases: Sequence[str] = (), texts: Iterable[st
             decoders.WordPiece(prefix=_GLUED, cleanup=False),
             decoders.Fuse(),
             decoders.Replace(Regex(f" ?{_NEWLINE} ?"), "\n"),
+            decoders.Replace(Regex(r" (?=<\|)"), ""),
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -9,6 +9,7 @@ from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import LAST, load_supervised
 from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
+from lm_jax.inference.stopping import response_text
 from lm_jax.lab.compositions import COMPLEX, Split, split_of
 from lm_jax.lab.data import clean_pairs, instructions, pretraining_rows, prompts, unlabelled_responses
 from lm_jax.lab.forms import read
@@ -83,6 +84,8 @@ def test_transformers_and_the_encoder_agree_on_chats_and_raw_texts(made):
         whole = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
         assert [*encoded.prompt_ids, *encoded.response_ids] == whole
         assert tokenizer.decode(encoded.response_ids, skip_special_tokens=True) == answer["content"]
+        # As a sampler reads what it wrote
+        assert response_text(ours, encoded.prompt_ids, encoded.response_ids) == answer["content"]
         assert not encoded.boundary_split
     raw = encoder.encode("", "axe saw" if world is LISTS else "pisa elba", "row")
     assert tokenizer.convert_ids_to_tokens(raw.prompt_ids) == [TEXT]
