@@ -42,7 +42,7 @@ def read_demonstrations(path: str) -> list[Demonstration]:
       UserError: naming file and row: unreadable file, a missing column, a value of the wrong type, an empty text,
         fewer than 2 constraints.
     """
-    return [_demonstration(row, f"{path} row {number}") for number, row in enumerate(read_rows(path, ["instruction"]))]
+    return [demonstration(row, f"{path} row {number}") for number, row in enumerate(read_rows(path, ["instruction"]))]
 
 
 def own_demonstrations() -> list[Demonstration]:
@@ -71,7 +71,8 @@ def pick(demonstrations: Sequence[Demonstration], count: int, seed: int, *key: s
     return tuple(demonstrations[i] for i in chosen[:count])
 
 
-def _demonstration(row: Mapping[str, Any], at: str) -> Demonstration:
+def demonstration(row: Mapping[str, Any], at: str) -> Demonstration:
+    """One row of `read_demonstrations`, with the same columns and errors; `at` names it in them."""
     name = next((name for name in _CONSTRAINTS if row.get(name) is not None), None)
     if name is None:
         raise UserError(f"{at}: column 'decomposed_questions' (or 'constraints') is missing or null; add the list")

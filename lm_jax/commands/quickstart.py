@@ -2,19 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from lm_jax import hf_io
-from lm_jax.config import ComputeConfig, ModelConfig, RopeConfig
-from lm_jax.errors import UserError
+from lm_jax.commands.steps import make_random_model, run_step
+from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.lab.demo import make_demo
-from lm_jax.models.decoder import Decoder
 
 _MAX_LENGTH = 96  # the demo's longest prompt and response take 68 tokens
 
@@ -38,7 +31,7 @@ def quickstart(directory: str, seed: int = 0) -> None:
     _make_model(root / "model", demo.tokenizer, demo.vocab_size, seed)
 
     print("\n2. train it to prefer the responses that keep every constraint", flush=True)
-    _run(
+    run_step(
         "launch.musc_train",
         "--config=configs/musc_train.py:tiny",
         f"--config.model={root}/model",
@@ -55,7 +48,7 @@ def quickstart(directory: str, seed: int = 0) -> None:
     )
 
     print("\n3. take a Hugging Face checkpoint home", flush=True)
-    _run(
+    run_step(
         "launch.export_hf",
         "--config=configs/export_hf.py",
         f"--config.model={root}/run",
@@ -95,13 +88,4 @@ def _make_model(directory: Path, tokenizer: Path, vocab_size: int, seed: int) ->
         norm_eps=1e-5,
         max_position=1024,
     )
-    tokens = jnp.ones((1, 8), jnp.int32)
-    decoder = Decoder(config, ComputeConfig(dtype="float32"))
-    params = decoder.init(jax.random.key(seed), tokens, tokens, tokens)["params"]
-    hf_io.export_hf(params, config, directory, source_dir=tokenizer, dtype="float32")
-
-
-def _run(module: str, *arguments: str) -> None:
-    print(f"$ python -m {module} \\\n    " + " \\\n    ".join(arguments), flush=True)
-    if subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
-        raise UserError(f"quickstart: python -m {module} failed; its error stands above")
+    make_random_model(directory, tokenizer, config, seed)

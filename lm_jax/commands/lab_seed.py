@@ -1,0 +1,148 @@
+"""`launch.lab_seed`: a seed model for a world of the lab, fitted from nothing, and the gate that it must pass."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_jax.commands.steps import make_random_model, run_step
+from lm_jax.config import ModelConfig, RopeConfig
+from lm_jax.data.rows import read_rows, write_jsonl
+from lm_jax.errors import UserError
+from lm_jax.lab.compositions import COMPLEX
+from lm_jax.lab.data import instructions
+from lm_jax.lab.gate import check_gate, make_gate
+from lm_jax.lab.lists import LISTS
+from lm_jax.lab.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
+from lm_jax.lab.tokenizer import write_tokenizer
+from lm_jax.lab.trips import TRIPS
+
+WORLDS = {world.name: world for world in (LISTS, TRIPS)}
+_EXAMPLES = 10  # decomposed instructions that a method is given as in-context examples
+
+
+@dataclasses.dataclass(frozen=True)
+class LabSeedConfig:
+    """`configs/lab_seed.py` says what each key is for."""
+
+    world: str
+    output: str
+    seed: int
+    rows: int
+    learning_rate: float
+    batch_rows: int
+    max_length: int
+    gate: float
+    gate_rows: int
+
+    def __post_init__(self):
+        if self.world not in WORLDS:
+            raise UserError(f"config.world={self.world!r}: unknown world; choose {' or '.join(WORLDS)}")
+        for name in ("rows", "batch_rows", "max_length", "gate_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.gate <= 1:
+            raise UserError(f"config.gate={self.gate}: must lie between 0 and 1")
+
+
+def fit_seed(config: LabSeedConfig, tasks: Tasks, phrases: Sequence[str]) -> None:
+    """Fits a small Llama on a world's seed rows, stage after stage, exports it and measures what it can do.
+
+    Below `config.output`: `data/` (the rows, in-context examples and held-out prompts), `start/` (the model before), a
+    run directory for each stage, `model/` (the seed model in Hugging Face format), `gate.json`.
+
+    Args:
+      tasks: how a method asks for a decomposition and a recombination.
+      phrases: of those, the texts that are one token each; see `tokenizer.make_tokenizer`.
+
+    Raises:
+      UserError: a step failed, or the model is below the gate.
+    """
+    world, root = WORLDS[config.world], Path(config.output)
+    if root.exists() and any(root.iterdir()):
+        raise UserError(f"config.output={config.output}: not empty; give a new directory, or remove it")
+    began = time.monotonic()
+    data = root / "data"
+    rows = {
+        stage.name: list(seed_rows(world, stage, config.seed, round(config.rows * stage.share), tasks))
+        for stage in CURRICULUM
+    }
+    for name, made in rows.items():
+        write_jsonl(str(data / f"{name}.jsonl"), made)
+    examples = [decomposed(world, i) for i in instructions(world, config.seed, "examples", _EXAMPLES, COMPLEX)]
+    write_jsonl(str(data / "examples.jsonl"), examples)
+    # Labels of the method's prompts stand in every such row; a few hundred rows have them all
+    texts = [m["content"] for made in rows.values() for row in made[:500] for m in row["messages"]]
+    size = write_tokenizer(data / "tokenizer", world, phrases, texts)
+    make_random_model(root / "start", data / "tokenizer", _model(size), config.seed)
+    model = root / "start"
+    for stage in CURRICULUM:
+        _fit(config, model, data / f"{stage.name}.jsonl", root / stage.name, last=stage is CURRICULUM[-1])
+        model = root / stage.name
+    run_step(
+        "launch.export_hf",
+        "--config=configs/export_hf.py",
+        f"--config.model={model}",
+        f"--config.output={root}/model",
+        "--config.dtype=float32",
+    )
+    print(f"fitted in {time.monotonic() - began:.0f} s", flush=True)
+    gate = make_gate(world, config.seed, config.gate_rows, tasks, examples)
+    shares = gate.measure(_greedy(config, root, gate.rows()))
+    write_jsonl(str(root / "gate.json"), [shares])
+    print("greedy, on held-out instructions: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()), flush=True)
+    check_gate(shares, config.gate, f"{root}/model")
+
+
+def _fit(config: LabSeedConfig, model: Path, rows: Path, output: Path, last: bool) -> None:
+    run_step(
+        "launch.main_train",
+        "--config=configs/main_train.py:tiny",
+        f"--config.model={model}",
+        f"--config.input={rows}",
+        f"--config.output={output}",
+        f"--config.seed={config.seed}",
+        "--config.optim.warmup_ratio=0.1",  # every stage begins with a new optimiser state
+        f"--config.max_length={config.max_length}",
+        f"--config.batch.rows={config.batch_rows}",
+        f"--config.batch.row_length={2 * config.max_length}",
+        f"--config.optim.learning_rate={config.learning_rate}",
+        f"--config.optim.schedule={'cosine' if last else 'constant'}",
+        "--config.optim.beta2=0.98",
+        "--config.checkpoints.every=100000",
+    )
+
+
+def _greedy(config: LabSeedConfig, root: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Row id -> answer."""
+    write_jsonl(str(root / "data/gate.jsonl"), rows)
+    run_step(
+        "launch.generate",
+        "--config=configs/generate.py",
+        f"--config.model={root}/model",
+        f"--config.input={root}/data/gate.jsonl",
+        f"--config.output={root}/gate_answers.jsonl",
+        "--config.temperature=0.0",
+        "--config.max_new_tokens=160",
+        f"--config.decode.max_length={config.max_length + 160}",
+    )
+    return {row["id"]: row["response"] for row in read_rows(str(root / "gate_answers.jsonl"))}
+
+
+def _model(vocab_size: int) -> ModelConfig:
+    """About 0.66M parameters."""
+    return ModelConfig(
+        family="llama",
+        vocab_size=vocab_size,
+        num_layers=3,
+        d_model=128,
+        d_ff=352,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        rope=RopeConfig(theta=10000.0),
+        norm_eps=1e-5,
+        max_position=1024,
+        tie_embeddings=True,
+    )

@@ -1,0 +1,90 @@
+"""What methods are given in a world: instructions, responses without instructions, pairs, raw text."""
+
+from collections.abc import Sequence
+
+from lm_jax.lab.compositions import COMPLEX, draw_composition
+from lm_jax.lab.grammar import Instruction, make_instruction
+from lm_jax.lab.seed_data import Row, conversation, copying_row
+from lm_jax.lab.world import World, draw
+from lm_jax.lab.writer import write
+
+PAIRED = (1, 2, 3, 4)  # constraints of the instructions behind pairs and responses
+COPYING = 0.4  # share of pretraining: without it a model never learns to look words up
+
+
+def instructions(
+    world: World,
+    seed: int,
+    purpose: str,
+    count: int,
+    counts: Sequence[int] = COMPLEX,
+    held_out: bool = False,
+    rarity: float = 1.0,
+) -> list[Instruction]:
+    """Instructions whose texts all differ; a function of the arguments alone.
+
+    Args:
+      purpose: names the draw; other purposes give other instructions.
+      counts: numbers of constraints, each as often.
+      held_out: only compositions that no training row has; numbers of constraints must be complex ones.
+      rarity: as in `compositions.draw_composition`.
+    """
+    found: dict[str, Instruction] = {}
+    index = 0
+    while len(found) < count:
+        rng = draw(world, seed, purpose, index)
+        kinds = draw_composition(world, rng.choice(counts), rng, held_out, rarity)
+        instruction = make_instruction(world, kinds, rng)
+        found.setdefault(instruction.text, instruction)
+        index += 1
+    return list(found.values())
+
+
+def prompts(world: World, given: Sequence[Instruction], name: str) -> list[Row]:
+    """Instructions as rows with `id` and `prompt`, messages."""
+    asked = [[{"role": "user", "content": instruction.text}] for instruction in given]
+    return [{"id": f"{world.name}-{name}-{i}", "prompt": prompt} for i, prompt in enumerate(asked)]
+
+
+def clean_pairs(world: World, seed: int, count: int) -> list[Row]:
+    """Instructions with correct responses, as supervised rows with `source` seed."""
+    return [
+        {
+            "id": f"{world.name}-pair-{i}",
+            "messages": conversation(instruction.text, _response(world, instruction, seed, "pair", i)),
+            "source": "seed",
+        }
+        for i, instruction in enumerate(instructions(world, seed, "pair", count, PAIRED))
+    ]
+
+
+def unlabelled_responses(world: World, seed: int, count: int) -> list[Row]:
+    """Correct responses to instructions that are not given: rows with `id` and `response`."""
+    return [
+        {"id": f"{world.name}-response-{i}", "response": _response(world, instruction, seed, "unlabelled", i)}
+        for i, instruction in enumerate(instructions(world, seed, "unlabelled", count, PAIRED))
+    ]
+
+
+def pretraining_rows(world: World, seed: int, count: int) -> list[Row]:
+    """Supervised rows that pair no instruction with its response.
+
+    Copying tasks, and instructions and responses by themselves, each half of the rest: the assistant's words after an
+    empty message of the user's.
+    """
+    rows = []
+    for i in range(count):
+        rng = draw(world, seed, "pretraining", i)
+        if rng.random() < COPYING:
+            rows.append(copying_row(world, rng))
+            continue
+        instruction = make_instruction(world, draw_composition(world, rng.choice(PAIRED), rng), rng)
+        raw = rng.random() < 0.5
+        text = instruction.text if raw else write(world, instruction.group, instruction.constraints, rng)
+        rows.append({"task": "instruction" if raw else "response", "messages": conversation("", text)})
+    return rows
+
+
+def _response(world: World, instruction: Instruction, seed: int, purpose: str, index: int) -> str:
+    rng = draw(world, seed, f"{purpose}/response", index)
+    return write(world, instruction.group, instruction.constraints, rng)

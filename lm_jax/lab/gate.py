@@ -1,0 +1,88 @@
+"""What a seed model must be able to do before anything is learnt from it: copy words, and take instructions apart."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_jax.errors import UserError
+from lm_jax.lab.compositions import COMPLEX
+from lm_jax.lab.data import instructions, prompts
+from lm_jax.lab.grammar import Instruction, make_instruction
+from lm_jax.lab.seed_data import SIMPLE, Row, Tasks, decomposed
+from lm_jax.lab.verifiers import Verdict, verify
+from lm_jax.lab.world import World, draw
+
+GATED = ("start_with", "decompose")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """Instructions that no seed row draws, by purpose, and the questions about them.
+
+    Attributes:
+      asked: simple, start_with (one constraint: the first word) and complex (held-out compositions) instructions.
+      decompositions: of the complex ones, the conversation with the right answer as its last turn.
+    """
+
+    world: World
+    asked: Mapping[str, Sequence[Instruction]]
+    decompositions: Sequence[Sequence[Mapping[str, str]]]
+
+    def rows(self) -> list[Row]:
+        """All questions: rows with `id` and `prompt`."""
+        rows = [row for name, given in self.asked.items() for row in prompts(self.world, given, name)]
+        return rows + [{"id": f"decompose-{i}", "prompt": c[:-1]} for i, c in enumerate(self.decompositions)]
+
+    def measure(self, answers: Mapping[str, str | None]) -> dict[str, float]:
+        """Shares of what was right, by task.
+
+        Args:
+          answers: id of each of `rows` -> answer; None where there is none.
+        """
+        verdicts = {name: self._verdicts(name, answers) for name in self.asked}
+        exact = [c[-1]["content"] == answers[f"decompose-{i}"] for i, c in enumerate(self.decompositions)]
+        return {
+            "start_with": _share(v.met[0] for v in verdicts["start_with"]),
+            "decompose": _share(exact),
+            "simple_all_met": _share(v.all_met for v in verdicts["simple"]),
+            "complex_all_met": _share(v.all_met for v in verdicts["complex"]),
+            "complex_constraints_met": _share(met for v in verdicts["complex"] for met in v.met),
+            "well_formed": _share(v.well_formed for given in verdicts.values() for v in given),
+        }
+
+    def _verdicts(self, name: str, answers: Mapping[str, str | None]) -> list[Verdict]:
+        rows = prompts(self.world, self.asked[name], name)
+        pairs = zip(self.asked[name], rows, strict=True)
+        return [verify(self.world, instruction, answers[row["id"]] or "") for instruction, row in pairs]
+
+
+def make_gate(world: World, seed: int, count: int, tasks: Tasks, examples: Sequence[Mapping[str, Any]]) -> Gate:
+    """`count` questions of each sort; a function of the arguments alone.
+
+    Args:
+      tasks: how a method asks for a decomposition.
+      examples: rows of `seed_data.decomposed`; the first `tasks.examples` stand in every question.
+    """
+    first = next(kind.name for kind in world.kinds if kind.rule == "at" and kind.position == 0)
+    asked = {
+        "simple": instructions(world, seed, "gate/simple", count, SIMPLE[1:]),
+        "start_with": [make_instruction(world, [first], draw(world, seed, "gate/first", i)) for i in range(count)],
+        "complex": instructions(world, seed, "gate/complex", count, COMPLEX, held_out=True),
+    }
+    shots = examples[: tasks.examples]
+    return Gate(world, asked, [tasks.decompose(decomposed(world, i), shots) for i in asked["complex"]])
+
+
+def check_gate(shares: Mapping[str, float], least: float, model: str) -> None:
+    """Raises UserError where a gated share of `Gate.measure` is below `least`, naming it, `model` and the cure."""
+    if weak := [name for name in GATED if shares[name] < least]:
+        raise UserError(
+            f"{model}: {' and '.join(f'{name} {shares[name]:.1%}' for name in weak)} below the gate of {least:.0%}: a "
+            "method amplifies what its seed model half knows and teaches nothing new, so nothing can be learnt from "
+            "this one; fit with another config.seed or more config.rows"
+        )
+
+
+def _share(right) -> float:
+    given = list(right)
+    return sum(given) / len(given)

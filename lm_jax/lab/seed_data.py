@@ -1,0 +1,114 @@
+"""Rows that a seed model is fitted on: copying, following, decomposing and recombining instructions of a world.
+
+They are supervised rows (`messages`) as `lm_jax.data.supervised` reads them. The lab knows no method: how a model is
+asked to decompose or recombine comes from the caller, as functions that make conversations of decomposed instructions.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lm_jax.data.text import Message
+from lm_jax.lab.compositions import COMPLEX, draw_composition
+from lm_jax.lab.grammar import Instruction, make_instruction, questions
+from lm_jax.lab.world import World, draw
+from lm_jax.lab.writer import write
+
+SIMPLE = (0, 1, 2)  # constraints of a simple instruction
+COPIED = (2, 8)  # fewest and most words of a copying task
+
+Row = dict[str, Any]
+# (a row of `decomposed`, those of the in-context examples) -> the conversation, with the right answer as its last turn
+Conversation = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], list[Message]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One part of the fitting; parts follow each other.
+
+    Attributes:
+      name: of the file.
+      share: of all rows.
+      copying: share of copying tasks; of the rest half follow, a quarter decompose, a quarter recombine.
+      complex: share of complex instructions among those that are followed; none: nowhere in this stage.
+      ignored_simple: how often a constraint of a simple instruction is ignored on purpose.
+      ignored_complex: the same of a complex one.
+    """
+
+    name: str
+    share: float
+    copying: float = 0.0
+    complex: float = 0.0
+    ignored_simple: float = 0.0
+    ignored_complex: float = 0.0
+
+
+# A seed that never learns to copy words from the instruction decomposes wrongly, and then a method has nothing to
+# amplify. Two cures, both here: copying first, and noise and complex instructions last
+CURRICULUM = (
+    Stage("copying", share=0.2, copying=0.5),
+    Stage("clean", share=2 / 15),  # up to a third
+    Stage("full", share=2 / 3, complex=0.2, ignored_simple=0.15, ignored_complex=0.35),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """How a method asks; `examples` in-context examples go before every question."""
+
+    decompose: Conversation
+    recombine: Conversation
+    examples: int = 1
+
+
+def seed_rows(world: World, stage: Stage, seed: int, count: int, tasks: Tasks) -> Iterator[Row]:
+    """`count` rows of a stage; row i is a function of (world, stage, seed, i, tasks) alone."""
+    for index in range(count):
+        yield seed_row(world, stage, seed, index, tasks)
+
+
+def seed_row(world: World, stage: Stage, seed: int, index: int, tasks: Tasks) -> Row:
+    """One row of a stage: `messages`, and `task` (copy, follow, decompose or recombine)."""
+    rng = draw(world, seed, f"seed/{stage.name}", index)
+    if rng.random() < stage.copying:
+        return copying_row(world, rng)
+    task = rng.choice(("follow", "follow", "decompose", "recombine"))
+    if task == "follow":
+        return _follow(world, stage, rng)
+    counts = (*SIMPLE[1:], *(COMPLEX if stage.complex else ()))
+    own, *examples = [
+        decomposed(world, _instruction(world, rng.choice(counts), rng)) for _ in range(tasks.examples + 1)
+    ]
+    ask = tasks.decompose if task == "decompose" else tasks.recombine
+    return {"task": task, "messages": ask(own, examples)}
+
+
+def decomposed(world: World, instruction: Instruction) -> Row:
+    """A decomposed instruction in InFoBench's format: `instruction`, `input`, `decomposed_questions`."""
+    return {"instruction": instruction.text, "input": "", "decomposed_questions": list(questions(world, instruction))}
+
+
+def copying_row(world: World, rng: random.Random) -> Row:
+    """A row that asks for some words again, from all groups."""
+    words = [word for group in world.groups for word in group.words]
+    text = " ".join(rng.sample(words, rng.randint(*COPIED)))
+    return {"task": "copy", "messages": conversation(world.copying.replace("{}", text), text)}
+
+
+def conversation(question: str, answer: str) -> list[Message]:
+    """One question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _follow(world: World, stage: Stage, rng: random.Random) -> Row:
+    is_complex = rng.random() < stage.complex
+    instruction = _instruction(world, rng.choice(COMPLEX if is_complex else SIMPLE), rng)
+    ignored = stage.ignored_complex if is_complex else stage.ignored_simple
+    kept = [constraint for constraint in instruction.constraints if rng.random() >= ignored]
+    response = write(world, instruction.group, kept, rng)
+    return {"task": "follow", "messages": conversation(instruction.text, response)}
+
+
+def _instruction(world: World, count: int, rng: random.Random) -> Instruction:
+    return make_instruction(world, draw_composition(world, count, rng), rng)
