@@ -9,11 +9,10 @@ import dataclasses
 import re
 from typing import Any
 
+from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.data.text import Text, takes_system
 from lm_jax.errors import UserError
 
-SEED, SYNTHETIC = "seed", "synthetic"
-SOURCES = (SEED, SYNTHETIC)
 FORMATS = ("auto", "messages", "text")
 _MARKERS = {  # of each template, every one to stand there once
     "reverse_question": ("response",),
