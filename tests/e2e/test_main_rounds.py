@@ -53,7 +53,7 @@ class Runs:
 
 class Scripted(Runs):
     def flags(self, *settings: str) -> list[str]:
-        learning = training("epochs=3", "checkpoints.every=2", "optim.schedule=constant")
+        learning = training("epochs=2", "batch.rows=2", "checkpoints.every=1", "optim.schedule=constant")
         return super().flags("rounds=2", "start=previous", *sampling(), *learning, *settings)
 
     def run(self, *settings: str) -> Done:
@@ -119,10 +119,6 @@ def test_two_rounds_killed_in_each_part(tmp_path):
             assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True))
             assert records(here / direction) == records(there / direction)
     assert report(out) == report(whole)
-    # Done: nothing is trained again; other settings are refused
-    assert "round 2: done already" in fork("main_rounds", *runs.flags("responses.decode.slots=2")).ok().stderr
-    line = fork("main_rounds", *runs.flags("reverse.alpha.rule=fixed")).error()
-    assert "config.reverse.alpha.rule='loss_ratio', now 'fixed'" in line and str(out) in line
 
 
 def assert_rounds(output: Path, done: Done, runs: Runs) -> None:
@@ -149,7 +145,7 @@ def assert_rounds(output: Path, done: Done, runs: Runs) -> None:
 def test_two_adapters_write_for_each_other_and_filter(tmp_path):
     """A tiny model learns the seeds by heart as adapters, writes with them, and what it wrote is filtered."""
     runs = Runs(tmp_path)
-    lora = ("lora.rank=8", "lora.alpha=16", "epochs=60", "checkpoints.every=1000")
+    lora = ("lora.rank=8", "lora.alpha=16", "epochs=40", "batch.rows=4", "checkpoints.every=1000")
     settings = (*training(*lora), *sampling("temperature=0.5"), "sharing=adapters", "rounds=1", "candidates=2")
     fork("main_rounds", *runs.flags(*settings)).ok()
     for number in range(2):
