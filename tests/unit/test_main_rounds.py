@@ -177,8 +177,14 @@ def test_shared_weights():
 
 
 @pytest.mark.parametrize("start", ["base", "previous"])
-def test_where_models_begin(run, trainings, tmp_path, model, start):
-    out = f"{tmp_path}/out"
+def test_where_models_begin(run, trainings, tmp_path, model, start, monkeypatch):
+    out, generate, writers = f"{tmp_path}/out", rounds.generate_rows, []
+
+    def generate_rows(config, generator):
+        writers.append((Path(config.output).stem, config.model))
+        generate(config, generator)
+
+    monkeypatch.setattr(rounds, "generate_rows", generate_rows)
     rows = run(seed=7, start=start, forward={"optim": {"learning_rate": 2e-3}}, reverse={"alpha": {"rule": "fixed"}})
     assert trainings.named() == [(d, n) for n in range(3) for d in DIRECTIONS]
     for config, (direction, number) in zip(trainings.configs, trainings.named(), strict=True):
@@ -188,6 +194,12 @@ def test_where_models_begin(run, trainings, tmp_path, model, start):
         assert config.eval_input is None and config.response_column is None
         assert config.optim.learning_rate == (2e-3 if direction == "forward" else 1e-3)
         assert config.alpha.rule == ("fixed" if direction == "reverse" else "loss_ratio")
+    # The models of the round before write: the reverse one instructions, the forward one responses
+    assert writers == [
+        (sampled, f"{out}/round_{n}/{direction}")
+        for n in range(2)
+        for sampled, direction in (("instructions", "reverse"), ("responses", "forward"))
+    ]
 
 
 def test_another_reverse_model(run, trainings, tmp_path):
