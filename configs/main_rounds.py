@@ -7,7 +7,8 @@ Expect: two trainings on the seeds (round 0); then, once a round, instructions w
 responses to the seeds' instructions, and two trainings on both; at the end a table with a line for each round and
 model. `runs/main_rounds/round_2` then has what `launch.main_filter` takes: `candidates.jsonl`, `forward`, `reverse`;
 `rounds.jsonl` is the table. The same command goes on after an interruption, in the part where it was; with a larger
-`rounds` it adds rounds. Models that have learnt nothing beyond the seeds: filter `round_1/candidates.jsonl` with
+`rounds` it adds rounds. The last training is `launch.main_train` on `round_0/forward.jsonl`, the seeds, joined (`cat`)
+with what the filter keeps. Models that have learnt nothing beyond the seeds: filter `round_1/candidates.jsonl` with
 `round_0/forward` and `round_0/reverse`.
 
 Every setting of sampling and training is a key here, with its default and its reason in configs/generate.py and

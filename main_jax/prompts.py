@@ -132,6 +132,13 @@ def open_prompts(config: PromptConfig, tokenizer: Any, model: str) -> Prompts:
     return Prompts(config, format, format == "text" or takes_system(tokenizer))
 
 
+def supervised_example(prompt: Text, response: str) -> dict[str, Any]:
+    """The columns of a supervised row: `messages`, or `prompt` and `response` where the prompt is raw text."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "response": response}
+    return {"messages": [*prompt, {"role": "assistant", "content": response}]}
+
+
 def _fill(template: str, **values: str) -> str:
     # One pass over the template: markers inside a value are never seen
     return _MARKER.sub(lambda marker: values[marker[1]], template)

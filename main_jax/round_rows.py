@@ -13,7 +13,7 @@ from lm_jax.data.refusals import is_refusal
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.data.text import Text, TextEncoder
 from main_jax.instructions import Fault, read_instruction
-from main_jax.prompts import Prompts
+from main_jax.prompts import Prompts, supervised_example
 from main_jax.round_inputs import SeedPair
 
 FORWARD, REVERSE = DIRECTIONS = ("forward", "reverse")
@@ -96,6 +96,12 @@ def reverse_rows(seeds: Sequence[SeedPair], sampled: Sequence[str | None], promp
 
 def _row(id: int | str, prompt: Text, response: str, source: str, weight: float) -> Row:
     return {"id": id, "prompt": prompt, "response": response, "source": source, "weight": weight}
+
+
+def supervised_row(row: Row) -> Row:
+    """The row as `launch.main_train` reads it, in the layout of what `launch.main_filter` keeps: they can be joined."""
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "response")}
+    return {"id": row["id"], **supervised_example(row["prompt"], row["response"]), **rest}
 
 
 def shared_weights(rows: Sequence[Row], most: int | None) -> list[Row]:

@@ -157,7 +157,8 @@ class _Rounds:
             synthetic[FORWARD] = round_rows.shared_weights(synthetic[FORWARD], self._config.learnt_candidates)
         if jax.process_index() == 0:
             for direction in DIRECTIONS:
-                write_jsonl(f"{this.directory}/{direction}.jsonl", [*self._seed_rows[direction], *synthetic[direction]])
+                rows = [*self._seed_rows[direction], *synthetic[direction]]
+                write_jsonl(f"{this.directory}/{direction}.jsonl", map(round_rows.supervised_row, rows))
         everywhere(lambda: None)
         sampled = {
             direction: name for name, reader in SAMPLER.items() for direction in DIRECTIONS if reader != direction

@@ -79,7 +79,9 @@ def run(tmp_path, trainings, model):
 
 
 def learnt(tmp_path, number: int, direction: str) -> list[dict]:
-    return read_rows(f"{tmp_path}/out/round_{number}/{direction}.jsonl")
+    rows = read_rows(f"{tmp_path}/out/round_{number}/{direction}.jsonl")
+    assert all([m["role"] for m in row["messages"]][-2:] == ["user", "assistant"] for row in rows)
+    return [{**row, "prompt": row["messages"][:-1], "response": row["messages"][-1]["content"]} for row in rows]
 
 
 def user(row: dict) -> str:
