@@ -1,6 +1,6 @@
 """Turns a run's checkpoint into a Hugging Face directory.
 
-    python -m launch.export_hf --config=configs/export_hf.py --config.model=runs/musc --config.output=runs/musc-hf
+python -m launch.export_hf --config=configs/export_hf.py --config.model=runs/musc --config.output=runs/musc-hf
 """
 
 from launch import cli

@@ -1,6 +1,6 @@
 """The main job on an embedded default: a small Llama is made, trained on preference pairs and exported.
 
-    python -m launch.quickstart
+python -m launch.quickstart
 """
 
 import sys

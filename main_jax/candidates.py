@@ -81,11 +81,18 @@ class Candidates:
             yield row
 
 
-def _fault(row: Mapping[str, Any], cluster: str | None) -> str | None:
+def response_fault(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with `id` or `response` of a row, and the cure; None: nothing."""
     if type(row["id"]) not in (int, str) or row["id"] == "":
         return f"id must be a string or a whole number, got {row['id']!r}; mend it"
     if not isinstance(row["response"], str) or not row["response"].strip():
         return "response must be a text that is not empty; drop the row"
+    return None
+
+
+def _fault(row: Mapping[str, Any], cluster: str | None) -> str | None:
+    if fault := response_fault(row):
+        return fault
     if not isinstance(row["instruction"], str | None):
         kind = type(row["instruction"]).__name__
         return f"instruction must be a text or null, got {kind}; give each candidate a row of its own"

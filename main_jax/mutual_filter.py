@@ -12,6 +12,7 @@ import numpy as np
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, to_dict
 from lm_jax.data.order import check_batch
 from lm_jax.data.rows import write_jsonl
+from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
@@ -21,7 +22,7 @@ from main_jax.filter_report import Measured, report_of, table
 from main_jax.instructions import copy_rate
 from main_jax.passes import FAULTS, NO_INSTRUCTION, CrossEntropy, FrozenModel, Item, read_pass, run_pass
 from main_jax.plots import plot_filter
-from main_jax.prompts import SYNTHETIC, PromptConfig, Prompts, open_prompts
+from main_jax.prompts import PromptConfig, Prompts, open_prompts, supervised_example
 from main_jax.scores import SCORES, CrossEntropies, best_fraction, best_of_each, check_selection
 
 # Name of a pass -> who reads, and what
@@ -258,13 +259,9 @@ def _kept_rows(
     for number, row in itertools.compress(enumerate(candidates.rows()), chosen.reason < 0):
         instruction = row["instruction"].strip()
         prompt = prompts.forward(instruction, SYNTHETIC)
-        if isinstance(prompt, str):
-            example = {"prompt": prompt, "response": row["response"]}
-        else:
-            example = {"messages": [*prompt, {"role": "assistant", "content": row["response"]}]}
         yield {
             "id": row["id"],
-            **example,
+            **supervised_example(prompt, row["response"]),
             "instruction": instruction,
             "weight": 1.0,
             "source": SYNTHETIC,

@@ -9,11 +9,10 @@ import dataclasses
 import re
 from typing import Any
 
+from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.data.text import Text, takes_system
 from lm_jax.errors import UserError
 
-SEED, SYNTHETIC = "seed", "synthetic"
-SOURCES = (SEED, SYNTHETIC)
 FORMATS = ("auto", "messages", "text")
 _MARKERS = {  # of each template, every one to stand there once
     "reverse_question": ("response",),
@@ -131,6 +130,13 @@ def open_prompts(config: PromptConfig, tokenizer: Any, model: str) -> Prompts:
         )
     format = ("messages" if template else "text") if config.format == "auto" else config.format
     return Prompts(config, format, format == "text" or takes_system(tokenizer))
+
+
+def supervised_example(prompt: Text, response: str) -> dict[str, Any]:
+    """The columns of a supervised row: `messages`, or `prompt` and `response` where the prompt is raw text."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "response": response}
+    return {"messages": [*prompt, {"role": "assistant", "content": response}]}
 
 
 def _fill(template: str, **values: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from lm_jax.commands.generator import Local, load_local, local_mesh, model_identity, open_endpoint, open_local
+from lm_jax.commands.processes import everywhere
 from lm_jax.config import to_dict
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.rows import check_not_input, write_jsonl
@@ -26,7 +27,7 @@ from musc_jax.pairs_config import MARKER, PairsConfig
 from musc_jax.prompts import Prompt
 from musc_jax.row import FULL, PERTURBED, Row, left
 from musc_jax.sources import Source
-from musc_jax.stages import Stages, everywhere
+from musc_jax.stages import Stages
 from musc_jax.tally import summed, table, tally
 from musc_jax.tasks import Task, read_tasks
 

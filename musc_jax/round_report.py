@@ -6,6 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from lm_jax.commands.rounds import aligned, training_records
+
 _TRAINED = ("loss", "rewards/margins", "rewards/accuracies")
 
 
@@ -17,7 +19,7 @@ def summary(directory: str) -> dict[str, Any]:
     """
     here = epath.Path(directory)
     counts = json.loads((here / "pairs.jsonl.counts.json").read_text())
-    records = [json.loads(line) for line in (here / "train" / "metrics.jsonl").read_text().splitlines()]
+    records = training_records(f"{directory}/train")
     steps = [record for record in records if "loss" in record]
     evaluated = [record for record in records if "eval_loss" in record][-1:]
     trained, left = dict.fromkeys(_TRAINED, 0.0), float(counts["pairs"])
@@ -46,5 +48,4 @@ def rounds_table(rows: Sequence[Mapping[str, Any]]) -> str:
         trained = (f"{row[name]:.4f}" for name in _TRAINED)
         counts = (row["round"], row["instructions"], row["pairs"], sum(row["dropped"].values()), row["steps"])
         lines.append((*map(str, counts), *trained, f"{sum(row['seconds'].values()):.1f}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines)

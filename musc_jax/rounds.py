@@ -16,28 +16,24 @@ section 2.4), which takes new instructions for every round.
 
 import contextlib
 import dataclasses
-import json
-import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
+from lm_jax.commands.processes import everywhere
+from lm_jax.commands.rounds import NO_ENDPOINT, begin_rounds, do_parts, do_rounds, naming, round_directory
 from lm_jax.config import from_config_dict, to_dict
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator
 from lm_jax.training.metrics import say
-from lm_jax.training.runs import check_same_settings, write_settings
 from musc_jax.draws import shuffled
 from musc_jax.methods import MUSC
 from musc_jax.pairs import make_pairs
 from musc_jax.pairs_config import PairsConfig
 from musc_jax.round_report import rounds_table, summary
-from musc_jax.stages import everywhere
 from musc_jax.tasks import Task, read_tasks
 from musc_jax.token_weights import AUTO, FROM_COLUMNS, FROM_STORE, ONLINE, parse_rules
 from musc_jax.train import MuscTrainConfig, train
@@ -53,7 +49,6 @@ _MAY_CHANGE = (
     *("weights.mesh", "weights.compute", "weights.batch"),
     *("train.mesh", "train.compute", "train.checkpoints"),
 )
-_NO_ENDPOINT = {"url": "", "model": "", "concurrency": 1, "timeout": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +115,9 @@ class RoundsConfig:
             return
         raise UserError(f"config.train.weights={source}: {fault}")
 
-    @contextlib.contextmanager
-    def naming(self, section: str) -> Iterator[None]:
+    def naming(self, section: str) -> contextlib.AbstractContextManager:
         """Errors of a part name its settings as they are called here."""
-        try:
-            yield
-        except UserError as error:
-            keys = "|".join(map(re.escape, getattr(self, section)))
-            raise UserError(re.sub(rf"\bconfig\.(?=(?:{keys})\b)", f"config.{section}.", str(error))) from error
+        return naming(section, getattr(self, section))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +129,13 @@ class Round:
 
     @property
     def directory(self) -> str:
-        return f"{self.config.output}/round_{self.number}"
+        return round_directory(self.config.output, self.number)
 
     @property
     def model(self) -> str:
         """What it begins with."""
-        return f"{self.config.output}/round_{self.number - 1}/train" if self.number > 1 else self.config.model
+        config = self.config
+        return f"{round_directory(config.output, self.number - 1)}/train" if self.number > 1 else config.model
 
     @property
     def weighs(self) -> bool:
@@ -160,7 +151,7 @@ class Round:
             input=None if config.input is None else f"{self.directory}/instructions.jsonl",
             num_instructions=config.num_instructions,
             output=f"{self.directory}/pairs.jsonl",
-            endpoint=_NO_ENDPOINT,
+            endpoint=NO_ENDPOINT,
         )
 
     def weights(self) -> WeighConfig:
@@ -193,24 +184,9 @@ def run_rounds(config: RoundsConfig, generator: Generator | None = None) -> None
       UserError: anything the user can mend; the rounds before it stay.
     """
     shares = _shares(config)
-    root = epath.Path(config.output)
-    everywhere(lambda: _begin(root, config, shares))
-    rows = []
-    for number in range(1, config.rounds + 1):
-        this = Round(config, number)
-        done = epath.Path(this.directory) / "round.json"
-        row = everywhere(lambda done=done: json.loads(done.read_text()) if done.exists() else None)
-        if row is None:
-            row = _do(this, shares, generator)
-            if jax.process_index() == 0:
-                write_jsonl(str(done), [row])
-        else:
-            say(f"round {number}: done already")
-        rows.append(row)
-        if jax.process_index() == 0:
-            write_jsonl(f"{config.output}/rounds.jsonl", rows)
-    if jax.process_index() == 0:
-        print(rounds_table(rows), flush=True)
+    everywhere(lambda: _begin(config, shares))
+    numbers = range(1, config.rounds + 1)
+    do_rounds(config.output, numbers, lambda number: _do(Round(config, number), shares, generator), rounds_table)
 
 
 def _do(this: Round, shares: Sequence[Sequence[Task]] | None, generator: Generator | None) -> dict[str, Any]:
@@ -224,15 +200,7 @@ def _do(this: Round, shares: Sequence[Sequence[Task]] | None, generator: Generat
         "weights": lambda: weigh_rows(this.weights()) if this.weighs else None,
         "train": lambda: train(this.train()),
     }
-    seconds = {}
-    for name, part in parts.items():
-        begin = time.monotonic()
-        try:
-            with this.config.naming(name):
-                part()
-        except UserError as error:
-            raise UserError(f"round {this.number}: {error}") from error
-        seconds[name] = round(time.monotonic() - begin, 1)
+    seconds = do_parts(this.number, parts, this.config.naming)
     found = everywhere(lambda: summary(this.directory))
     return {"round": this.number, "model": this.model, **found, "seconds": seconds}
 
@@ -257,7 +225,7 @@ def _shares(config: RoundsConfig) -> list[list[Task]] | None:
     return [[tasks[i] for i in sorted(order[n * size : (n + 1) * size])] for n in range(config.rounds)]
 
 
-def _begin(root: epath.Path, config: RoundsConfig, shares: Sequence[Sequence[Task]] | None) -> None:
+def _begin(config: RoundsConfig, shares: Sequence[Sequence[Task]] | None) -> None:
     """Makes the directory, or finds the same rounds in it to continue."""
     settings = to_dict(config)
     if shares is not None:
@@ -265,11 +233,4 @@ def _begin(root: epath.Path, config: RoundsConfig, shares: Sequence[Sequence[Tas
             settings["instructions_per_round"] = len(shares[0])
         rows = [dataclasses.asdict(task) for task in read_tasks(config.input)]  # of others the shares would overlap
         settings["input"] = {"path": config.input, "fingerprint": rows_fingerprint(rows, config.input)}
-    description, path = {"command": "musc_rounds", "config": settings}, root / "config.json"
-    if path.exists():
-        check_same_settings(path, description, _MAY_CHANGE)
-        return
-    if root.exists() and {p.name for p in root.iterdir()} - {"config.json.tmp"}:
-        raise UserError(f"{root}: not empty and no rounds; give another config.output")
-    root.mkdir(parents=True, exist_ok=True)
-    write_settings(path, description)
+    begin_rounds(config.output, "musc_rounds", settings, _MAY_CHANGE)

@@ -1,16 +1,15 @@
 """The model's part in making pairs: stages, each one call of the generator whose answers are kept as they come."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from lm_jax.commands.answers import answer_requests, missing_rows
+from lm_jax.commands.processes import everywhere
 from lm_jax.data.journal import Journal, rows_fingerprint
 from lm_jax.data.rows import read_rows
 from lm_jax.errors import UserError
@@ -101,14 +100,3 @@ class Stages:
 
     def _path(self, stage: str) -> str:
         return os.path.join(self._directory, f"{stage}.jsonl")
-
-
-def everywhere(value: Callable[[], Any]) -> Any:
-    """What `value` gives in process 0 (JSON), in every process."""
-    if jax.process_count() == 1:
-        return value()
-    from jax.experimental import multihost_utils
-
-    here = json.dumps(value()).encode() if jax.process_index() == 0 else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(here))))
-    return json.loads(multihost_utils.broadcast_one_to_all(np.frombuffer(here.ljust(size), np.uint8)).tobytes())

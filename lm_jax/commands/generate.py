@@ -20,6 +20,7 @@ from lm_jax.commands.generator import (
     open_endpoint,
     open_local,
 )
+from lm_jax.commands.processes import everywhere
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.rows import read_rows
@@ -89,7 +90,9 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
     local = None if mesh is None else open_local(config, mesh, config.stop)
     journal = _open_journal(config, rows, local)
     try:
-        if journal is not None and journal.finished:
+        if everywhere(lambda: journal.finished):
+            if journal is None:
+                return
             failed = sum("error" in row for row in read_rows(config.output))
             without = f"; {failed} rows have no answer: to try again, delete it and its .run.json" if failed else ""
             print(f"{config.output}: finished already, with these settings{without}", file=sys.stderr)

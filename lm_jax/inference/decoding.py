@@ -83,9 +83,7 @@ def slot_shapes(
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",), out_shardings=_PROMPTS
-)
+@functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",), out_shardings=_PROMPTS)
 def prefill(
     params: dict,
     cache: tuple[KVCache, ...],

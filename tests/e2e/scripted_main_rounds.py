@@ -1,0 +1,28 @@
+"""`launch.main_rounds` whose texts come from scripted writers, which take their time.
+
+What it compiles it keeps beside its output, for the next run there: only a run that nobody kills may be the first,
+since JAX does not write these files at once.
+"""
+
+from pathlib import Path
+
+import jax
+
+from launch import cli
+from tests.main_writers import Writers
+
+
+def command():
+    from main_jax.rounds import run_rounds
+    from main_jax.rounds_config import RoundsConfig
+
+    def main(config):
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.output).with_name("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        run_rounds(config, Writers(seconds=0.02))
+
+    return RoundsConfig, main
+
+
+if __name__ == "__main__":
+    cli.run(command)
