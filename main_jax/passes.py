@@ -14,7 +14,8 @@ from lm_jax.config import BatchConfig, ComputeConfig
 from lm_jax.data.journal import Journal
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import stream_rows
-from lm_jax.data.text import Text, TextEncoder, end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.inference.scoring import TokenScores, score
 from lm_jax.training.metrics import Progress, say

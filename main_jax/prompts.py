@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.data.text import Text, takes_system
+from lm_jax.data.text import Text
+from lm_jax.data.tokenizers import takes_system
 from lm_jax.errors import UserError
 
 FORMATS = ("auto", "messages", "text")

@@ -28,7 +28,8 @@ from lm_jax.config import to_dict
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.data.text import Text, TextEncoder, end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator
 from lm_jax.training.metrics import say

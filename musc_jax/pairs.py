@@ -13,7 +13,8 @@ from lm_jax.commands.processes import everywhere
 from lm_jax.config import to_dict
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.rows import check_not_input, write_jsonl
-from lm_jax.data.text import Text, takes_system
+from lm_jax.data.text import Text
+from lm_jax.data.tokenizers import takes_system
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request
 from lm_jax.training.metrics import say

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from lm_jax.data.rows import check_not_input, replacing
-from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.training.metrics import say
 from lm_jax.training.runs import open_model

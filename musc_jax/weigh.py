@@ -16,7 +16,8 @@ from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.data.text import Text, TextEncoder, end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.inference.contrast import Contrast, contrast
 from lm_jax.models.decoder import check_compute

@@ -77,7 +77,7 @@ def their_generation(model: str) -> Iterator[dict[str, Any]]:
 
 def our_model(model: str):
     from lm_jax.config import MeshConfig
-    from lm_jax.data.text import load_tokenizer
+    from lm_jax.data.tokenizers import load_tokenizer
     from lm_jax.sharding import make_mesh
     from lm_jax.training.runs import open_model
 

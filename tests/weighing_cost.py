@@ -33,7 +33,8 @@ import numpy as np
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.order import plan_batches
 from lm_jax.data.packing import Segment, example_lengths
-from lm_jax.data.text import TextEncoder, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.inference.contrast import contrast
 from lm_jax.inference.scoring import score
 from lm_jax.models.decoder import Decoder, output_embedding

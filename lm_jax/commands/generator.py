@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
-from lm_jax.data.text import end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator
 from lm_jax.inference.sampling import LocalGenerator

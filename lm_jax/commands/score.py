@@ -12,7 +12,8 @@ from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows, write_jsonl
-from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.inference.scoring import TokenScores, score
 from lm_jax.models.decoder import check_compute

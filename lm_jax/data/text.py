@@ -1,21 +1,18 @@
 """(prompt, response), as text or messages, to token ids. A mask is two lengths: the response follows the prompt."""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
+from lm_jax.data.tokenizers import first_line
 from lm_jax.errors import UserError
 
 Message = dict[str, str]  # {'role': ..., 'content': ...}
 Text = str | list[Message]  # raw text, or messages for the chat template
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # What a template that reads `date_string`, as Llama 3's do, is told: today's would make a row's ids depend on the day.
 # Llama 3.1 takes this day by itself.
 _DAY = "26 Jul 2024"
@@ -36,81 +33,6 @@ class EncodedResponse:
     @property
     def truncated(self) -> bool:
         return len(self.response_ids) < self.full_length
-
-
-def load_tokenizer(model_dir: str, vocab_size: int | None = None) -> Any:
-    """The transformers tokenizer of a checkpoint directory (or hub id). Runs no code from the checkpoint.
-
-    Args:
-      model_dir: directory with the tokenizer's files.
-      vocab_size: rows of the model's embedding; None: do not check.
-
-    Raises:
-      UserError: no tokenizer there, ids beyond the embedding, or no end-of-text token.
-    """
-    import transformers
-
-    path = epath.Path(model_dir)
-    if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
-        raise UserError(f"{model_dir}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds, none of its own
-        raise UserError(
-            f"{model_dir}: its tokenizer cannot be loaded ({_first_line(error)}); check the path, and that "
-            "tokenizer.json and tokenizer_config.json are whole"
-        ) from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{model_dir}: its tokenizer has no fast form; save one with a tokenizer.json there")
-    # Ids may have holes, so that the highest one can lie beyond the number of tokens
-    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
-    if vocab_size is not None and size > vocab_size:
-        raise UserError(
-            f"{model_dir}: vocabulary larger than the embedding: the tokenizer has {size} ids, the embedding "
-            f"{vocab_size} rows; use the tokenizer that the model was trained with, or resize the embedding"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{model_dir}: its tokenizer has no eos token; set eos_token in tokenizer_config.json")
-    return tokenizer
-
-
-def end_token_ids(model_dir: str, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's eos first, then those of generation_config.json where there is one.
-
-    Raises:
-      UserError: generation_config.json is broken.
-    """
-    ids = [tokenizer.eos_token_id]
-    path = epath.Path(model_dir) / "generation_config.json"
-    if path.exists():
-        try:
-            found = json.loads(path.read_text()).get("eos_token_id")
-            ids += [int(i) for i in (found if isinstance(found, list) else [found] if found is not None else [])]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: eos_token_id cannot be read ({_first_line(error)}); mend the file") from error
-    return tuple(dict.fromkeys(ids))
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 (hex) over all that decides the ids: vocabulary and rules, special tokens, chat template."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls leave these two behind; the ids here never depend on them
-    rules.pop("truncation", None)
-    rules.pop("padding", None)
-    parts = [rules, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def takes_system(tokenizer: Any) -> bool:
-    """Whether the chat template shows a system message; some refuse it, some leave it out."""
-    task = "The task."
-    try:
-        shown = tokenizer.apply_chat_template(
-            [{"role": "system", "content": task}, {"role": "user", "content": "A question."}], tokenize=False
-        )
-    except Exception:  # a template can raise anything
-        return False
-    return task in shown
 
 
 def messages_fault(value: Any) -> str | None:
@@ -142,9 +64,9 @@ class TextEncoder:
     a tokenizer merges across the boundary, the response is tokenised apart (TRL cuts the merged end of the prompt off).
 
     Args:
-      tokenizer: from `load_tokenizer`.
+      tokenizer: from `tokenizers.load_tokenizer`.
       max_length: tokens of prompt and response together; a longer row loses the response's tail.
-      end_ids: from `end_token_ids`; defaults to the tokenizer's eos alone.
+      end_ids: from `tokenizers.end_token_ids`; defaults to the tokenizer's eos alone.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, end_ids: Sequence[int] = ()):
@@ -286,7 +208,7 @@ class TextEncoder:
         except Exception as error:  # a template can raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
-                f"{where}: the chat template refuses the messages with roles {roles} ({_first_line(error)}); mend the "
+                f"{where}: the chat template refuses the messages with roles {roles} ({first_line(error)}); mend the "
                 "row's roles and order, or the template"
             ) from error
 
@@ -382,7 +304,3 @@ def _valid(text: str, where: str) -> str:
             f"{where}: half a surrogate pair at character {error.start}; remove it from the text"
         ) from error
     return text
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

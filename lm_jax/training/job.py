@@ -14,7 +14,8 @@ import numpy as np
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
 from lm_jax.data.order import BatchIterator, Beside, check_batch, plan_batches
 from lm_jax.data.packing import Example, example_lengths
-from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.models.lora import abstract_adapters, adapter_specs, init_adapters, join

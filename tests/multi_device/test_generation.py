@@ -28,7 +28,7 @@ def computed(directory):
     import numpy as np
 
     from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
-    from lm_jax.data.text import load_tokenizer
+    from lm_jax.data.tokenizers import load_tokenizer
     from lm_jax.inference import sampling as sampler
     from lm_jax.inference.requests import Request, SamplingConfig
     from lm_jax.models.cache import cache_shapes

@@ -11,7 +11,8 @@ import pytest
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack
-from lm_jax.data.text import TextEncoder, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.hf_io import load_params
 from lm_jax.inference.scoring import score
 from lm_jax.models.decoder import REMAT_POLICIES

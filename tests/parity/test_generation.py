@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
-from lm_jax.data.text import load_tokenizer
+from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.inference.requests import Request, SamplingConfig
 from lm_jax.inference.sampling import LocalGenerator
 from lm_jax.inference.scoring import packed_logprobs

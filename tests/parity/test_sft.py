@@ -11,7 +11,8 @@ import transformers
 from lm_jax.config import ComputeConfig
 from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack
 from lm_jax.data.supervised import load_supervised
-from lm_jax.data.text import TextEncoder, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.hf_io import load_params
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import flatten

@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.packing import example_lengths, fill_rows, pack
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.data.text import TextEncoder, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import load_tokenizer
 from musc_jax.examples import load_pairs
 from musc_jax.reference import no_scores, weighted_pairs
 from musc_jax.token_weights import WEIGHING_RULES

@@ -440,7 +440,8 @@ def test_the_table(pairs, capsys):
 def test_loads_with_datasets_and_into_training(pairs, tmp_path, method):
     import datasets
 
-    from lm_jax.data.text import TextEncoder, load_tokenizer
+    from lm_jax.data.text import TextEncoder
+    from lm_jax.data.tokenizers import load_tokenizer
     from musc_jax.examples import load_pairs
     from tests.checkpoints import make_tokenizer
 

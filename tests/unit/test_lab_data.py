@@ -7,7 +7,8 @@ import transformers
 
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import LAST, load_supervised
-from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.inference.stopping import response_text
 from lm_jax.lab.compositions import COMPLEX, Split, split_of

@@ -229,7 +229,8 @@ def test_rows_do_not_depend_on_their_order(pairs):
 def test_loads_with_datasets_and_into_training(pairs, tmp_path):
     import datasets
 
-    from lm_jax.data.text import TextEncoder, load_tokenizer
+    from lm_jax.data.text import TextEncoder
+    from lm_jax.data.tokenizers import load_tokenizer
     from musc_jax.examples import load_pairs
     from tests.checkpoints import make_tokenizer
 
@@ -258,7 +259,8 @@ def assert_trl_sees_the_same(directory, path) -> None:
     import transformers
     import trl
 
-    from lm_jax.data.text import TextEncoder, load_tokenizer
+    from lm_jax.data.text import TextEncoder
+    from lm_jax.data.tokenizers import load_tokenizer
     from tests.checkpoints import make_checkpoint, make_tokenizer
 
     model = f"{directory}/model"

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lm_jax.data.pieces import token_pieces
-from lm_jax.data.text import load_tokenizer
+from lm_jax.data.tokenizers import load_tokenizer
 from tests.checkpoints import make_tokenizer
 
 TEXTS = [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lm_jax.data.packing import Segment
-from lm_jax.data.text import load_tokenizer
+from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.training.preview import as_trained, print_examples, segment_lines
 from tests.checkpoints import make_tokenizer
 

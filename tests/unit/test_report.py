@@ -11,7 +11,8 @@ import pytest
 from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.data.text import TextEncoder, load_tokenizer
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.errors import UserError
 from musc_jax.examples import load_pairs
 from musc_jax.report import ReportConfig, chosen_rows, embedded, page, report_data, write_report

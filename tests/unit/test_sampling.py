@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
-from lm_jax.data.text import load_tokenizer
+from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.inference import sampling as sampler
 from lm_jax.inference.requests import Request, SamplingConfig

@@ -9,7 +9,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lm_jax.data.text import TextEncoder, end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 
 CORPUS = ["\n\nWrite a poem about the sea.\n\nThe sea is wide and the sea is blue.\nuser assistant system think\n"] * 4
