@@ -15,8 +15,9 @@ quickstart: export JAX_PLATFORMS ?= cpu
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m launch.quickstart
 
+# A process for each of two cores; what shares a fixture stays together
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
