@@ -23,7 +23,7 @@ import jax
 
 from lm_jax.commands.generate import generate_rows
 from lm_jax.commands.processes import everywhere
-from lm_jax.commands.rounds import begin_rounds, do_parts, do_rounds
+from lm_jax.commands.rounds import begin_directory, do_parts, do_rounds
 from lm_jax.config import to_dict
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import read_rows, write_jsonl
@@ -103,7 +103,7 @@ class _Rounds:
         for name in ("seeds", "unlabelled"):
             path = getattr(config, name)
             settings[name] = {"path": path, "fingerprint": rows_fingerprint(read_rows(path), path)}
-        begin_rounds(config.output, "main_rounds", settings, MAY_CHANGE)
+        begin_directory(config.output, "main_rounds", settings, MAY_CHANGE)
 
     def do(self, number: int) -> Row:
         """One round, or what of it is missing; its row in the report."""

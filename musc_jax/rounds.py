@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from lm_jax.commands.processes import everywhere
-from lm_jax.commands.rounds import NO_ENDPOINT, begin_rounds, do_parts, do_rounds, naming, round_directory
+from lm_jax.commands.rounds import NO_ENDPOINT, begin_directory, do_parts, do_rounds, naming, round_directory
 from lm_jax.config import from_config_dict, to_dict
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import write_jsonl
@@ -233,4 +233,4 @@ def _begin(config: RoundsConfig, shares: Sequence[Sequence[Task]] | None) -> Non
             settings["instructions_per_round"] = len(shares[0])
         rows = [dataclasses.asdict(task) for task in read_tasks(config.input)]  # of others the shares would overlap
         settings["input"] = {"path": config.input, "fingerprint": rows_fingerprint(rows, config.input)}
-    begin_rounds(config.output, "musc_rounds", settings, _MAY_CHANGE)
+    begin_directory(config.output, "musc_rounds", settings, _MAY_CHANGE)

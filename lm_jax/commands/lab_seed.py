@@ -1,11 +1,13 @@
 """`launch.lab_seed`: a seed model for a world of the lab, fitted from nothing, and the gate that it must pass."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_jax.commands.rounds import begin_directory
 from lm_jax.commands.steps import make_random_model, run_step
 from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.data.rows import read_rows, write_jsonl
@@ -13,12 +15,10 @@ from lm_jax.errors import UserError
 from lm_jax.lab.compositions import COMPLEX
 from lm_jax.lab.data import instructions
 from lm_jax.lab.gate import check_gate, make_gate
-from lm_jax.lab.lists import LISTS
 from lm_jax.lab.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
 from lm_jax.lab.tokenizer import write_tokenizer
-from lm_jax.lab.trips import TRIPS
+from lm_jax.lab.worlds import WORLDS
 
-WORLDS = {world.name: world for world in (LISTS, TRIPS)}
 _EXAMPLES = 10  # decomposed instructions that a method is given as in-context examples
 
 
@@ -33,6 +33,7 @@ class LabSeedConfig:
     learning_rate: float
     batch_rows: int
     max_length: int
+    words: str
     gate: float
     gate_rows: int
 
@@ -50,20 +51,31 @@ def fit_seed(config: LabSeedConfig, tasks: Tasks, phrases: Sequence[str]) -> Non
     """Fits a small Llama on a world's seed rows, stage after stage, exports it and measures what it can do.
 
     Below `config.output`: `data/` (the rows, in-context examples and held-out prompts), `start/` (the model before), a
-    run directory for each stage, `model/` (the seed model in Hugging Face format), `gate.json`.
+    run directory for each stage, `model/` (the seed model in Hugging Face format), `gate.json`. Stages that are done
+    stay as they are.
 
     Args:
       tasks: how a method asks for a decomposition and a recombination.
       phrases: of those, the texts that are one token each; see `tokenizer.make_tokenizer`.
 
     Raises:
-      UserError: a step failed, or the model is below the gate.
+      UserError: a step failed, the model is below the gate, or `config.output` holds something else.
     """
-    world, root = WORLDS[config.world], Path(config.output)
-    if root.exists() and any(root.iterdir()):
-        raise UserError(f"config.output={config.output}: not empty; give a new directory, or remove it")
-    began = time.monotonic()
-    data = root / "data"
+    root = Path(config.output)
+    settings = dataclasses.asdict(config)
+    begin_directory(config.output, "lab_seed", settings, ("output", "gate"))
+    gate = root / "gate.json"
+    if gate.exists():
+        print(f"{root}/model: fitted before", flush=True)
+    else:
+        _fit_all(config, root, tasks, phrases)
+    shares = json.loads(gate.read_text())
+    print("greedy, on held-out instructions: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()), flush=True)
+    check_gate(shares, config.gate, f"{root}/model")
+
+
+def _fit_all(config: LabSeedConfig, root: Path, tasks: Tasks, phrases: Sequence[str]) -> None:
+    world, data, began = WORLDS[config.world], root / "data", time.monotonic()
     rows = {
         stage.name: list(seed_rows(world, stage, config.seed, round(config.rows * stage.share), tasks))
         for stage in CURRICULUM
@@ -74,25 +86,24 @@ def fit_seed(config: LabSeedConfig, tasks: Tasks, phrases: Sequence[str]) -> Non
     write_jsonl(str(data / "examples.jsonl"), examples)
     # Labels of the method's prompts stand in every such row; a few hundred rows have them all
     texts = [m["content"] for made in rows.values() for row in made[:500] for m in row["messages"]]
-    size = write_tokenizer(data / "tokenizer", world, phrases, texts)
-    make_random_model(root / "start", data / "tokenizer", _model(size), config.seed)
+    size = write_tokenizer(data / "tokenizer", world, phrases, [*texts, config.words])
+    if not (root / "start").exists():
+        make_random_model(root / "start", data / "tokenizer", _model(size), config.seed)
     model = root / "start"
     for stage in CURRICULUM:
         _fit(config, model, data / f"{stage.name}.jsonl", root / stage.name, last=stage is CURRICULUM[-1])
         model = root / stage.name
-    run_step(
-        "launch.export_hf",
-        "--config=configs/export_hf.py",
-        f"--config.model={model}",
-        f"--config.output={root}/model",
-        "--config.dtype=float32",
-    )
+    if not (root / "model").exists():
+        run_step(
+            "launch.export_hf",
+            "--config=configs/export_hf.py",
+            f"--config.model={model}",
+            f"--config.output={root}/model",
+            "--config.dtype=float32",
+        )
     print(f"fitted in {time.monotonic() - began:.0f} s", flush=True)
     gate = make_gate(world, config.seed, config.gate_rows, tasks, examples)
-    shares = gate.measure(_greedy(config, root, gate.rows()))
-    write_jsonl(str(root / "gate.json"), [shares])
-    print("greedy, on held-out instructions: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()), flush=True)
-    check_gate(shares, config.gate, f"{root}/model")
+    write_jsonl(str(root / "gate.json"), [gate.measure(_greedy(config, root, gate.rows()))])
 
 
 def _fit(config: LabSeedConfig, model: Path, rows: Path, output: Path, last: bool) -> None:

@@ -34,15 +34,15 @@ def naming(section: str, keys: Collection[str]) -> Iterator[None]:
         raise UserError(re.sub(rf"\bconfig\.(?=(?:{names})\b)", f"config.{section}.", str(error))) from error
 
 
-def begin_rounds(output: str, command: str, settings: Mapping[str, Any], may_change: Collection[str]) -> None:
-    """Makes the directory with `config.json`, or finds the same rounds in it to continue.
+def begin_directory(output: str, command: str, settings: Mapping[str, Any], may_change: Collection[str]) -> None:
+    """Makes the directory of a command of many parts, with `config.json`, or finds the same one to continue.
 
     Args:
       settings: nested plain values.
       may_change: as `check_same_settings` has it.
 
     Raises:
-      UserError: the directory holds something else, or rounds with other settings.
+      UserError: the directory holds something else, or the command's with other settings.
     """
     root = epath.Path(output)
     description, path = {"command": command, "config": settings}, root / "config.json"
@@ -50,7 +50,7 @@ def begin_rounds(output: str, command: str, settings: Mapping[str, Any], may_cha
         check_same_settings(path, description, may_change)
         return
     if root.exists() and {p.name for p in root.iterdir()} - {"config.json.tmp"}:
-        raise UserError(f"{root}: not empty and no rounds; give another config.output")
+        raise UserError(f"{root}: not empty and none of {command}'s; give another config.output")
     root.mkdir(parents=True, exist_ok=True)
     write_settings(path, description)
 

@@ -31,16 +31,22 @@ def split_of(world: World, kinds: Collection[str]) -> Split:
 
 
 def draw_composition(
-    world: World, count: int, rng: random.Random, held_out: bool = False, rarity: float = RARITY
+    world: World,
+    count: int,
+    rng: random.Random,
+    held_out: bool = False,
+    rarity: float = RARITY,
+    naming: float = 1.0,
 ) -> tuple[str, ...]:
     """`count` kinds that can stand together, in random order.
 
     Args:
       held_out: draws from the compositions that training never sees, and from no others.
       rarity: share of the rare ones that stay; 1 draws them as often as any.
+      naming: as in `grammar.draw_kinds`.
     """
     while True:
-        kinds = draw_kinds(world, count, rng)
+        kinds = draw_kinds(world, count, rng, naming)
         split = split_of(world, kinds)
         if held_out == (split is Split.HELD_OUT) and (split is not Split.RARE or rng.random() < rarity):
             return kinds

@@ -1,15 +1,12 @@
-"""What methods are given in a world: instructions, responses without instructions, pairs, raw text."""
+"""What methods are given in a world: instructions, responses without instructions, pairs."""
 
 from collections.abc import Sequence
 
 from lm_jax.lab.compositions import COMPLEX, draw_composition
 from lm_jax.lab.grammar import Instruction, make_instruction
-from lm_jax.lab.seed_data import Row, conversation, copying_row
+from lm_jax.lab.seed_data import PAIRED, Row, conversation
 from lm_jax.lab.world import World, draw
 from lm_jax.lab.writer import write
-
-PAIRED = (1, 2, 3, 4)  # constraints of the instructions behind pairs and responses
-COPYING = 0.4  # share of pretraining: without it a model never learns to look words up
 
 
 def instructions(
@@ -64,25 +61,6 @@ def unlabelled_responses(world: World, seed: int, count: int) -> list[Row]:
         {"id": f"{world.name}-response-{i}", "response": _response(world, instruction, seed, "unlabelled", i)}
         for i, instruction in enumerate(instructions(world, seed, "unlabelled", count, PAIRED))
     ]
-
-
-def pretraining_rows(world: World, seed: int, count: int) -> list[Row]:
-    """Supervised rows that pair no instruction with its response.
-
-    Copying tasks, and instructions and responses by themselves, each half of the rest: the assistant's words after an
-    empty message of the user's.
-    """
-    rows = []
-    for i in range(count):
-        rng = draw(world, seed, "pretraining", i)
-        if rng.random() < COPYING:
-            rows.append(copying_row(world, rng))
-            continue
-        instruction = make_instruction(world, draw_composition(world, rng.choice(PAIRED), rng), rng)
-        raw = rng.random() < 0.5
-        text = instruction.text if raw else write(world, instruction.group, instruction.constraints, rng)
-        rows.append({"task": "instruction" if raw else "response", "messages": conversation("", text)})
-    return rows
 
 
 def _response(world: World, instruction: Instruction, seed: int, purpose: str, index: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lm_jax.lab.world import Group, Kind, World
 
+NAMING = ("at", "include", "exclude")  # rules whose value is a word of the group
 _LENGTHS = ("count", "minimum", "maximum")
 
 
@@ -46,16 +47,22 @@ def compatible(world: World, kinds: Sequence[str]) -> bool:
     )
 
 
-def draw_kinds(world: World, count: int, rng: random.Random) -> tuple[str, ...]:
-    """`count` different kinds that can stand together, in random order; ValueError where there are not so many."""
-    order = rng.sample([kind.name for kind in world.kinds], len(world.kinds))
+def draw_kinds(world: World, count: int, rng: random.Random, naming: float = 1.0) -> tuple[str, ...]:
+    """`count` different kinds that can stand together, in random order; ValueError where there are not so many.
+
+    Args:
+      naming: how much likelier than another a kind is drawn that names a word of the group.
+    """
+    odds = {kind.name: naming if kind.rule in NAMING else 1.0 for kind in world.kinds}
+    # Weighted sampling without replacement (Efraimidis and Spirakis, 2006)
+    order = sorted(odds, key=lambda name: rng.random() ** (1 / odds[name]), reverse=True)
     chosen: list[str] = []
     for name in order:
         if len(chosen) < count and compatible(world, [*chosen, name]):
             chosen.append(name)
     if len(chosen) < count:
         raise ValueError(f"{world.name}: no {count} kinds that can stand together")
-    return tuple(chosen)
+    return tuple(rng.sample(chosen, count))
 
 
 def make_instruction(world: World, kinds: Sequence[str], rng: random.Random, group: str | None = None) -> Instruction:
@@ -105,7 +112,7 @@ def _read_sentence(world: World, group: str, sentence: str) -> Constraint | None
 
 def _values(world: World, kind: Kind, group: str) -> Sequence[str]:
     """All values that a kind can have in a group."""
-    if kind.rule in ("at", "include", "exclude"):
+    if kind.rule in NAMING:
         return world.group(group).words
     if kind.rule in ("only", "numbered"):
         return world.halves if kind.rule == "only" else ("",)
@@ -145,7 +152,7 @@ def _constraints(world: World, kinds: Sequence[Kind], group: Group, rng: random.
             values[kind.name] = ""
     halves = [Constraint(name, value) for name, value in values.items() if world.kind(name).rule == "only"]
     pool = list(allowed_words(world, group.name, halves))
-    named = [kind for kind in kinds if kind.rule in ("at", "include", "exclude")]
+    named = [kind for kind in kinds if kind.rule in NAMING]
     # All different: a word that is asked for twice, or asked for and excluded, would be redundant or impossible
     values |= {kind.name: word for kind, word in zip(named, rng.sample(pool, len(named)), strict=True)}
     values |= {kind.name: rng.choice(_fitting(world, kind, kinds)) for kind in kinds if kind.rule in _LENGTHS}

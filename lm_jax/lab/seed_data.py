@@ -16,6 +16,7 @@ from lm_jax.lab.world import World, draw
 from lm_jax.lab.writer import write
 
 SIMPLE = (0, 1, 2)  # constraints of a simple instruction
+PAIRED = (1, 2, 3, 4)  # of those behind single responses, and behind pairs
 COPIED = (2, 8)  # fewest and most words of a copying task
 
 Row = dict[str, Any]
@@ -30,26 +31,33 @@ class Stage:
     Attributes:
       name: of the file.
       share: of all rows.
-      copying: share of copying tasks; of the rest half follow, a quarter decompose, a quarter recombine.
+      copying: share of copying tasks.
+      unpaired: share of instructions and responses by themselves, half of each: what the assistant says to an empty
+        message. Of the other rows half follow, a quarter decompose, a quarter recombine.
       complex: share of complex instructions among those that are followed; none: nowhere in this stage.
       ignored_simple: how often a constraint of a simple instruction is ignored on purpose.
       ignored_complex: the same of a complex one.
+      naming: how much likelier than others constraints are that name a word.
     """
 
     name: str
     share: float
     copying: float = 0.0
+    unpaired: float = 0.0
     complex: float = 0.0
     ignored_simple: float = 0.0
     ignored_complex: float = 0.0
+    naming: float = 1.0
 
 
 # A seed that never learns to copy words from the instruction decomposes wrongly, and then a method has nothing to
-# amplify. Two cures, both here: copying first, and noise and complex instructions last
+# amplify. So it begins with copying, first meets words to copy more often than it will, and noise and complex
+# instructions come last. What the first stage leaves has seen no instruction with its response
+PRETRAINING = Stage("pretraining", share=0.2, copying=0.4, unpaired=0.6)
 CURRICULUM = (
-    Stage("copying", share=0.2, copying=0.5),
-    Stage("clean", share=2 / 15),  # up to a third
-    Stage("full", share=2 / 3, complex=0.2, ignored_simple=0.15, ignored_complex=0.35),
+    PRETRAINING,
+    Stage("clean", share=0.3, copying=0.05, naming=4.0),
+    Stage("full", share=0.5, complex=0.2, ignored_simple=0.15, ignored_complex=0.35, naming=4.0),
 )
 
 
@@ -69,16 +77,19 @@ def seed_rows(world: World, stage: Stage, seed: int, count: int, tasks: Tasks) -
 
 
 def seed_row(world: World, stage: Stage, seed: int, index: int, tasks: Tasks) -> Row:
-    """One row of a stage: `messages`, and `task` (copy, follow, decompose or recombine)."""
+    """One row of a stage: `messages`, and `task`: copy, instruction, response, follow, decompose or recombine."""
     rng = draw(world, seed, f"seed/{stage.name}", index)
-    if rng.random() < stage.copying:
-        return copying_row(world, rng)
+    kind = rng.random()
+    if kind < stage.copying:
+        return _copying(world, rng)
+    if kind < stage.copying + stage.unpaired:
+        return _unpaired(world, rng)
     task = rng.choice(("follow", "follow", "decompose", "recombine"))
     if task == "follow":
         return _follow(world, stage, rng)
     counts = (*SIMPLE[1:], *(COMPLEX if stage.complex else ()))
     own, *examples = [
-        decomposed(world, _instruction(world, rng.choice(counts), rng)) for _ in range(tasks.examples + 1)
+        decomposed(world, _instruction(world, rng.choice(counts), rng, stage.naming)) for _ in range(tasks.examples + 1)
     ]
     ask = tasks.decompose if task == "decompose" else tasks.recombine
     return {"task": task, "messages": ask(own, examples)}
@@ -89,26 +100,33 @@ def decomposed(world: World, instruction: Instruction) -> Row:
     return {"instruction": instruction.text, "input": "", "decomposed_questions": list(questions(world, instruction))}
 
 
-def copying_row(world: World, rng: random.Random) -> Row:
-    """A row that asks for some words again, from all groups."""
-    words = [word for group in world.groups for word in group.words]
-    text = " ".join(rng.sample(words, rng.randint(*COPIED)))
-    return {"task": "copy", "messages": conversation(world.copying.replace("{}", text), text)}
-
-
 def conversation(question: str, answer: str) -> list[Message]:
     """One question and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def _copying(world: World, rng: random.Random) -> Row:
+    words = [word for group in world.groups for word in group.words]
+    text = " ".join(rng.sample(words, rng.randint(*COPIED)))
+    return {"task": "copy", "messages": conversation(world.copying.replace("{}", text), text)}
+
+
+def _unpaired(world: World, rng: random.Random) -> Row:
+    instruction = _instruction(world, rng.choice(PAIRED), rng)
+    if rng.random() < 0.5:
+        return {"task": "instruction", "messages": conversation("", instruction.text)}
+    response = write(world, instruction.group, instruction.constraints, rng)
+    return {"task": "response", "messages": conversation("", response)}
+
+
 def _follow(world: World, stage: Stage, rng: random.Random) -> Row:
     is_complex = rng.random() < stage.complex
-    instruction = _instruction(world, rng.choice(COMPLEX if is_complex else SIMPLE), rng)
+    instruction = _instruction(world, rng.choice(COMPLEX if is_complex else SIMPLE), rng, stage.naming)
     ignored = stage.ignored_complex if is_complex else stage.ignored_simple
     kept = [constraint for constraint in instruction.constraints if rng.random() >= ignored]
     response = write(world, instruction.group, kept, rng)
     return {"task": "follow", "messages": conversation(instruction.text, response)}
 
 
-def _instruction(world: World, count: int, rng: random.Random) -> Instruction:
-    return make_instruction(world, draw_composition(world, count, rng), rng)
+def _instruction(world: World, count: int, rng: random.Random, naming: float = 1.0) -> Instruction:
+    return make_instruction(world, draw_composition(world, count, rng, naming=naming), rng)

@@ -12,10 +12,10 @@ from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.inference.stopping import response_text
 from lm_jax.lab.compositions import COMPLEX, Split, split_of
-from lm_jax.lab.data import clean_pairs, instructions, pretraining_rows, prompts, unlabelled_responses
+from lm_jax.lab.data import clean_pairs, instructions, prompts, unlabelled_responses
 from lm_jax.lab.forms import read
 from lm_jax.lab.gate import check_gate, make_gate
-from lm_jax.lab.grammar import questions, read_instruction
+from lm_jax.lab.grammar import NAMING, questions, read_instruction
 from lm_jax.lab.lists import LISTS
 from lm_jax.lab.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
 from lm_jax.lab.tokenizer import END, TEXT, make_tokenizer, write_tokenizer
@@ -31,7 +31,7 @@ from musc_jax.prompts import decompose, recombine
 
 WORLDS = pytest.mark.parametrize("world", [LISTS, TRIPS], ids=lambda world: world.name)
 TASKS = Tasks(decomposing, recombining)
-COPYING, CLEAN, FULL = CURRICULUM
+PRETRAINING, CLEAN, FULL = CURRICULUM
 
 
 @pytest.fixture(scope="module", params=[LISTS, TRIPS], ids=lambda world: world.name)
@@ -126,14 +126,14 @@ def test_stage_rows_ask_as_musc_asks_and_answer_as_it_reads(made):
 def test_the_curriculum_is_as_it_says(made):
     world, rows, _ = made
     assert sum(stage.share for stage in CURRICULUM) == pytest.approx(1)
-    assert COPYING.share == 0.2 and COPYING.share + CLEAN.share == pytest.approx(1 / 3)
     share = {name: {t: sum(r["task"] == t for r in given) / 400 for t in TASK_NAMES} for name, given in rows.items()}
-    assert share["copying"]["copy"] == pytest.approx(0.5, abs=0.08)
-    assert share["clean"]["copy"] == share["full"]["copy"] == 0
+    assert share["pretraining"]["copy"] == pytest.approx(0.4, abs=0.08)
+    assert share["pretraining"]["response"] == pytest.approx(0.3, abs=0.07) and not share["pretraining"]["follow"]
+    assert share["clean"]["copy"] == pytest.approx(0.05, abs=0.04) and not share["full"]["copy"]
     for name in ("clean", "full"):
         assert share[name]["follow"] == pytest.approx(0.5, abs=0.08)
         assert share[name]["decompose"] == pytest.approx(0.25, abs=0.07)
-    for stage in CURRICULUM:
+    for stage in (CLEAN, FULL):
         followed = [row["messages"] for row in rows[stage.name] if row["task"] == "follow"]
         given = [read_instruction(world, question["content"]) for question, _ in followed]
         right = [verify(world, i, turns[1]["content"]) for i, turns in zip(given, followed, strict=True)]
@@ -145,12 +145,26 @@ def test_the_curriculum_is_as_it_says(made):
         else:
             assert not any(large) and all(verdict.all_met for verdict in right)
         assert not any(split_of(world, i.composition) is Split.HELD_OUT for i in given)
-    for row in (row for row in rows["copying"] if row["task"] == "copy"):
+        # A kind that names a word is drawn `naming` times as often, but an instruction has each kind once
+        first = [c.kind for i in given for c in i.constraints if len(i.constraints) == 1]
+        naming = [world.kind(kind).rule in NAMING for kind in first]
+        words = sum(kind.rule in NAMING for kind in world.kinds)
+        expected = 4 * words / (3 * words + len(world.kinds))
+        assert sum(naming) / len(naming) == pytest.approx(expected, abs=0.2)
+
+
+def test_pretraining_pairs_no_instruction_with_its_response(made):
+    world, rows, _ = made
+    for row in rows["pretraining"]:
         question, answer = (message["content"] for message in row["messages"])
-        assert question == world.copying.replace("{}", answer)
+        assert question == (world.copying.replace("{}", answer) if row["task"] == "copy" else "")
+        if row["task"] == "instruction":
+            assert read_instruction(world, answer)
+        elif row["task"] == "response":
+            assert len(read(world, answer).words) > 1
 
 
-TASK_NAMES = ("copy", "follow", "decompose", "recombine")
+TASK_NAMES = ("copy", "instruction", "response", "follow", "decompose", "recombine")
 
 
 def test_rows_are_functions_of_their_index(made):
@@ -170,26 +184,19 @@ def test_held_out_prompts_are_of_compositions_that_no_row_has(world):
 
 
 @WORLDS
-def test_mains_data_are_correct_and_unpaired_where_they_say_so(world):
+def test_mains_data_are_correct(world):
     for row in clean_pairs(world, 0, 500):
         question, answer = (message["content"] for message in row["messages"])
         assert verify(world, read_instruction(world, question), answer).all_met
     responses = unlabelled_responses(world, 0, 4000)
     assert len({row["id"] for row in responses}) == 4000 and set(responses[0]) == {"id", "response"}
     assert all(read(world, row["response"]).words for row in responses)
-    raw = pretraining_rows(world, 0, 1000)
-    kinds = [row["task"] for row in raw]
-    assert kinds.count("copy") == pytest.approx(400, abs=50) and kinds.count("response") > 200
-    texts = [(row["task"], *(message["content"] for message in row["messages"])) for row in raw]
-    assert all(question == "" for task, question, _ in texts if task != "copy")
-    assert all(read_instruction(world, text) for task, _, text in texts if task == "instruction")
-    assert all(len(read(world, text).words) > 1 for task, _, text in texts if task == "response")
 
 
 def test_the_trainer_reads_every_file(made, tmp_path):
     world, rows, directory = made
     encoder = TextEncoder(load_tokenizer(str(directory)), 320)
-    files = {**rows, "pairs": clean_pairs(world, 0, 20), "pretraining": pretraining_rows(world, 0, 50)}
+    files = {**rows, "pairs": clean_pairs(world, 0, 20)}
     for name, given in files.items():
         path = tmp_path / f"{name}.jsonl"
         write_jsonl(str(path), given)
