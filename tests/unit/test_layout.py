@@ -108,7 +108,7 @@ def test_every_file_keeps_to_the_layout(sources):
         ("lm_jax/errors.py", "from lm_jax import config"),
         ("lm_jax/data/text.py", "from lm_jax.inference.scoring import score"),
         ("lm_jax/inference/scoring.py", "from lm_jax.training import loop"),
-        ("lm_jax/lab/demo.py", "import musc_jax"),
+        ("lm_jax/lab/gate.py", "import musc_jax"),
         ("lm_jax/config.py", "from lm_jax import nowhere"),
         ("lm_jax/nowhere.py", "import jax"),
         ("lm_jax/__init__.py", "from lm_jax.config import MeshConfig"),
