@@ -27,8 +27,8 @@ def run(
     Exits with 0 on success and 1 on an error of the user's, whose one line is the last on stderr.
 
     Args:
-      command: () -> (config class, main). It imports them, so that --help and a mistyped flag are answered at once and
-        Ctrl-C during the imports is caught too.
+      command: () -> (config class, or several as A | B, main). It imports them, so that --help and a mistyped flag are
+        answered at once and Ctrl-C during the imports is caught too.
       preview: () -> show(config, rows), what --preview=ROWS calls instead of main.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started this wants it ignored

@@ -189,12 +189,17 @@ class CheckpointConfig:
                 raise UserError(f"config.checkpoints.{name}: must be at least 1, got {getattr(self, name)}")
 
 
-def from_config_dict(cls: type[T], config: Mapping[str, Any], where: str = "config") -> T:
+def from_config_dict(cls: type[T] | types.UnionType, config: Mapping[str, Any], where: str = "config") -> T:
     """Builds dataclass `cls` from a mapping (ConfigDict or dict), recursively.
+
+    Args:
+      cls: or several of them (`A | B`), where presets have keys of their own: the one that has most of the keys.
 
     Raises:
       UserError: on an unknown key, a missing key, or a value of the wrong type, with its dotted name.
     """
+    if isinstance(cls, types.UnionType):
+        cls = max(typing.get_args(cls), key=lambda c: len({f.name for f in dataclasses.fields(c)} & set(config)))
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {key: config[key] for key in config}

@@ -15,7 +15,7 @@ Text = str | list[Message]  # raw text, or messages for the chat template
 
 # What a template that reads `date_string`, as Llama 3's do, is told: today's would make a row's ids depend on the day.
 # Llama 3.1 takes this day by itself.
-_DAY = "26 Jul 2024"
+TEMPLATE_DAY = "26 Jul 2024"
 _BATCH = 1024  # rows tokenised at once: enough to keep the tokenizer's threads busy, little as Python lists
 _ANCHORS = ("\n", "a", "0", "")  # see TextEncoder._tokenize_apart
 
@@ -203,7 +203,7 @@ class TextEncoder:
             )
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DAY
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DAY
             )
         except Exception as error:  # a template can raise anything
             roles = ", ".join(message["role"] for message in messages)

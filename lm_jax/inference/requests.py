@@ -60,11 +60,13 @@ class Request:
       id: names the row, in errors and for its random stream; unique within a run.
       prompt: raw text, or messages for the chat template.
       max_new_tokens: below the sampling's own, or None for that.
+      token_ids: the prompt as the model reads it, in place of the text; for a model that runs here alone.
     """
 
     id: str
     prompt: Text
     max_new_tokens: int | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,10 +98,12 @@ class LocalGenerator:
                 yield done
 
     def _encode(self, requests, sampling) -> tuple[list[_Row], list[Completion]]:
+        texts = [r for r in requests if r.token_ids is None]
         try:
-            prompts = self._encoder.encode_prompts([_not_blank(r) for r in requests], [f"row {r.id}" for r in requests])
+            encoded = iter(self._encoder.encode_prompts([_not_blank(r) for r in texts], [f"row {r.id}" for r in texts]))
         except UserError:
-            prompts = [None] * len(requests)  # one of them has a fault: each by itself
+            encoded = iter([None] * len(texts))  # one of them has a fault: each by itself
+        prompts = [next(encoded) if r.token_ids is None else np.asarray(r.token_ids, np.int32) for r in requests]
         rows, failed = [], []
         for request, prompt in zip(requests, prompts, strict=True):
             try:

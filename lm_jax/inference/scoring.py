@@ -15,7 +15,7 @@ from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
 from lm_jax.data.order import BatchIterator, plan_batches
 from lm_jax.data.packing import Segment, example_lengths, response_slice
 from lm_jax.models.decoder import Decoder, output_embedding
-from lm_jax.models.logprobs import token_logprobs
+from lm_jax.models.logprobs import token_statistics
 from lm_jax.sharding import to_host
 
 
@@ -26,11 +26,24 @@ class TokenScores(NamedTuple):
       row: which of the given segments it is.
       logprobs: [R] fp32, log p(token | prompt, earlier tokens) in nats.
       entropies: [R] fp32, entropy in nats of the distribution that each token was drawn from; None where not asked for.
+      top1: [R] fp32, 1 where the token was the likeliest one, else 0; None where not asked for.
     """
 
     row: int
     logprobs: np.ndarray
     entropies: np.ndarray | None
+    top1: np.ndarray | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute", "names"))
+def packed_statistics(
+    params: dict, batch: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig, names: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """A packed batch [B, T] -> {name: [B, T]} of what `token_statistics` knows, zero where `loss_mask` is."""
+    decoder = Decoder(config, compute)
+    hidden = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
+    embedding = output_embedding(params, config)
+    return token_statistics(hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk, names)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "with_entropy"))
@@ -38,10 +51,9 @@ def packed_logprobs(
     params: dict, batch: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig, with_entropy: bool = True
 ) -> tuple[jax.Array, jax.Array | None]:
     """A packed batch [B, T] -> (log-probs, entropies or None) [B, T] fp32, zero where `loss_mask` is."""
-    decoder = Decoder(config, compute)
-    hidden = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
-    embedding = output_embedding(params, config)
-    return token_logprobs(hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk, with_entropy)
+    names = ("logprobs", "entropies") if with_entropy else ("logprobs",)
+    found = packed_statistics(params, batch, config, compute, names)
+    return found["logprobs"], found.get("entropies")
 
 
 def score(
@@ -53,6 +65,7 @@ def score(
     mesh: jax.sharding.Mesh,
     with_entropies: bool = True,
     wanted: np.ndarray | None = None,
+    with_top1: bool = False,
 ) -> Iterator[list[TokenScores]]:
     """Scores every response under its prompt; yields a list as each batch finishes, rows in packing order.
 
@@ -66,6 +79,7 @@ def score(
       with_entropies: without them there is less to compute.
       wanted: [N] bool; batches without a wanted segment are left out, and so the others come out the same to the bit,
         whatever was done before. None: all.
+      with_top1: whether each token was the likeliest one, too.
 
     Raises:
       UserError: a segment longer than a row.
@@ -73,6 +87,7 @@ def score(
     # One microbatch at a time, so that what fits in training fits here.
     batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
     compute = dataclasses.replace(compute, scan_unroll=1)  # there are no residuals whose copies unrolling would save
+    names = ("logprobs", *(["entropies"] if with_entropies else []), *(["top1"] if with_top1 else []))
     examples = [(segment,) for segment in segments]
     plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None)
     if wanted is not None:
@@ -82,7 +97,7 @@ def score(
     for step in range(len(plan)):
         arrays = {k: v[0] for k, v in next(iterator).items()}
         with jax.set_mesh(mesh):
-            scores = packed_logprobs(params, arrays, config, compute, with_entropies)
+            scores = packed_statistics(params, arrays, config, compute, names)
         if pending is not None:
             yield _unpack(*pending, segments)
         pending = plan[step], scores
@@ -97,6 +112,7 @@ def _unpack(rows, scores, segments) -> list[TokenScores]:
         start = 0
         for item in row:
             where = response_slice(segments[item], start)
-            out.append(TokenScores(int(item), *(None if x is None else x[b, where].copy() for x in scores)))
+            found = {name: x[b, where].copy() for name, x in scores.items()}
+            out.append(TokenScores(int(item), found["logprobs"], found.get("entropies"), found.get("top1")))
             start += len(segments[item])
     return out

@@ -1,0 +1,206 @@
+"""IFEval (arXiv 2311.07911): the share of verifiable instructions that responses follow, by lm-eval's checkers.
+
+Strict judges the response as it is; loose takes the best of it and seven variants, without its first line, its last
+line, or asterisks. A prompt is followed if all of its instructions are.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lm_jax.data.rows import read_rows
+from lm_jax.errors import UserError
+from lm_jax.evaluation.lm_eval_setup import prepare_ifeval
+
+_SHOWN = 60  # characters of a prompt in an error
+_ALIKE = 0.9  # share of two prompts' characters that agree where one is the other, mended; the two known have 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt and what can be verified of its response.
+
+    Attributes:
+      text: as it was given.
+      instructions: ids such as `punctuation:no_comma`.
+      kwargs: the arguments of each.
+      where: file and row, for errors.
+    """
+
+    text: str
+    instructions: tuple[str, ...]
+    kwargs: tuple[Mapping[str, Any], ...]
+    where: str
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Reads rows with `prompt`, `instruction_id_list` and `kwargs`, as google/IFEval has them.
+
+    Raises:
+      UserError: a row that is not of this form, a prompt that is there twice.
+    """
+    prompts, first = [], {}
+    for number, row in enumerate(read_rows(path, ("prompt", "instruction_id_list", "kwargs"))):
+        where = f"{path} row {number}"
+        text, ids, kwargs = row["prompt"], row["instruction_id_list"], row["kwargs"]
+        if not isinstance(text, str):
+            raise UserError(f"{where}: prompt must be a string, got {type(text).__name__}; mend the row")
+        if not isinstance(ids, list) or not ids or not all(isinstance(i, str) for i in ids):
+            raise UserError(
+                f"{where}: instruction_id_list must be a list of at least one id, got {ids!r}; mend the row"
+            )
+        if not isinstance(kwargs, list) or len(kwargs) != len(ids) or not all(isinstance(k, dict) for k in kwargs):
+            raise UserError(
+                f"{where}: kwargs must be a list of objects, one for each of the {len(ids)} instructions; mend the row"
+            )
+        if (before := first.setdefault(text, number)) != number:
+            raise UserError(f"{where}: the same prompt as row {before}; drop one of them")
+        # The hub's form of the data names every argument there is, null where an instruction has none
+        given = tuple({k: v for k, v in own.items() if v is not None} for own in kwargs)
+        prompts.append(Prompt(text, tuple(ids), given, where))
+    return prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """What was answered.
+
+    Attributes:
+      texts: one for each prompt, None where it has none.
+      edited: rows whose prompt differs a little from the one that they answer (see `read_responses`).
+    """
+
+    texts: tuple[str | None, ...]
+    edited: tuple[int, ...]
+
+
+def read_responses(path: str, prompts: Sequence[Prompt], allow_missing: bool) -> Responses:
+    """The response to each prompt, from rows with `prompt` and `response`, in any order.
+
+    A response goes to the prompt with its very text. IFEval's published prompts were mended after responses to them had
+    been published, so a row whose text fits none goes to the prompt of the same row number where that one is left over
+    and nearly the same.
+
+    Args:
+      path: a row's prompt may also be messages of which the last is the user's. A response of null, as
+        `launch.generate` leaves where it got none, is a missing one.
+      allow_missing: else a prompt without a response is an error.
+
+    Raises:
+      UserError: a prompt that is not among `prompts`, one that is answered twice or not at all, a response that is no
+        text.
+    """
+    rows = read_rows(path, ("prompt", "response"))
+    texts = [_last_user_text(row["prompt"]) for row in rows]
+    number_of = {prompt.text: i for i, prompt in enumerate(prompts)}
+    left_over = set(number_of) - set(texts)
+    responses: list[str | None] = [None] * len(prompts)
+    answered: dict[int, int] = {}
+    edited = []
+    for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        where, at = f"{path} row {number}", number_of.get(text)
+        if at is None and number < len(prompts) and _edited(prompts[number].text, text, left_over):
+            at = number
+            edited.append(number)
+        if at is None:
+            raise UserError(
+                f"{where}: its prompt ({_short(text)}) is not in config.prompts, letter for letter; drop the row, or "
+                "give the prompts that were answered"
+            )
+        if (before := answered.setdefault(at, number)) != number:
+            raise UserError(f"{where}: answers the same prompt as row {before} ({_short(text)}); keep one of them")
+        responses[at] = row["response"]
+        if not isinstance(row["response"], str | None):
+            raise UserError(
+                f"{where}: response must be a text, got {type(row['response']).__name__}; give one response a prompt"
+            )
+    if lacking := [p for p, response in zip(prompts, responses, strict=True) if response is None]:
+        if len(lacking) == len(prompts):
+            raise UserError(f"{path}: no response in it, all are null; give a file with responses")
+        if not allow_missing:
+            raise UserError(
+                f"{path}: {len(lacking)} of {len(prompts)} prompts have no response, the first is {lacking[0].where} "
+                f"({_short(lacking[0].text)}); add them, or leave them out of the scores with "
+                "--config.allow_missing=true"
+            )
+    return Responses(tuple(responses), tuple(edited))
+
+
+def score_responses(prompts: Sequence[Prompt], responses: Sequence[str | None]) -> dict[str, Any]:
+    """Accuracies in [0, 1] over the prompts that have a response.
+
+    Returns:
+      `prompt_level_strict_acc`, `inst_level_strict_acc`, `prompt_level_loose_acc`, `inst_level_loose_acc`;
+      `num_prompts`, `num_instructions`, `num_missing`; `sentence_splitter` (see `lm_eval_setup.prepare_ifeval`); and
+      `instructions`: id -> `num`, `strict_acc`, `loose_acc`.
+
+    Raises:
+      UserError: an instruction that is unknown, or whose arguments are not those that it takes; the extra `eval` is not
+        installed.
+    """
+    splitter = prepare_ifeval()
+    from lm_eval.tasks.ifeval import utils
+
+    for prompt in prompts:
+        _check_instructions(prompt)
+    checks = (utils.test_instruction_following_strict, utils.test_instruction_following_loose)
+    followed: list[tuple[str, bool, bool]] = []
+    whole: list[tuple[bool, bool]] = []
+    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if response is not None:
+            example = utils.InputExample(number, list(prompt.instructions), prompt.text, list(prompt.kwargs))
+            strict, loose = (check(example, response).follow_instruction_list for check in checks)
+            followed += zip(prompt.instructions, strict, loose, strict=True)
+            whole.append((all(strict), all(loose)))
+    by_id = {i: [f[1:] for f in followed if f[0] == i] for i in sorted({f[0] for f in followed})}
+    scores = {}
+    for i, name in enumerate(("strict", "loose")):
+        scores[f"prompt_level_{name}_acc"] = _mean([w[i] for w in whole])
+        scores[f"inst_level_{name}_acc"] = _mean([f[1 + i] for f in followed])
+    return {
+        **scores,
+        "num_prompts": len(whole),
+        "num_instructions": len(followed),
+        "num_missing": len(prompts) - len(whole),
+        "sentence_splitter": splitter,
+        "instructions": {
+            name: {"num": len(f), "strict_acc": _mean([s for s, _ in f]), "loose_acc": _mean([x for _, x in f])}
+            for name, f in by_id.items()
+        },
+    }
+
+
+def _check_instructions(prompt: Prompt) -> None:
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    for name, kwargs in zip(prompt.instructions, prompt.kwargs, strict=True):
+        if name not in INSTRUCTION_DICT:
+            raise UserError(
+                f"{prompt.where}: unknown instruction {name!r}; known are {', '.join(sorted(INSTRUCTION_DICT))}"
+            )
+        # The checkers fill in what is missing at random, and take what is 0 or empty for missing
+        takes = set(INSTRUCTION_DICT[name](name).get_instruction_args_keys())
+        if takes != (given := {k for k, v in kwargs.items() if v}):
+            raise UserError(
+                f"{prompt.where}: {name} takes the arguments {sorted(takes) or 'none'}, but kwargs has "
+                f"{sorted(given) or 'none'}; mend the row"
+            )
+
+
+def _edited(prompt: str, answered: str, left_over: Collection[str]) -> bool:
+    return prompt in left_over and difflib.SequenceMatcher(None, prompt, answered, autojunk=False).ratio() >= _ALIKE
+
+
+def _last_user_text(prompt: Any) -> Any:
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "user":
+        prompt = prompt[-1].get("content")
+    return prompt if isinstance(prompt, str) else repr(prompt)
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
