@@ -30,8 +30,8 @@ def prepare_ifeval() -> str:
 
     `punkt`: NLTK's trained model is on this machine or could be downloaded, which the checkers try when they are
     imported. `abbreviations`: neither; then NLTK's Punkt algorithm (Kiss and Strunk 2006) runs with a short list of
-    English abbreviations of ours in place of the trained parameters: a sentence ends at . ! or ? unless the word is such
-    an abbreviation, an initial, or a number that a lower-case word follows.
+    English abbreviations of ours in place of the trained parameters: a sentence ends at . ! or ? unless the word is
+    such an abbreviation, an initial, or a number that a lower-case word follows.
 
     Raises:
       UserError: the extra `eval` is not installed.
