@@ -1,9 +1,13 @@
 """Our model against lm-eval's own `hf` model: the same requests, the same numbers."""
 
+import shutil
+
 import numpy as np
 import pytest
+import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.errors import UserError
@@ -27,6 +31,10 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def ours(checkpoint) -> JaxLM:
+    return make_ours(checkpoint)
+
+
+def make_ours(checkpoint: str) -> JaxLM:
     return JaxLM(
         open_model(checkpoint),
         checkpoint,
@@ -103,9 +111,22 @@ def test_greedy_is_told(ours, theirs):
     np.testing.assert_allclose([x for x, _ in said], [x for x, _ in expected], atol=1e-3)
 
 
-def test_special_tokens_of_a_text_are_not_doubled(ours, theirs):
+def test_a_leading_special_token_is_not_doubled(checkpoint, tmp_path):
+    """Of a tokenizer that sets one before every text, as Llama's do; a template's text begins with it already."""
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, bos_token="<|im_start|>")
+    lead = ("<|im_start|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{lead[0]} $A", special_tokens=[lead])
+    tokenizer.save_pretrained(path)
+    a, b = make_ours(str(path)), HFLM(pretrained=str(path), device="cpu", dtype="float32")
     texts = ["the cat", "<|im_start|>user\nthe<|im_end|>\n", "<|im_end|>the"]
-    assert [ours.tok_encode(t) for t in texts] == [theirs.tok_encode(t) for t in texts]
+    assert [a.tok_encode(t) for t in texts] == [b.tok_encode(t) for t in texts]
+    assert [a.tok_encode(t)[:2].count(lead[1]) for t in texts] == [1, 1, 1]
+    pairs = [(text, " hat") for text in texts] + [("", " hat"), ("", "<|im_start|>hat")]
+    said, expected = (lm.loglikelihood(asked("loglikelihood", *pairs)) for lm in (a, b))
+    np.testing.assert_allclose([x for x, _ in said], [x for x, _ in expected], atol=1e-3)
+    requests = asked("generate_until", *((text, {"until": ["\n"], "max_gen_toks": 6}) for text in texts))
+    assert a.generate_until(requests) == b.generate_until(requests)
 
 
 def test_the_chat_template(ours, theirs):
