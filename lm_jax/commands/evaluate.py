@@ -1,6 +1,7 @@
 """`launch.evaluate`: models on lm-eval's tasks, or responses in a file on IFEval."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 
+from lm_jax.commands.processes import everywhere
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, replacing, write_jsonl
@@ -125,17 +127,18 @@ def evaluate_tasks(config: HarnessConfig) -> None:
     models = _names(config.models)
     sources = {name: open_model(name) for name in models}
     results: list[dict[str, Mapping[str, Any]]] = []
-    missing = {
-        name: [task for task in _names(config.tasks) if _read(config, name, task, sources[name]) is None]
-        for name in models
-    }
+    missing = everywhere(
+        lambda: {
+            name: [task for task in _names(config.tasks) if _read(config, name, task, source) is None]
+            for name, source in sources.items()
+        }
+    )
     wanted = dict.fromkeys(task for own in missing.values() for task in own)
     tasks = Tasks(list(wanted), config.include_path) if wanted else None
-    for name in models:
+    for name, source in sources.items():
         if missing[name]:
-            _run(config, name, sources[name], missing[name], tasks, mesh)
-        done = [_read(config, name, task, sources[name]) for task in _names(config.tasks)]
-        results.append({key: value for one in done for key, value in one["results"].items()})
+            _run(config, name, source, missing[name], tasks, mesh)
+        results.append(everywhere(functools.partial(_results, config, name, source)))
     rows = table(models, results)
     text = markdown(models, rows)
     output = Path(config.output)
@@ -168,6 +171,12 @@ def _run(
             write_jsonl(str(path.with_suffix(".samples.jsonl")), rows)
         settings = _settings(config, task, source)
         _write(path, json.dumps({"settings": settings, "truncated": truncated, **found}, indent=2) + "\n")
+
+
+def _results(config: HarnessConfig, name: str, source: ModelSource) -> dict[str, Mapping[str, Any]]:
+    """Task -> "metric,filter" -> value, of all that a model has done."""
+    found = [_read(config, name, task, source) for task in _names(config.tasks)]
+    return {task: values for one in found for task, values in one["results"].items()}
 
 
 def _settings(config: HarnessConfig, task: str, source: ModelSource) -> dict[str, Any]:

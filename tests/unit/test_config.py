@@ -167,3 +167,15 @@ def test_windows_default_to_full_attention():
 def test_values_that_cannot_be(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_of_several_classes_the_keys_choose():
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        name: str
+        file: str
+
+    assert from_config_dict(Outer | Other, GOOD) == build()
+    assert from_config_dict(Outer | Other, {"name": "a", "file": "b"}) == Other("a", "b")
+    with pytest.raises(UserError, match="config.fil: unknown key; known keys: file, name"):
+        from_config_dict(Outer | Other, {"name": "a", "file": "b", "fil": "c"})
