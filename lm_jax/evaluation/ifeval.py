@@ -24,7 +24,7 @@ class Prompt:
     Attributes:
       text: as it was given.
       instructions: ids such as `punctuation:no_comma`.
-      kwargs: the arguments of each.
+      kwargs: the arguments of each; null, 0 and empty ones count as not given.
       where: file and row, for errors.
     """
 
@@ -56,9 +56,7 @@ def read_prompts(path: str) -> list[Prompt]:
             )
         if (before := first.setdefault(text, number)) != number:
             raise UserError(f"{where}: the same prompt as row {before}; drop one of them")
-        # The hub's form of the data names every argument there is, null where an instruction has none
-        given = tuple({k: v for k, v in own.items() if v is not None} for own in kwargs)
-        prompts.append(Prompt(text, tuple(ids), given, where))
+        prompts.append(Prompt(text, tuple(ids), tuple(kwargs), where))
     return prompts
 
 
@@ -179,7 +177,8 @@ def _check_instructions(prompt: Prompt) -> None:
             raise UserError(
                 f"{prompt.where}: unknown instruction {name!r}; known are {', '.join(sorted(INSTRUCTION_DICT))}"
             )
-        # The checkers fill in what is missing at random, and take what is 0 or empty for missing
+        # The checkers fill in what is missing at random. The hub's form of the data names every argument there is, null
+        # where an instruction does not take it
         takes = set(INSTRUCTION_DICT[name](name).get_instruction_args_keys())
         if takes != (given := {k for k, v in kwargs.items() if v}):
             raise UserError(
