@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, replacing, write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.evaluation.ifeval import read_prompts, read_responses, score_responses
+from lm_jax.evaluation.lm_eval_setup import require_lm_eval
 from lm_jax.evaluation.tasks import Tasks, markdown, table
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
@@ -126,6 +128,7 @@ def evaluate_tasks(config: HarnessConfig) -> None:
     check_compute(config.compute)
     models = _names(config.models)
     sources = {name: open_model(name) for name in models}
+    require_lm_eval()
     results: list[dict[str, Mapping[str, Any]]] = []
     missing = everywhere(
         lambda: {
@@ -186,6 +189,7 @@ def _settings(config: HarnessConfig, task: str, source: ModelSource) -> dict[str
     return {
         **{f"config.{name}": getattr(config, name) for name in names},
         "config.compute.dtype": config.compute.dtype,
+        "version of lm-eval": importlib.metadata.version("lm_eval"),
         "fingerprint of the model": source.identity(),
         "fingerprint of the task's file": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
     }
