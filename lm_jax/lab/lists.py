@@ -21,7 +21,6 @@ LISTS = World(
     task_question="does the response list {}?",
     groups=groups(_GROUPS),
     copying="copy these words: {}",
-    halves=("small", "large"),
     numbers=_NUMBERS,
     kinds=(
         Kind(
@@ -30,23 +29,6 @@ LISTS = World(
             ("use exactly {} words", "write {} words", "the list has {} words"),
             "does the list have exactly {} words?",
             named("two", "three", "four", "five", "six"),
-            family="length",
-        ),
-        Kind(
-            "minimum",
-            "minimum",
-            ("use at least {} words", "write {} words or more", "no less than {} words"),
-            "does the list have at least {} words?",
-            named("four", "five"),
-            family="length",
-        ),
-        Kind(
-            "maximum",
-            "maximum",
-            ("use at most {} words", "write {} words or less", "no more than {} words"),
-            "does the list have at most {} words?",
-            named("two", "three"),
-            family="length",
         ),
         Kind(
             "first",
@@ -74,12 +56,6 @@ LISTS = World(
             "does the list leave out {}?",
         ),
         Kind(
-            "half",
-            "only",
-            ("only {} ones", "all of them are {}", "use {} ones only"),
-            "are all of them {}?",
-        ),
-        Kind(
             "separator",
             "mark",
             ("put a {} between the words", "separate the words with a {}", "use a {} between words"),
@@ -94,14 +70,6 @@ LISTS = World(
             "is there a {} before each word?",
             (("star", "*"), ("plus", "+"), ("hash", "#")),
             slot="before",
-        ),
-        Kind(
-            "after",
-            "mark",
-            ("put a {} after each word", "each word has a {} behind it", "a {} comes after each word"),
-            "is there a {} after each word?",
-            (("shout", "!"), ("question", "?")),
-            slot="after",
         ),
         Kind(
             "numbered",
@@ -147,14 +115,6 @@ LISTS = World(
             "is the list in {} brackets?",
             (("round", ("(", ")")), ("square", ("[", "]"))),
             slot="bracket",
-        ),
-        Kind(
-            "signature",
-            "mark",
-            ("sign it {} below", "add a second line with {}", "write {} on a second line"),
-            "is {} on a second line?",
-            named("robot", "friend", "helper"),
-            slot="second_line",
         ),
     ),
 )

@@ -18,7 +18,7 @@ TRIPS = World(
     groups=groups(_GROUPS),
     copying="repeat after me: {}",
     halves=("quiet", "busy"),
-    numbers=(("double", 2), ("triple", 3), ("four", 4), ("five", 5), ("six", 6), ("seven", 7), ("three", 3)),
+    numbers=(("four", 4), ("five", 5), ("six", 6), ("seven", 7), ("three", 3)),
     separator=" then ",
     lengths=(3, 6),
     kinds=(
@@ -59,13 +59,6 @@ TRIPS = World(
             "is the second stop {}?",
             position=1,
         ),
-        Kind(
-            "arrive",
-            "at",
-            ("I arrive in {}", "get me to {} in the end", "my journey ends in {}"),
-            "does it arrive in {}?",
-            position=-1,
-        ),
         Kind("via", "include", ("go via {}", "pass {} on the way", "visit {} too"), "does it go via {}?"),
         Kind("avoid", "exclude", ("avoid {}", "stay away from {}", "not by {}"), "does it avoid {}?"),
         Kind(
@@ -83,14 +76,6 @@ TRIPS = World(
             slot="separator",
         ),
         Kind(
-            "vehicle",
-            "mark",
-            ("take a {} to every stop", "go by {}", "I travel with the {}"),
-            "does it take the {} to every stop?",
-            (("train", "rail"), ("bike", "ride"), ("ship", "sail")),
-            slot="before",
-        ),
-        Kind(
             "rating",
             "mark",
             ("give every stop a {}", "rate it with a {}", "add a {} to every stop"),
@@ -105,35 +90,12 @@ TRIPS = World(
             "does it show the days?",
         ),
         Kind(
-            "echo",
-            "times",
-            ("say every stop in {}", "call every stop in {}", "{} every stop"),
-            "is every stop said in {}?",
-            named("double", "triple"),
-        ),
-        Kind(
-            "call",
-            "mark",
-            ("call out {} before we go", "shout {} ahead", "first of all {}"),
-            "does it call out {}?",
-            named("ahoy", "onward"),
-            slot="opening",
-        ),
-        Kind(
             "wish",
             "mark",
             ("wish me {} at last", "part with {}", "my goodbye is {}"),
             "does it part with {}?",
             named("luck", "joy", "sunshine"),
             slot="closing",
-        ),
-        Kind(
-            "label",
-            "mark",
-            ("label it {}", "its label is {}", "head it {}"),
-            "is it labelled {}?",
-            named("TRIP", "ROUTE"),
-            slot="title",
         ),
         Kind(
             "note",

@@ -16,7 +16,8 @@ class Verdict:
 
     Attributes:
       met: of each constraint, in the instruction's order.
-      well_formed: different words of the right group and nothing else, in one form from the first to the last.
+      well_formed: words of the right group and nothing else, in one form from the first to the last. A word may come
+        again: a small model that has to look back at all it has said learns little else.
     """
 
     met: tuple[bool, ...]
@@ -99,7 +100,6 @@ def _well_formed(world: World, group: str, reading: Reading, response: str) -> b
     brackets = {("", "")} | {pair for kind in world.kinds if kind.slot == "bracket" for _, pair in kind.values}
     return (
         2 <= len(words) <= MOST_WORDS
-        and len(set(words)) == len(words)
         and set(words) <= set(world.group(group).words)
         and reading.times[0] <= MOST_TIMES
         and form.bracket in brackets

@@ -80,10 +80,10 @@ class World:
       task: phrasings of the task; `{}` stands for the group.
       task_question: the same as a yes/no question.
       groups: no word is in two of them.
-      halves: how the first and the second half of every group are called.
       kinds: the constraints that it knows.
       numbers: name -> number, of items and repetitions.
       copying: asks to repeat the words that stand for `{}`.
+      halves: how the first and the second half of every group are called, where a kind asks for one of them.
       separator: between the items where none is asked for.
       lengths: fewest and most items where no length is asked for.
 
@@ -95,10 +95,10 @@ class World:
     task: tuple[str, ...]
     task_question: str
     groups: tuple[Group, ...]
-    halves: tuple[str, str]
     kinds: tuple[Kind, ...]
     numbers: tuple[tuple[str, int], ...]
     copying: str
+    halves: tuple[str, str] = ("", "")
     separator: str = ", "
     lengths: tuple[int, int] = (3, 5)
 

@@ -149,7 +149,7 @@ def test_the_curriculum_is_as_it_says(made):
         first = [c.kind for i in given for c in i.constraints if len(i.constraints) == 1]
         naming = [world.kind(kind).rule in NAMING for kind in first]
         words = sum(kind.rule in NAMING for kind in world.kinds)
-        expected = 4 * words / (3 * words + len(world.kinds))
+        expected = stage.naming * words / ((stage.naming - 1) * words + len(world.kinds))
         assert sum(naming) / len(naming) == pytest.approx(expected, abs=0.2)
 
 
