@@ -13,6 +13,7 @@ import numpy as np
 from lm_jax.errors import UserError
 
 _WINDOW = 1024  # examples packed together: enough to fill rows, few enough that shuffling stays a shuffle
+_SHORT = 4  # shuffled examples below a fourth of a row fill it in any order; costs 0.3 to 0.8% of the places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,10 @@ def example_lengths(examples: Sequence[Example]) -> np.ndarray:
 def pack(
     lengths: np.ndarray, row_length: int, max_examples: int, rng: np.random.Generator | None = None
 ) -> list[np.ndarray]:
-    """First-fit-decreasing packing within windows of the data order.
+    """First-fit packing within windows of the data order, the longest first.
+
+    Shuffled, only what takes a good part of a row goes first: in order of length whole rows, and with few rows whole
+    steps, would be of short examples or of long ones alone.
 
     Args:
       lengths: [N] tokens of each example.
@@ -67,16 +71,15 @@ def pack(
             f"config.batch.row_length or lower config.max_length"
         )
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
+    sized = lengths if rng is None else np.maximum(lengths, row_length // _SHORT)
     rows: list[np.ndarray] = []
     for start in range(0, len(order), _WINDOW):
         window = order[start : start + _WINDOW]
-        rows += _first_fit_decreasing(
-            window[np.argsort(-lengths[window], kind="stable")], lengths, row_length, max_examples
-        )
+        rows += _first_fit(window[np.argsort(-sized[window], kind="stable")], lengths, row_length, max_examples)
     return rows if rng is None else [rows[i] for i in rng.permutation(len(rows))]
 
 
-def _first_fit_decreasing(items, lengths, row_length, max_examples):
+def _first_fit(items, lengths, row_length, max_examples):
     room = np.full(len(items), row_length, np.int64)  # of each row that could be opened
     count = np.zeros(len(items), np.int64)
     rows: list[list[int]] = []

@@ -42,6 +42,17 @@ def test_rows_are_dense():
         assert lengths.sum() / (len(rows) * 4096) > 0.97
 
 
+def test_shuffled_rows_hold_short_and_long_examples():
+    """Of examples far below a row's length; in order of length each row would have those of one length alone."""
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(10, 20, 2000), rng.integers(100, 150, 500)])
+    rows = pack(lengths, 1000, 1000, rng)
+    assert lengths.sum() / (len(rows) * 1000) > 0.98
+    long = [np.mean(lengths[row] >= 100) for row in rows]
+    assert 0.2 == pytest.approx(np.mean(long), abs=0.04) and np.std(long) < 0.1
+    assert np.std([np.mean(lengths[row] >= 100) for row in pack(lengths, 1000, 1000)]) > 0.2
+
+
 def test_exact_fit_and_no_examples():
     assert [list(row) for row in pack(np.array([3, 7, 10, 10]), 10, 4)] == [[2], [3], [1, 0]]
     assert pack(np.array([], np.int64), 10, 4) == []
