@@ -49,7 +49,7 @@ def test_shuffled_rows_hold_short_and_long_examples():
     rows = pack(lengths, 1000, 1000, rng)
     assert lengths.sum() / (len(rows) * 1000) > 0.98
     long = [np.mean(lengths[row] >= 100) for row in rows]
-    assert 0.2 == pytest.approx(np.mean(long), abs=0.04) and np.std(long) < 0.1
+    assert 0.2 == pytest.approx(np.mean(long), abs=0.04) and np.std(long) < 0.15
     assert np.std([np.mean(lengths[row] >= 100) for row in pack(lengths, 1000, 1000)]) > 0.2
 
 
