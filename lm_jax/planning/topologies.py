@@ -32,12 +32,11 @@ class Chip:
     links: float
 
 
-# The compiler keeps some of the nominal 16, 32, 95 and 32 GB for itself; these are the limits in its refusals.
+# The compiler keeps some of the nominal 16, 95 and 32 GB for itself; these are the limits in its refusals.
 CHIPS = {
-    "v4": Chip("TPU v4", 3, 16, int(31.75 * _GIB), 300e9),
     "v5e": Chip("TPU v5 lite", 2, 16, int(15.75 * _GIB), 200e9),
-    "v5p": Chip("TPU v5", 3, 28, int(95.74 * _GIB), 600e9),
-    "v6e": Chip("TPU v6 lite", 2, 16, int(31.25 * _GIB), 448e9),
+    "v5p": Chip("TPU v5", 3, 28, int(95.73 * _GIB), 600e9),
+    "v6e": Chip("TPU v6 lite", 2, 16, int(31.24 * _GIB), 448e9),
 }
 EXAMPLES = "v5e:8x8, v5p:4x4x4, v6e:16x16"
 
@@ -89,10 +88,8 @@ def open_target(topology: str | None) -> Target:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    # Of the generations that are two cores to a chip: one device a chip, as on the machines
-    options = {"chip_config_name": "megachip"} if topology.startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # libtpu's, of whatever kind
         reason = str(error).splitlines()[0]
         raise UserError(f"--topology={topology}: libtpu does not know it ({reason}); give one such as {EXAMPLES}") from None
