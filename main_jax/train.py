@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import jax
+
 from lm_jax.config import ModelConfig
 from lm_jax.data.supervised import SOURCES, TRAIN_ON, load_supervised
 from lm_jax.errors import UserError
+from lm_jax.planning.programs import Program, train_program
 from lm_jax.training.job import Task, TrainConfig, begin_job, open_job, run_job
 from lm_jax.training.metrics import say
 from lm_jax.training.program import StepSpec
@@ -80,3 +83,8 @@ def step_spec(config: MainTrainConfig, model: ModelConfig, mixed: bool) -> StepS
         carry = alpha_carry(config.alpha)
         return StepSpec(supervised_objective(model, config.compute, mixed_coefficients, carry), VALUES)
     return StepSpec(supervised_objective(model, config.compute), VALUES)
+
+
+def main_programs(config: MainTrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
+    """What `train` compiles for rows of both sources."""
+    return [train_program(config, model, step_spec(config, model, mixed=True), mesh)]

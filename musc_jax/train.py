@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax
+
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
+from lm_jax.planning.programs import Program, score_program, train_program
 from lm_jax.training.job import Job, Task, TrainConfig, begin_job, open_job, run_job
 from lm_jax.training.metrics import say
 from lm_jax.training.program import StepSpec
@@ -83,6 +86,14 @@ def step_spec(config: MuscTrainConfig, model: ModelConfig, rule: str) -> StepSpe
     weigh = online_weights(online, model, config.compute)
     objective = preference_objective(model, config.compute, config.loss, weigh)
     return StepSpec(objective, values[1:], rows_beside(online, config.batch))
+
+
+def musc_programs(config: MuscTrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
+    """What `train` compiles: the step and, for a loss that reads a reference, its pass."""
+    programs = [train_program(config, model, step_spec(config, model, config.weights), mesh)]
+    if config.loss.needs_reference:
+        programs.append(score_program(config.batch, config.compute, config.max_length, model, mesh))
+    return programs
 
 
 def open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:

@@ -92,7 +92,9 @@ def open_target(topology: str | None) -> Target:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # libtpu's, of whatever kind
         reason = str(error).splitlines()[0]
-        raise UserError(f"--topology={topology}: libtpu does not know it ({reason}); give one such as {EXAMPLES}") from None
+        raise UserError(
+            f"--topology={topology}: libtpu does not know it ({reason}); give one such as {EXAMPLES}"
+        ) from None
     return Target(topology, tuple(devices), chip.hbm, chip.links)
 
 
