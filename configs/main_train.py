@@ -14,12 +14,12 @@ The same command continues a run that was interrupted. Presets: `:tiny` for a sm
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# Model, tensor parts, rank of adapters; for pods of 64 chips, or 512 for the third.
+# Model, tensor parts, rank of adapters, remat policy; planned for the pod that stands behind
 _PODS = {
-    "llama3_8b": ("meta-llama/Meta-Llama-3-8B", 1, 0),  # v5e:8x8
-    "qwen2_5_32b": ("Qwen/Qwen2.5-32B", 1, 0),  # v5p:4x4x4
-    "llama3_70b": ("meta-llama/Meta-Llama-3-70B", 8, 0),  # v5p:8x8x8
-    "llama3_70b_lora": ("meta-llama/Meta-Llama-3-70B", 1, 16),  # v6e:8x8
+    "llama3_8b": ("meta-llama/Meta-Llama-3-8B", 1, 0, "full"),  # v5e:8x8
+    "qwen2_5_32b": ("Qwen/Qwen2.5-32B", 1, 0, "save_matmuls"),  # v5p:4x4x4
+    "llama3_70b": ("meta-llama/Meta-Llama-3-70B", 8, 0, "save_matmuls"),  # v5p:8x8x8
+    "llama3_70b_lora": ("meta-llama/Meta-Llama-3-70B", 1, 16, "full"),  # v6e:8x8
 }
 
 
@@ -95,7 +95,7 @@ def get_config(preset: str = "") -> ConfigDict:
         c.compute.scan_unroll = 64  # all layers
         c.checkpoints.every = 50
     elif preset in _PODS:
-        c.model, c.mesh.tensor, c.lora.rank = _PODS[preset]
+        c.model, c.mesh.tensor, c.lora.rank, c.compute.remat = _PODS[preset]
         c.batch.rows = 128  # two for each of fsdp's 64 parts
         if c.lora.rank:
             c.optim.learning_rate = 1e-4  # adapters take ten times as much

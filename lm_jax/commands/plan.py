@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ def _report(config: Any, model: ModelConfig, target: Target, costs: Sequence[Cos
         "chips": len(target.devices),
         "chip": target.devices[0].device_kind,
         "model": config.model,
-        "parameters": sum(_size(spec.shape(model)) for spec in weight_table(model)),
+        "parameters": sum(math.prod(spec.shape(model)) for spec in weight_table(model)),
         "mesh": dict(mesh.shape),
         "settings": {k: v for k, v in to_dict(config).items() if k in ("batch", "compute", "decode", "lora", "dtype")},
         "hbm_bytes_per_chip": max(cost.hbm for cost in costs),
@@ -116,17 +117,10 @@ def _report(config: Any, model: ModelConfig, target: Target, costs: Sequence[Cos
     }
 
 
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
-
-
 def _table(report: Mapping[str, Any]) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     lines = [
-        f"{report['model']} ({report['parameters'] / 1e9:.2f}B parameters) on {report['topology']}: "
+        f"{report['model']} ({report['parameters'] / 1e6:,.4g}M parameters) on {report['topology']}: "
         f"{report['chips']} x {report['chip']}, mesh {mesh}",
         "",
         f"{'program':10}{'HBM a chip':>12}{'arguments':>12}{'temporary':>12}{'of':>10}  {'fits':6}{'model FLOPs':>12}"
@@ -135,14 +129,14 @@ def _table(report: Mapping[str, Any]) -> str:
     for name, p in report["programs"].items():
         factor = "" if p["recompute_factor"] is None else f"{p['recompute_factor']:.2f}"
         lines.append(
-            f"{name:10}{_gib(p['hbm_bytes_per_chip']):>12}{_gib(p['argument_bytes']):>12}"
-            f"{_gib(p['temporary_bytes']):>12}{_gib(p['hbm_limit_bytes']):>10}  {_yes(p['fits']):6}"
+            f"{name:10}{_bytes(p['hbm_bytes_per_chip']):>12}{_bytes(p['argument_bytes']):>12}"
+            f"{_bytes(p['temporary_bytes']):>12}{_bytes(p['hbm_limit_bytes']):>10}  {_yes(p['fits']):6}"
             f"{p['model_flops']:>12.3g}{factor:>11}{p['compile_seconds']:>11.0f} s"
         )
     for name, p in report["programs"].items():
         for kind, c in p["collectives"].items():
             lines.append(
-                f"{name}: {c['count']} x {kind}, arrays of {_gib(c['bytes'])}, {_gib(c['wire_bytes'])} sent by a chip"
+                f"{name}: {c['count']} x {kind}, arrays of {_bytes(c['bytes'])}, {_bytes(c['wire_bytes'])} sent by a chip"
             )
     return "\n".join(lines)
 
@@ -168,13 +162,15 @@ def _line(found: Mapping[str, Any]) -> str:
     seconds = found["seconds_per_token_estimate"]
     speed = "" if seconds is None else f", {seconds * 1e9:.3g} ns a token"
     return (
-        f"{_yes(found['fits']):4} {_gib(found['hbm_bytes_per_chip']):>10}{speed}: {mesh} {batch} "
+        f"{_yes(found['fits']):4} {_bytes(found['hbm_bytes_per_chip']):>10}{speed}: {mesh} {batch} "
         f"--config.compute.remat={found['remat']}"
     )
 
 
-def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**30:.2f} GiB"
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
 
 def _yes(fits: bool | None) -> str:

@@ -32,8 +32,9 @@ class Chip:
     links: float
 
 
-# The compiler keeps some of the nominal 16, 95 and 32 GB for itself; these are the limits in its refusals.
+# The compiler keeps some of the nominal 32, 16, 95 and 32 GB for itself; these are the limits in its refusals.
 CHIPS = {
+    "v4": Chip("TPU v4", 3, 16, int(30.75 * _GIB), 300e9),
     "v5e": Chip("TPU v5 lite", 2, 16, int(15.75 * _GIB), 200e9),
     "v5p": Chip("TPU v5", 3, 28, int(95.73 * _GIB), 600e9),
     "v6e": Chip("TPU v6 lite", 2, 16, int(31.24 * _GIB), 448e9),
@@ -88,8 +89,10 @@ def open_target(topology: str | None) -> Target:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
+    # A v4 is two cores, which programs see as one device, as they do on the machines
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+        devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except Exception as error:  # libtpu's, of whatever kind
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -31,7 +31,8 @@ def _of_equation(equation) -> float:
         return max(_flops(branch.jaxpr) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1
     if name == "shard_map":  # shapes inside are those of one device along the axes that it takes over
-        times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        axes = next(params[key] for key in ("newly_manual_axes", "manual_axes") if key in params)  # by version
+        times = math.prod(params["mesh"].shape[axis] for axis in axes)
     return times * sum(map(_flops, _inside(params)))
 
 
