@@ -136,7 +136,7 @@ def _table(report: Mapping[str, Any]) -> str:
     for name, p in report["programs"].items():
         for kind, c in p["collectives"].items():
             lines.append(
-                f"{name}: {c['count']} x {kind}, arrays of {_bytes(c['bytes'])}, {_bytes(c['wire_bytes'])} sent by a chip"
+                f"{name}: {c['count']} x {kind}, arrays of {_bytes(c['bytes'])}, a chip sends {_bytes(c['wire_bytes'])}"
             )
     return "\n".join(lines)
 
