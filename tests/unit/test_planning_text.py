@@ -131,8 +131,8 @@ def test_num_bytes():
             (256.5, 15.75),
         ),
         (
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.25G of "
-            "15.75G hbm. Exceeded hbm capacity by 4.50G.",
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.25G "
+            "of 15.75G hbm. Exceeded hbm capacity by 4.50G.",
             (20.25, 15.75),
         ),
     ],
