@@ -73,16 +73,20 @@ def plan(config: Any, programs: Programs, topology: str | None, output: str | No
     target = open_target(topology)
     model = model_shape(config.model)
 
-    def compile_all(settings) -> list[Cost]:
-        mesh = make_mesh(settings.mesh, list(target.devices))
-        return [compile_program(program, target) for program in programs(settings, model, mesh)]
+    def lowered(settings) -> list[Program]:
+        return programs(settings, model, make_mesh(settings.mesh, list(target.devices)))
 
-    costs = compile_all(config)
+    costs = [compile_program(program, target) for program in lowered(config)]
     report = _report(config, model, target, costs)
     print(_table(report))
     if searching:
-        say("searching; a candidate takes about as long as what was just compiled")
-        found = search(config, target, compile_all, lambda c: say(_line(_candidate(c))))
+        say("searching; a candidate takes about as long as the training step just did")
+        found = search(
+            config,
+            target,
+            lambda settings: compile_program(lowered(settings)[0], target),
+            lambda candidate: say(_line(_candidate(candidate))),
+        )
         report["search"] = [_candidate(c) for c in found]
         print("\nfitting, by the estimate for a token:")
         print("\n".join(_line(c) for c in report["search"] if c["fits"]) or "none")
@@ -146,12 +150,12 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     mesh, batch = dataclasses.asdict(config.mesh), config.batch
     return {
         "fits": candidate.fits,
-        "hbm_bytes_per_chip": max(cost.hbm for cost in candidate.costs),
+        "hbm_bytes_per_chip": candidate.cost.hbm,
         "mesh": mesh,
         "batch": {"rows": batch.rows, "microbatches": batch.microbatches},
         "remat": config.compute.remat,
-        "recompute_factor": candidate.costs[0].program.recompute_factor,
-        "wire_bytes": candidate.costs[0].wire_bytes,
+        "recompute_factor": candidate.cost.program.recompute_factor,
+        "wire_bytes": candidate.cost.wire_bytes,
         "seconds_per_token_estimate": candidate.seconds,
     }
 

@@ -25,31 +25,30 @@ class Candidate:
     """Settings that were tried.
 
     Attributes:
-      costs: of all programs of the command.
+      cost: of the step.
       seconds: estimate for a token slot, for ranking alone: arithmetic at the chips' peak and transfers at the links'
         full rate, one after the other. None where the chip is not known.
     """
 
     config: TrainConfig
-    costs: tuple[Cost, ...]
+    cost: Cost
     seconds: float | None
 
     @property
     def fits(self) -> bool:
-        return all(cost.fits is not False for cost in self.costs)
+        return self.cost.fits is not False
 
 
 def search(
     config: TrainConfig,
     target: Target,
-    compile_all: Callable[[TrainConfig], list[Cost]],
+    compile_step: Callable[[TrainConfig], Cost],
     show: Callable[[Candidate], None],
 ) -> list[Candidate]:
     """The candidates that were compiled, first those that fit, fastest first.
 
     Args:
-      compile_all: settings -> the costs of the command's programs, the step's first; raises UserError for settings that
-        do not fit the model.
+      compile_step: settings -> the step's cost; raises UserError for settings that do not fit the model.
       show: is called with every candidate as it comes.
     """
     tried: list[Candidate] = []
@@ -60,16 +59,16 @@ def search(
             for rows in _rows(config, mesh)[:fitting]:
                 settings = _with(config, mesh, rows, remat)
                 try:
-                    costs = tuple(compile_all(settings))
+                    cost = compile_step(settings)
                 except UserError:
                     break  # heads or widths that this mesh does not divide
-                tried.append(Candidate(settings, costs, estimated_seconds(costs[0], target)))
+                tried.append(Candidate(settings, cost, estimated_seconds(cost, target)))
                 show(tried[-1])
                 if not tried[-1].fits:
                     break
                 done += 1
             fitting = done
-    return sorted(tried, key=lambda c: (not c.fits, c.seconds if c.seconds is not None else c.costs[0].wire_bytes))
+    return sorted(tried, key=lambda c: (not c.fits, c.seconds if c.seconds is not None else c.cost.wire_bytes))
 
 
 def estimated_seconds(cost: Cost, target: Target) -> float | None:

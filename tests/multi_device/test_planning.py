@@ -10,6 +10,7 @@ pytestmark = pytest.mark.multi_device
 
 DEVICES = 4
 TRIPS, WIDTH, ROWS = 7, 256, 8
+VOCABULARY = 1024  # x 32: more than all else of a layer
 
 
 def computed(topology):
@@ -23,11 +24,14 @@ def computed(topology):
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from lm_jax.config import MeshConfig
+    from lm_jax.config import BatchConfig, ComputeConfig, LoraConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
+    from lm_jax.data.order import batch_shapes
     from lm_jax.planning.compiled import compile_program
     from lm_jax.planning.programs import Program
     from lm_jax.planning.traced import matmul_flops
     from lm_jax.sharding import make_mesh
+    from lm_jax.training.program import step_program
+    from lm_jax.training.supervised import VALUES, supervised_objective
 
     mesh = make_mesh(MeshConfig(1, 2, 2), list(target.devices))
     platform = target.devices[0].platform
@@ -53,11 +57,23 @@ def computed(topology):
     def dynamic(x, n):
         return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] @ c[1]), (0, x))[1]
 
+    model = ModelConfig("llama", VOCABULARY, 2, 32, 48, 4, 2, 8, RopeConfig(1e4), 1e-5, 64)
+    step = step_program(
+        model,
+        supervised_objective(model, ComputeConfig("float32", logprob_chunk=16)),
+        OptimConfig(1e-3, "constant", 0.0, 0.0, 0.9, 0.999, 1e-8, 0.0, 1.0),
+        LoraConfig(0, 1.0, "all-linear", False),
+        "float32",
+        mesh,
+        num_steps=1,
+    )
+    batch = batch_shapes(BatchConfig(rows=2, row_length=64, microbatches=1, max_examples_per_row=2), mesh, VALUES)
+
     def given(*shape, spec=None):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec or PartitionSpec()))
 
     def cost(f, *arguments, **options):
-        traced = jax.jit(f, **options).trace(*arguments)
+        traced = (f if hasattr(f, "trace") else jax.jit(f, **options)).trace(*arguments)
         lowered = traced.lower(lowering_platforms=(platform,))
         found = compile_program(Program("a", lowered, 1, 1.0), target)
         return found.to_json() | {"flops": matmul_flops(traced)}
@@ -74,6 +90,7 @@ def computed(topology):
             "product": cost(product, square, square),
             "in_parts": cost(jax.shard_map(lambda x: x @ x.T, **cut), x),
             "dynamic": cost(dynamic, square, jax.ShapeDtypeStruct((), np.int32)),
+            "step": cost(step.step, step.state, batch),
             "donated": cost(lambda x: x + 1, x, donate_argnums=0),
             "too_large": cost(lambda x: x * 2, given(1 << 40)) if platform == "tpu" else None,
         }
@@ -104,6 +121,13 @@ def test_matmuls_are_counted_with_their_repetitions(found):
     assert found["product"]["flops"] == once * (3 + 3 + 6)
     assert found["in_parts"]["flops"] == DEVICES * 2 * ROWS * ROWS * WIDTH  # on each device
     assert found["dynamic"]["flops"] == 0  # nobody knows how often
+
+
+def test_embeddings_are_exchanged_once_a_step(found):
+    """Their gradients are summed over all of the head's four chunks before devices exchange them."""
+    whole = VOCABULARY // 2 * 32 * 4  # what a part of `tensor` has
+    large = [c for c in found["step"]["largest_collectives"] if c["bytes"] >= whole]
+    assert len(large) >= 2 and {(c["runs"], c["group"]) for c in large} == {(1, 2)}
 
 
 def test_memory_is_what_lies_there(found):
