@@ -124,7 +124,7 @@ def _report(config: Any, model: ModelConfig, target: Target, costs: Sequence[Cos
 def _table(report: Mapping[str, Any]) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     lines = [
-        f"{report['model']} ({report['parameters'] / 1e6:,.4g}M parameters) on {report['topology']}: "
+        f"{report['model']} ({report['parameters'] / 1e9:.4g}B parameters) on {report['topology']}: "
         f"{report['chips']} x {report['chip']}, mesh {mesh}",
         "",
         f"{'program':10}{'HBM a chip':>12}{'arguments':>12}{'temporary':>12}{'of':>10}  {'fits':6}{'model FLOPs':>12}"
