@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 import jax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def matmul_flops(traced: jax.stages.Traced) -> float:
@@ -12,7 +13,9 @@ def matmul_flops(traced: jax.stages.Traced) -> float:
     Of branches the costliest counts. Loops whose length depends on the data, as attention's over the blocks that a
     query sees, and kernels are left out.
     """
-    return _flops(traced.jaxpr.jaxpr)
+    # What nobody reads no compiler keeps, such as gradients of frozen weights
+    jaxpr, _ = dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.jaxpr.outvars))
+    return _flops(jaxpr)
 
 
 def _flops(jaxpr) -> float:
