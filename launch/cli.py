@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -27,14 +28,9 @@ def run(
     Exits with 0 on success and 1 on an error of the user's, whose one line is the last on stderr.
 
     Args:
-<<<<<<< HEAD
       command: () -> (config class, or several as A | B, main). It imports them, so that --help and a mistyped flag are
-        answered at once and Ctrl-C during the imports is caught too.
-=======
-      command: () -> (config class, main). It imports them, so that --help and a mistyped flag are answered at once and
-        Ctrl-C during the imports is caught too. Instead of a class: a function that makes a config of the file's
-        values.
->>>>>>> 442f3e4 (launch.plan: compiles a command's programs for a TPU topology or the local devices)
+        answered at once and Ctrl-C during the imports is caught too. Instead of a class: a function that makes a config
+        of the file's values.
       preview: () -> show(config, rows), what --preview=ROWS calls instead of main.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started this wants it ignored
@@ -62,7 +58,7 @@ def run(
         try:
             read, main = command()
             values = flag.value.to_dict()
-            config = from_config_dict(read, values) if isinstance(read, type) else read(values)
+            config = from_config_dict(read, values) if isinstance(read, (type, types.UnionType)) else read(values)
             rows = None if preview is None else flags.FLAGS.preview
             if rows is None:
                 main(config)

@@ -16,7 +16,7 @@ from lm_jax.data.order import batch_shapes, check_batch
 from lm_jax.inference import decoding
 from lm_jax.inference.requests import SamplingConfig
 from lm_jax.inference.sampling import decode_rows, decoding_compute
-from lm_jax.inference.scoring import packed_logprobs, scoring_pass
+from lm_jax.inference.scoring import packed_statistics, scoring_pass
 from lm_jax.inference.token_choice import filters_of
 from lm_jax.models.cache import CHUNK, cache_shapes
 from lm_jax.models.decoder import check_compute
@@ -78,9 +78,8 @@ def score_program(
     max_length: int,
     model: ModelConfig,
     mesh: jax.sharding.Mesh,
-    with_entropies: bool = True,
 ) -> Program:
-    """The scoring pass over one batch, of a model in fp32; raises as `train_program` does."""
+    """The scoring pass over one batch, entropies included, of a model in fp32; raises as `train_program` does."""
     check_batch(batch, mesh)
     check_compute(compute)
     batch, compute = scoring_pass(batch, compute)
@@ -91,7 +90,7 @@ def score_program(
         for name, x in batch_shapes(batch, mesh).items()
     }
     with jax.set_mesh(mesh):
-        traced = packed_logprobs.trace(params, arrays, config=model, compute=compute, with_entropy=with_entropies)
+        traced = packed_statistics.trace(params, arrays, model, compute, ("logprobs", "entropies"))
         lowered = _lower(traced, mesh)
     slots = np.array([batch.row_length] * batch.rows)
     flops = forward_flops(model, _full_rows(batch.rows, batch.row_length, max_length))
