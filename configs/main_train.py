@@ -5,11 +5,22 @@
 
 Expect: a loss that begins at the model's own cross-entropy and falls, and a `mean_token_accuracy` that grows. Rows with
 `source` synthetic beside seed ones add `alpha`, `loss/seed` and `loss/synthetic`; without them it is plain tuning.
-The same command continues a run that was interrupted. Presets: `:tiny` for a small model on a laptop.
+The same command continues a run that was interrupted. Presets: `:tiny` for a small model on a laptop, and for pods
+`:llama3_8b`, `:qwen2_5_32b`, `:llama3_70b`, `:llama3_70b_lora`; what they take of which pod:
+
+    python -m launch.plan --config=configs/main_train.py:llama3_8b --topology=v5e:8x8
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+# Model, tensor parts, rank of adapters, remat policy; planned for the pod that stands behind
+_PODS = {
+    "llama3_8b": ("meta-llama/Meta-Llama-3-8B", 1, 0, "full"),  # v5e:8x8
+    "qwen2_5_32b": ("Qwen/Qwen2.5-32B", 1, 0, "save_matmuls"),  # v5p:4x4x4
+    "llama3_70b": ("meta-llama/Meta-Llama-3-70B", 8, 0, "save_matmuls"),  # v5p:8x8x8
+    "llama3_70b_lora": ("meta-llama/Meta-Llama-3-70B", 1, 16, "full"),  # v6e:8x8
+}
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -83,6 +94,11 @@ def get_config(preset: str = "") -> ConfigDict:
         c.compute.remat = "none"
         c.compute.scan_unroll = 64  # all layers
         c.checkpoints.every = 50
+    elif preset in _PODS:
+        c.model, c.mesh.tensor, c.lora.rank, c.compute.remat = _PODS[preset]
+        c.batch.rows = 128  # two for each of fsdp's 64 parts
+        if c.lora.rank:
+            c.optim.learning_rate = 1e-4  # adapters take ten times as much
     elif preset:
-        raise ValueError(f"unknown preset {preset!r}; choose tiny or none")
+        raise ValueError(f"unknown preset {preset!r}; choose tiny, {', '.join(_PODS)} or none")
     return c

@@ -4,11 +4,22 @@
         --config.model=HF_DIR --config.input=pairs.jsonl --config.output=runs/musc
 
 Expect: step 1 at loss 0.6931 (the policy is its own reference), then margins that grow and a loss that falls.
-The same command continues a run that was interrupted. Presets: `:tiny` for a small model on a laptop.
+The same command continues a run that was interrupted. Presets: `:tiny` for a small model on a laptop, and for pods
+`:llama3_8b`, `:qwen2_5_32b`, `:llama3_70b`, `:llama3_70b_lora`; what they take of which pod:
+
+    python -m launch.plan --config=configs/musc_train.py:llama3_8b --topology=v5e:8x8
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+# Model, tensor parts, rank of adapters, remat policy; planned for the pod that stands behind
+_PODS = {
+    "llama3_8b": ("meta-llama/Meta-Llama-3-8B-Instruct", 1, 0, "full"),  # v5e:8x8
+    "qwen2_5_32b": ("Qwen/Qwen2.5-32B-Instruct", 1, 0, "save_matmuls"),  # v5p:4x4x4
+    "llama3_70b": ("meta-llama/Meta-Llama-3-70B-Instruct", 8, 0, "save_matmuls"),  # v5p:8x8x8
+    "llama3_70b_lora": ("meta-llama/Meta-Llama-3-70B-Instruct", 1, 16, "full"),  # v6e:8x8
+}
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -86,6 +97,11 @@ def get_config(preset: str = "") -> ConfigDict:
         c.compute.remat = "none"
         c.compute.scan_unroll = 64  # all layers
         c.checkpoints.every = 10
+    elif preset in _PODS:
+        c.model, c.mesh.tensor, c.lora.rank, c.compute.remat = _PODS[preset]
+        c.batch.rows = 64  # one for each of fsdp's 64 parts
+        if c.lora.rank:
+            c.optim.learning_rate = 5e-6  # the authors' for adapters
     elif preset:
-        raise ValueError(f"unknown preset {preset!r}; choose tiny or none")
+        raise ValueError(f"unknown preset {preset!r}; choose tiny, {', '.join(_PODS)} or none")
     return c

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ _GIVE = "give --config=configs/NAME.py[:preset]"
 
 
 def run(
-    command: Callable[[], tuple[type, Callable[[Any], None]]],
+    command: Callable[[], tuple[type | Callable[[dict[str, Any]], Any], Callable[[Any], None]]],
     preview: Callable[[], Callable[[Any, int], None]] | None = None,
 ) -> None:
     """Parses the flags, builds the command's config strictly and makes the one call `main(config)`.
@@ -28,7 +29,8 @@ def run(
 
     Args:
       command: () -> (config class, or several as A | B, main). It imports them, so that --help and a mistyped flag are
-        answered at once and Ctrl-C during the imports is caught too.
+        answered at once and Ctrl-C during the imports is caught too. Instead of a class: a function that makes a config
+        of the file's values.
       preview: () -> show(config, rows), what --preview=ROWS calls instead of main.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started this wants it ignored
@@ -54,8 +56,9 @@ def run(
         # Checkpointing logs pages at INFO, and the traceback of every thread where a write fails; what fails is raised.
         logging.set_verbosity(logging.FATAL)
         try:
-            config_class, main = command()
-            config = from_config_dict(config_class, flag.value.to_dict())
+            read, main = command()
+            values = flag.value.to_dict()
+            config = from_config_dict(read, values) if isinstance(read, (type, types.UnionType)) else read(values)
             rows = None if preview is None else flags.FLAGS.preview
             if rows is None:
                 main(config)

@@ -131,7 +131,8 @@ def activation_spec(*axes: str) -> PartitionSpec:
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Pins an activation's layout on the mesh that `jax.set_mesh` made current; without a mesh there is nothing to pin.
 
-    An axis that the mesh does not divide (few key/value heads, a row count of one while tracing shapes) is left whole.
+    An axis that the mesh does not divide (few key/value heads, a row count of one while tracing shapes) is left whole,
+    and so is one that a surrounding `shard_map` has cut already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -139,8 +140,9 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     spec = []
     for size, name in zip(x.shape, axes, strict=True):
         rule = ACTIVATION_RULES[name]
-        parts = int(np.prod([mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule or ())]))
-        spec.append(rule if size % parts == 0 else None)
+        rule = tuple(a for a in ((rule,) if isinstance(rule, str) else rule or ()) if a not in mesh.manual_axes)
+        parts = int(np.prod([mesh.shape[a] for a in rule]))
+        spec.append(rule if rule and size % parts == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 

@@ -2,10 +2,15 @@
 
 import dataclasses
 
+import jax
+
+from lm_jax.config import ModelConfig
 from lm_jax.data.supervised import SOURCES, TRAIN_ON, load_supervised
 from lm_jax.errors import UserError
+from lm_jax.planning.programs import Program, train_program
 from lm_jax.training.job import Task, TrainConfig, begin_job, open_job, run_job
 from lm_jax.training.metrics import say
+from lm_jax.training.program import StepSpec
 from lm_jax.training.supervised import VALUES, supervised_objective
 from main_jax.losses import mixed_coefficients, plain_coefficients
 from main_jax.weighting import AlphaConfig, alpha_carry
@@ -48,23 +53,38 @@ def train(config: MainTrainConfig) -> None:
         say("\n".join(read.report))
     mixed = rows.sources() == frozenset(SOURCES)
     shown = {"loss": "loss", "mean_token_accuracy": "accuracy"}
-    model, compute = job.policy.config, config.compute
+    spec, eval_objective = step_spec(config, job.policy.config, mixed), None
     if mixed:
         say(f"alpha: {config.alpha.rule}")
-        objective = supervised_objective(model, compute, mixed_coefficients, alpha_carry(config.alpha))
-        eval_objective = supervised_objective(model, compute, plain_coefficients)
+        eval_objective = supervised_objective(job.policy.config, config.compute, plain_coefficients)
     else:
         say(f"all rows are {next(iter(rows.sources()))}: plain cross-entropy, without alpha")
-        objective, eval_objective = supervised_objective(model, compute), None
     begin_job(job, "main_train")
     task = Task(
-        objective=objective,
+        objective=spec.objective,
         unit="rows",
         examples=[(segment,) for segment in rows.segments],
         eval_examples=[(segment,) for segment in held_out.segments] if held_out else [],
-        values=VALUES,
+        values=spec.values,
         describe=rows.name,
         shown=shown | ({"alpha": "alpha"} if mixed else {}),
         eval_objective=eval_objective,
     )
     run_job(job, task)
+
+
+def step_spec(config: MainTrainConfig, model: ModelConfig, mixed: bool) -> StepSpec:
+    """What the step consists of.
+
+    Args:
+      mixed: the rows are of both sources.
+    """
+    if mixed:
+        carry = alpha_carry(config.alpha)
+        return StepSpec(supervised_objective(model, config.compute, mixed_coefficients, carry), VALUES)
+    return StepSpec(supervised_objective(model, config.compute), VALUES)
+
+
+def main_programs(config: MainTrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
+    """What `train` compiles for rows of both sources."""
+    return [train_program(config, model, step_spec(config, model, mixed=True), mesh)]

@@ -5,14 +5,14 @@ A step's batch carries, under `weigh/`, a second one of C * T tokens a row: the 
 every context that the rule reads, in the pairs' order. So a row's j-th response token is the j-th in both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from lm_jax.config import ComputeConfig, ModelConfig
+from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
 from lm_jax.data.order import Beside
-from lm_jax.data.packing import example_lengths
+from lm_jax.data.packing import Example, example_lengths
 from lm_jax.errors import UserError
 from lm_jax.inference.contrast import packed_contrast
 from lm_jax.training.job import Job
@@ -34,7 +34,8 @@ def responses_beside(pairs: Pairs, rule: str, job: Job) -> Beside:
     contexts = WEIGHING_RULES[rule].contexts
     perturbed = perturbed_prompts(pairs, (rule,)) if PERTURBED in contexts else None
     examples = response_examples(pairs, contexts, perturbed, job.encoder, job.tokenizer)
-    row_length = len(contexts) * job.config.batch.row_length
+    beside = rows_beside(rule, job.config.batch, examples)
+    row_length = beside.row_length
     lengths = example_lengths(examples).reshape(-1, 2).sum(axis=1)
     if lengths.max() > row_length:
         worst = int(lengths.argmax())
@@ -42,7 +43,12 @@ def responses_beside(pairs: Pairs, rule: str, job: Job) -> Beside:
             f"{pairs.name(worst)}: both responses under {len(contexts)} prompts take {lengths[worst]} tokens and "
             f"{len(contexts)} rows hold {row_length}; raise config.batch.row_length or lower config.max_length"
         )
-    return Beside(_NAME, examples, 2, row_length)
+    return beside
+
+
+def rows_beside(rule: str, batch: BatchConfig, examples: Sequence[Example] = ()) -> Beside:
+    """The rows that go along with those of `batch`: of both responses of a pair under every context of the rule."""
+    return Beside(_NAME, examples, 2, len(WEIGHING_RULES[rule].contexts) * batch.row_length)
 
 
 def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Callable[[dict, Batch], jax.Array]:

@@ -2,14 +2,19 @@
 
 import dataclasses
 
+import jax
+
+from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
+from lm_jax.planning.programs import Program, score_program, train_program
 from lm_jax.training.job import Job, Task, TrainConfig, begin_job, open_job, run_job
 from lm_jax.training.metrics import say
+from lm_jax.training.program import StepSpec
 from lm_jax.training.runs import ModelSource, open_model, param_specs
 from musc_jax.examples import Pairs, load_pairs
 from musc_jax.losses import LossConfig
 from musc_jax.objective import given_weights, preference_objective
-from musc_jax.online import online_weights, responses_beside
+from musc_jax.online import online_weights, responses_beside, rows_beside
 from musc_jax.reference import no_scores, reference_scores, weighted_pairs
 from musc_jax.token_weights import RULES_ON_SCORES, check_rule, online_rule
 
@@ -50,22 +55,45 @@ def train(config: MuscTrainConfig) -> None:
     beside, eval_beside = (
         responses_beside(pairs, online, job) if online and pairs else None for pairs in (train_pairs, eval_pairs)
     )
-    weigh = online_weights(online, job.policy.config, config.compute) if online else given_weights
+    spec = step_spec(config, job.policy.config, rule)
     begin_job(job, "musc_train")
     examples, eval_examples = _examples(config, rule, job, reference, train_pairs, eval_pairs)
     say(f"weights: {rule}")
     task = Task(
-        objective=preference_objective(job.policy.config, config.compute, config.loss, weigh),
+        objective=spec.objective,
         unit="pairs",
         examples=examples,
         eval_examples=eval_examples,
-        values=("ref_logprobs",) if online else ("weights", "ref_logprobs"),
+        values=spec.values,
         describe=train_pairs.name,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
         beside=beside,
         eval_beside=eval_beside,
     )
     run_job(job, task)
+
+
+def step_spec(config: MuscTrainConfig, model: ModelConfig, rule: str) -> StepSpec:
+    """What the step consists of.
+
+    Args:
+      rule: where the weights are from. Whatever is no `online` rule comes along with the batch, so that before the data
+        are read `config.weights` itself will do.
+    """
+    online, values = online_rule(rule), ("weights", "ref_logprobs")
+    if not online:
+        return StepSpec(preference_objective(model, config.compute, config.loss, given_weights), values)
+    weigh = online_weights(online, model, config.compute)
+    objective = preference_objective(model, config.compute, config.loss, weigh)
+    return StepSpec(objective, values[1:], rows_beside(online, config.batch))
+
+
+def musc_programs(config: MuscTrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
+    """What `train` compiles: the step and, for a loss that reads a reference, its pass."""
+    programs = [train_program(config, model, step_spec(config, model, config.weights), mesh)]
+    if config.loss.needs_reference:
+        programs.append(score_program(config.batch, config.compute, config.max_length, model, mesh))
+    return programs
 
 
 def open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:

@@ -138,6 +138,17 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
         self._iterator.set_state(state)
 
 
+def batch_shapes(
+    batch: BatchConfig, mesh: jax.sharding.Mesh, values: Sequence[str] = (), beside: Beside | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `BatchIterator` gives for these arguments, with its sharding; of `beside` no example is needed."""
+    row = fill_rows([()], (), batch.row_length, batch.max_examples_per_row, values)
+    if beside is not None:
+        row |= beside.fill([()], batch.max_examples_per_row)
+    leading, sharding = (batch.microbatches, batch.rows // batch.microbatches), batch_sharding(mesh, leading=1)
+    return {k: jax.ShapeDtypeStruct((*leading, *v.shape[1:]), v.dtype, sharding=sharding) for k, v in row.items()}
+
+
 def check_batch(batch: BatchConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError where rows, microbatches and mesh do not fit."""
     parts = batch_divisor(mesh)

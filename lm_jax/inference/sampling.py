@@ -51,6 +51,17 @@ class _Sequence:
     logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
+def decoding_compute(compute: ComputeConfig) -> ComputeConfig:
+    """How decoding computes, from a command's settings: there is no gradient to save for."""
+    return dataclasses.replace(compute, remat="none", scan_unroll=1)
+
+
+def decode_rows(decode: DecodeConfig, mesh: Mesh) -> tuple[int, int]:
+    """(slots, rows of a prefill), as many as the mesh can cut."""
+    parts = batch_divisor(mesh)
+    return tuple(-(-n // parts) * parts for n in (decode.slots, _PREFILL_ROWS))
+
+
 class LocalGenerator:
     """Generates with the model in this process (or these processes, which all make the same calls).
 
@@ -71,10 +82,10 @@ class LocalGenerator:
         mesh: Mesh,
     ):
         self._params, self._config, self._tokenizer, self._end_ids = params, config, tokenizer, end_ids
-        self._compute = dataclasses.replace(compute, remat="none", scan_unroll=1)
+        self._compute = decoding_compute(compute)
         self._mesh, self._chunk = mesh, decode.chunk
-        self._parts = parts = batch_divisor(mesh)
-        self._num_slots, self._prefill_rows = (-(-n // parts) * parts for n in (decode.slots, _PREFILL_ROWS))
+        self._parts = batch_divisor(mesh)
+        self._num_slots, self._prefill_rows = decode_rows(decode, mesh)
         self._max_length, self._context = decode.max_length, min(decode.max_length, config.max_position)
         self._encoder = TextEncoder(tokenizer, sys.maxsize, end_ids)  # prompts that are too long are told so here
 

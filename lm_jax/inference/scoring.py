@@ -84,9 +84,7 @@ def score(
     Raises:
       UserError: a segment longer than a row.
     """
-    # One microbatch at a time, so that what fits in training fits here.
-    batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
-    compute = dataclasses.replace(compute, scan_unroll=1)  # there are no residuals whose copies unrolling would save
+    batch, compute = scoring_pass(batch, compute)
     names = ("logprobs", *(["entropies"] if with_entropies else []), *(["top1"] if with_top1 else []))
     examples = [(segment,) for segment in segments]
     plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None)
@@ -103,6 +101,14 @@ def score(
         pending = plan[step], scores
     if pending is not None:
         yield _unpack(*pending, segments)
+
+
+def scoring_pass(batch: BatchConfig, compute: ComputeConfig) -> tuple[BatchConfig, ComputeConfig]:
+    """The shape of one pass and how it is computed, from a command's settings."""
+    # One microbatch at a time, so that what fits in training fits here
+    batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
+    # There are no residuals whose copies unrolling would save
+    return batch, dataclasses.replace(compute, scan_unroll=1)
 
 
 def _unpack(rows, scores, segments) -> list[TokenScores]:

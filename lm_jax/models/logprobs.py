@@ -7,9 +7,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lm_jax.models.linear import contract_rows
-from lm_jax.sharding import constrain
+from lm_jax.sharding import BATCH_AXES, batch_divisor, constrain
 
 
 def token_logprobs(
@@ -66,11 +67,13 @@ def token_statistics(
         compute = functools.partial(_chunk_statistics, names=names)
         return jax.lax.cond(needed, compute, lambda *_: nothing, hidden_chunk, embedding, target_chunk)
 
-    def body(_, inputs):
-        return None, chunk_statistics(*inputs, embedding)
+    def all_chunks(needed, hidden_chunks, target_chunks, embedding):
+        return jax.lax.scan(
+            lambda _, inputs: (None, chunk_statistics(*inputs, embedding)), None, (needed, hidden_chunks, target_chunks)
+        )[1]
 
     needed = jnp.arange(num_chunks) * chunk < jnp.max(counts)
-    _, outputs = jax.lax.scan(body, None, (needed, chunked(hidden), chunked(targets)))
+    outputs = _rows_apart(all_chunks)(needed, chunked(hidden), chunked(targets), embedding)
     back = jnp.argsort(order, axis=1)
 
     def unchunked(x):  # [num_chunks, B, C] -> [B, T]
@@ -78,6 +81,19 @@ def token_statistics(
         return jnp.where(wanted, jnp.take_along_axis(x, back, axis=1), 0.0)
 
     return jax.tree.map(unchunked, outputs)
+
+
+def _rows_apart(all_chunks):
+    """Each device takes its own rows, so that the embedding's gradient is summed over devices once, not every chunk.
+
+    Only the rows' axes are taken out of the partitioner's hands: the vocabulary stays cut as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch_divisor(mesh) == 1:
+        return all_chunks
+    rows = PartitionSpec(None, BATCH_AXES)
+    specs = (PartitionSpec(), rows, rows, PartitionSpec())
+    return jax.shard_map(all_chunks, in_specs=specs, out_specs=rows, axis_names=set(BATCH_AXES), check_vma=False)
 
 
 def _chunk_statistics(hidden, embedding, targets, names):

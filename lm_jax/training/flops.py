@@ -24,10 +24,10 @@ def forward_flops(config: ModelConfig, lengths: np.ndarray) -> float:
     Matmuls with every weight matrix (the embedding lookup is none), plus causal attention's scores and values over
     the tokens that each query sees.
     """
-    return sum(_forward_parts(config, lengths))
+    return sum(forward_parts(config, lengths))
 
 
-def _forward_parts(config: ModelConfig, lengths: np.ndarray) -> tuple[float, float]:
+def forward_parts(config: ModelConfig, lengths: np.ndarray) -> tuple[float, float]:
     """FLOPs of (matmuls with weights, attention)."""
     attention = config.d_model * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
     per_layer = attention + 3 * config.d_model * config.d_ff
@@ -47,7 +47,7 @@ def train_flops(config: ModelConfig, lengths: np.ndarray, frozen: bool = False) 
       frozen: the weights have no gradients of their own, which are half of what a matmul's backward takes; what
         adapters add is not counted.
     """
-    matmuls, attention = _forward_parts(config, lengths)
+    matmuls, attention = forward_parts(config, lengths)
     return (2.0 if frozen else 3.0) * matmuls + 3.0 * attention
 
 

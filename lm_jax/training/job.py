@@ -4,11 +4,9 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
@@ -18,15 +16,15 @@ from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
-from lm_jax.models.lora import abstract_adapters, adapter_specs, init_adapters, join
-from lm_jax.sharding import make_mesh, state_shardings
-from lm_jax.training.checkpoints import Checkpoints, abstract_like
+from lm_jax.models.lora import adapter_specs, init_adapters
+from lm_jax.sharding import make_mesh
+from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import forward_flops, train_flops
 from lm_jax.training.loop import Run, StepCost, fit, resume
 from lm_jax.training.metrics import MetricsWriter, say
-from lm_jax.training.optim import make_optimizer, make_schedule
+from lm_jax.training.program import StepProgram, assemble, step_program
 from lm_jax.training.runs import ModelSource, begin_run, open_model, param_specs
-from lm_jax.training.step import Objective, TrainState, make_evaluate, make_train_step
+from lm_jax.training.step import Objective, TrainState, make_evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,21 +134,19 @@ def run_job(job: Job, task: Task) -> None:
     num_steps = min(len(plan), config.max_steps or len(plan))
     per_step = len(task.examples) * config.epochs / len(plan)
     say(f"{len(task.examples)} {task.unit}: {num_steps} steps of about {per_step:.1f} on mesh {dict(mesh.shape)}")
-    schedule = make_schedule(config.optim, num_steps)
-    optimizer = make_optimizer(config.optim, schedule)
+    model, dtype = job.policy.config, config.compute.dtype
+    program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps)
     batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
-        frozen = job.policy.load_params(mesh, config.compute.dtype) if config.lora.rank else None
-        state, shardings = _start_state(job, optimizer, task.objective, checkpoints, batches)
+        frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
+        state = _start_state(job, program, checkpoints, batches)
         if int(state.step):
             say(f"continuing {config.output} after step {int(state.step)}")
-        assemble = partial(_assemble, lora=config.lora)
-        step = make_train_step(task.objective, optimizer, schedule, assemble, num_steps)
         with MetricsWriter(config.output, int(state.step)) as metrics:
             fit(
                 Run(
                     state=state,
-                    train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+                    train_step=program.step,
                     frozen=frozen,
                     batches=batches,
                     costs=[_step_cost(plan[i], task, job) for i in range(num_steps)],
@@ -172,44 +168,27 @@ def _lengths(examples: Sequence[Example], beside: Beside | None, batch: BatchCon
     return lengths if beside is None else np.maximum(lengths, beside.lengths(batch.row_length))
 
 
-def _assemble(trained, frozen, lora: LoraConfig):
-    """The parameters that the objective reads."""
-    return join(frozen, trained, lora) if lora.rank else trained
-
-
 def _evaluation(job: Job, task: Task, frozen):
     """What is trained -> metrics over all evaluation examples."""
     batch = job.config.batch
     plan = plan_batches(_lengths(task.eval_examples, task.eval_beside, batch), batch, 1, None)
     evaluate = make_evaluate(task.eval_objective or task.objective)
     return lambda trained: evaluate(
-        _assemble(trained, frozen, job.config.lora),
+        assemble(trained, frozen, job.config.lora),
         BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_beside),
     )
 
 
-def _start_state(job: Job, optimizer, objective: Objective, checkpoints, batches) -> tuple[TrainState, TrainState]:
-    """The state to go on from, its data iterator positioned, and its shardings."""
-
-    def begin(trained):
-        return TrainState.create(trained, optimizer, jax.tree.map(jnp.float32, objective.carry.initial))
-
+def _start_state(job: Job, program: StepProgram, checkpoints: Checkpoints, batches: BatchIterator) -> TrainState:
+    """The state to go on from, its data iterator positioned."""
+    if checkpoints.latest_step() is not None:
+        state, position = resume(checkpoints, program.state)
+        batches.set_state(position)
+        return state
     policy, mesh, lora = job.policy, job.mesh, job.config.lora
     if lora.rank:
-        specs, abstract_trained = adapter_specs(policy.config, lora, mesh), abstract_adapters(policy.config, lora, mesh)
-    else:
-        specs, abstract_trained = param_specs(policy.config, mesh), policy.abstract_params(mesh, "float32")
-    abstract = jax.eval_shape(begin, abstract_trained)
-    shardings = state_shardings(abstract, specs, mesh)
-    if checkpoints.latest_step() is not None:
-        state, position = resume(checkpoints, abstract_like(abstract, shardings))
-        batches.set_state(position)
-        return state, shardings
-    if lora.rank:
-        trained = init_adapters(policy.config, lora, mesh, job.config.seed)
-    else:
-        trained = policy.load_params(mesh, "float32")
-    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(trained), shardings
+        return program.begin(init_adapters(policy.config, lora, mesh, job.config.seed))
+    return program.begin(policy.load_params(mesh, "float32"))
 
 
 def _step_cost(rows, task: Task, job: Job) -> StepCost:

@@ -60,7 +60,7 @@ class ModelSource:
             return hf_io.load_params(self.directory, self.config, param_shardings(self.config, mesh), dtype)
         if self.base is not None:
             return merge(self.base.load_params(mesh, dtype), self.load_adapters(mesh), self.lora)
-        return self._restore(self.abstract_params(mesh, dtype))
+        return self._restore(abstract_params(self.config, mesh, dtype))
 
     def load_adapters(self, mesh: jax.sharding.Mesh) -> dict:
         """The adapters of a run that trained some, born sharded, fp32; raises as `load_params` does."""
@@ -69,16 +69,6 @@ class ModelSource:
     def _restore(self, abstract: dict) -> dict:
         with Checkpoints(f"{self.run}/checkpoints", keep=None) as checkpoints:
             return checkpoints.restore({"params": abstract}, self.step)["params"]
-
-    def abstract_params(self, mesh: jax.sharding.Mesh, dtype: str) -> dict:
-        """ShapeDtypeStructs of the parameters with their shardings, and no array."""
-        specs = param_specs(self.config, mesh)
-        return nest(
-            {
-                s.path: jax.ShapeDtypeStruct(s.shape(self.config), dtype, sharding=NamedSharding(mesh, specs[s.path]))
-                for s in weight_table(self.config)
-            }
-        )
 
     def fingerprint(self) -> str:
         """sha256 (hex) that changes when the weights do, without reading all of them.
@@ -159,6 +149,17 @@ def param_specs(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.s
 def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
     """Nested NamedShardings in the shape of the parameters."""
     return nest({p: NamedSharding(mesh, spec) for p, spec in param_specs(config, mesh).items()})
+
+
+def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> dict:
+    """ShapeDtypeStructs of the parameters with their shardings, and no array."""
+    specs = param_specs(config, mesh)
+    return nest(
+        {
+            s.path: jax.ShapeDtypeStruct(s.shape(config), dtype, sharding=NamedSharding(mesh, specs[s.path]))
+            for s in weight_table(config)
+        }
+    )
 
 
 def begin_run(

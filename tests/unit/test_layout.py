@@ -20,7 +20,7 @@ LAYERS = (
     ("lm_jax.peft_io",),
     ("lm_jax.data",),
     ("lm_jax.inference", "lm_jax.training"),
-    ("lm_jax.lab", "lm_jax.evaluation"),
+    ("lm_jax.lab", "lm_jax.evaluation", "lm_jax.planning"),
     ("lm_jax.commands",),
     ("musc_jax", "main_jax"),
     ("launch",),

@@ -1,0 +1,153 @@
+"""The programs that commands compile, lowered for devices from settings and shapes alone: no weights, no data.
+
+Each is what the command itself runs, with the shapes that it would be given.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, ModelConfig
+from lm_jax.data.order import batch_shapes, check_batch
+from lm_jax.inference import decoding
+from lm_jax.inference.requests import SamplingConfig
+from lm_jax.inference.sampling import decode_rows, decoding_compute
+from lm_jax.inference.scoring import packed_statistics, scoring_pass
+from lm_jax.inference.token_choice import filters_of
+from lm_jax.models.cache import CHUNK, cache_shapes
+from lm_jax.models.decoder import check_compute
+from lm_jax.planning.traced import matmul_flops
+from lm_jax.sharding import batch_sharding
+from lm_jax.training.flops import forward_flops, forward_parts, train_flops
+from lm_jax.training.job import TrainConfig
+from lm_jax.training.program import StepSpec, step_program
+from lm_jax.training.runs import abstract_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program to compile.
+
+    Attributes:
+      name: what it is in its command.
+      lowered: for the devices of a mesh.
+      tokens: that one run takes, all devices together, padding included.
+      model_flops: of one run whose rows are full, all devices together; recomputation is not counted.
+      recompute_factor: FLOPs of its matmuls with weights over those that the model needs; None: not counted.
+      beside: bytes a device of what lies in memory meanwhile and is none of its arguments.
+    """
+
+    name: str
+    lowered: jax.stages.Lowered
+    tokens: int
+    model_flops: float
+    recompute_factor: float | None = None
+    beside: int = 0
+
+
+def train_program(config: TrainConfig, model: ModelConfig, spec: StepSpec, mesh: jax.sharding.Mesh) -> Program:
+    """The training step. Rows are taken to be full of sequences of `config.max_length` tokens.
+
+    Raises:
+      UserError: settings that do not fit each other, the model or the mesh.
+    """
+    batch, lora = config.batch, config.lora
+    check_batch(batch, mesh)
+    check_compute(config.compute)
+    program = step_program(model, spec.objective, config.optim, lora, config.compute.dtype, mesh, num_steps=100)
+    with jax.set_mesh(mesh):
+        traced = program.step.trace(program.state, batch_shapes(batch, mesh, spec.values, spec.beside), program.frozen)
+        lowered = _lower(traced, mesh)
+    full = _full_rows(batch.rows, batch.row_length, config.max_length)
+    slots, frozen = np.array([batch.row_length] * batch.rows), bool(lora.rank)
+    flops, matmuls = train_flops(model, full, frozen), (2 if frozen else 3) * forward_parts(model, slots)[0]
+    if spec.beside is not None:
+        beside = _full_rows(batch.rows, spec.beside.row_length, config.max_length)
+        flops += forward_flops(model, beside)
+        matmuls += forward_parts(model, np.array([spec.beside.row_length] * batch.rows))[0]
+    return Program("train", lowered, int(slots.sum()), flops, matmul_flops(traced) / matmuls)
+
+
+def score_program(
+    batch: BatchConfig,
+    compute: ComputeConfig,
+    max_length: int,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+) -> Program:
+    """The scoring pass over one batch, entropies included, of a model in fp32; raises as `train_program` does."""
+    check_batch(batch, mesh)
+    check_compute(compute)
+    batch, compute = scoring_pass(batch, compute)
+    params = abstract_params(model, mesh, "float32")
+    sharding = batch_sharding(mesh)
+    arrays = {
+        name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+        for name, x in batch_shapes(batch, mesh).items()
+    }
+    with jax.set_mesh(mesh):
+        traced = packed_statistics.trace(params, arrays, model, compute, ("logprobs", "entropies"))
+        lowered = _lower(traced, mesh)
+    slots = np.array([batch.row_length] * batch.rows)
+    flops = forward_flops(model, _full_rows(batch.rows, batch.row_length, max_length))
+    factor = matmul_flops(traced) / forward_parts(model, slots)[0]
+    return Program("score", lowered, int(slots.sum()), flops, factor)
+
+
+def decode_programs(
+    decode: DecodeConfig,
+    compute: ComputeConfig,
+    sampling: SamplingConfig,
+    dtype: str,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+) -> list[Program]:
+    """Prefill and decoding, with slots and prompts as long as `decode.max_length` and the model's context allow.
+
+    Tokens and FLOPs of decoding are those of `decode.chunk` steps of full slots, half of their length held.
+
+    Raises:
+      UserError: a model that the mesh does not fit.
+    """
+    check_compute(compute)
+    compute, (num_slots, num_prompts) = decoding_compute(compute), decode_rows(decode, mesh)
+    context = min(decode.max_length, model.max_position)
+    longest = context + -context % CHUNK
+    params = abstract_params(model, mesh, dtype)
+    filters, strengths = filters_of(sampling)
+    slots = decoding.slot_shapes(model, compute, num_slots, context, filters.repetition_penalty, mesh)
+    cache = cache_shapes(model, num_prompts, longest, compute.dtype, mesh)
+
+    def given(kind, *shape):
+        return jax.ShapeDtypeStruct(shape, kind)
+
+    tokens, lengths = given(jnp.int32, num_prompts, longest), given(jnp.int32, num_prompts)
+    with jax.set_mesh(mesh):
+        prefill = decoding.prefill.trace(params, cache, tokens, lengths, given(jnp.int32), model, compute)
+        keep, ends = given(bool, num_slots), given(jnp.int32, 2)
+        chunk = decoding.decode.trace(params, slots, keep, ends, strengths, decode.chunk, model, compute, filters)
+        lowered = _lower(prefill, mesh), _lower(chunk, mesh)
+    made = num_slots * decode.chunk
+    per_token = forward_flops(model, np.array([context])) / context  # sees half of the context on average
+    prompts = np.array([context] * num_prompts)
+    return [
+        Program("prefill", lowered[0], num_prompts * context, forward_flops(model, prompts), beside=_bytes(slots)),
+        Program("decode", lowered[1], made, made * per_token, beside=_bytes(cache)),
+    ]
+
+
+def _lower(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+
+
+def _full_rows(rows: int, row_length: int, max_length: int) -> np.ndarray:
+    return np.array([max_length] * (rows * (row_length // max_length)))
+
+
+def _bytes(shapes: Any) -> int:
+    """Bytes a device of arrays with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))

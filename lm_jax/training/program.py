@@ -1,0 +1,92 @@
+"""The jitted training step of a run and the shapes of what it takes, known from settings alone."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.config import LoraConfig, ModelConfig, OptimConfig
+from lm_jax.data.order import Beside
+from lm_jax.models.lora import abstract_adapters, adapter_specs, join
+from lm_jax.sharding import state_shardings
+from lm_jax.training.checkpoints import abstract_like
+from lm_jax.training.optim import make_optimizer, make_schedule
+from lm_jax.training.runs import abstract_params, param_specs
+from lm_jax.training.step import Objective, TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """What a method puts into the step, known without its data.
+
+    Attributes:
+      objective, values, beside: as `Task` in `lm_jax.training.job` has them; `beside` may lack its examples.
+    """
+
+    objective: Objective
+    values: tuple[str, ...]
+    beside: Beside | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """What a run compiles, and what a plan compiles without running it.
+
+    Attributes:
+      step: jitted (state, batch, frozen) -> (state, metrics); the state is donated.
+      state: ShapeDtypeStructs of the state with their shardings.
+      frozen: the same of what the step reads beside the state; None without adapters.
+      begin: what is trained -> the state before the first step, on its shardings; what it is given is used up.
+    """
+
+    step: Callable
+    state: TrainState
+    frozen: Any
+    begin: Callable[[Any], TrainState]
+
+
+def step_program(
+    model: ModelConfig,
+    objective: Objective,
+    optim: OptimConfig,
+    lora: LoraConfig,
+    frozen_dtype: str,
+    mesh: jax.sharding.Mesh,
+    num_steps: int,
+) -> StepProgram:
+    """The step of a run of `num_steps` steps.
+
+    Args:
+      frozen_dtype: of a model below adapters; what is trained is fp32.
+
+    Raises:
+      UserError: a model or adapters that the mesh does not fit.
+    """
+    schedule = make_schedule(optim, num_steps)
+    optimizer = make_optimizer(optim, schedule)
+
+    def begin(trained):
+        return TrainState.create(trained, optimizer, jax.tree.map(jnp.float32, objective.carry.initial))
+
+    if lora.rank:
+        specs, trained = adapter_specs(model, lora, mesh), abstract_adapters(model, lora, mesh)
+        frozen = abstract_params(model, mesh, frozen_dtype)
+    else:
+        specs, trained, frozen = param_specs(model, mesh), abstract_params(model, mesh, "float32"), None
+    abstract = jax.eval_shape(begin, trained)
+    shardings = state_shardings(abstract, specs, mesh)
+    step = make_train_step(objective, optimizer, schedule, partial(assemble, lora=lora), num_steps)
+    return StepProgram(
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        state=abstract_like(abstract, shardings),
+        frozen=frozen,
+        begin=jax.jit(begin, out_shardings=shardings, donate_argnums=0),
+    )
+
+
+def assemble(trained, frozen, lora: LoraConfig):
+    """The parameters that the objective reads."""
+    return join(frozen, trained, lora) if lora.rank else trained
