@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_NORMAL_95 = 1.959963984540054
+NORMAL_95 = 1.959963984540054
 
 
 class Auroc(NamedTuple):
@@ -41,7 +41,7 @@ def auroc(lower: np.ndarray, higher: np.ndarray) -> Auroc:
     of_lower = 1 - (ranks[: len(lower)] - midranks(lower)) / len(higher)
     of_higher = (ranks[len(lower) :] - midranks(higher)) / len(lower)
     value = float(of_lower.mean())
-    half = _NORMAL_95 * math.sqrt(of_lower.var(ddof=1) / len(lower) + of_higher.var(ddof=1) / len(higher))
+    half = NORMAL_95 * math.sqrt(of_lower.var(ddof=1) / len(lower) + of_higher.var(ddof=1) / len(higher))
     return Auroc(value, max(value - half, 0.0), min(value + half, 1.0))
 
 

@@ -1,6 +1,11 @@
-"""Plots of a filter's run, as PNG files. Figures are drawn without pyplot, so no display is looked for."""
+"""Plots of a filter's run and of the controls, as PNG files.
 
+Figures are drawn without pyplot, so no display is looked for.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -22,6 +27,24 @@ def plot_filter(measured: Measured, directory: str, score: str) -> None:
         figure = Figure(figsize=(12, 7) if name == "scores" else (6, 4), layout="constrained")
         draw(figure, measured, score)
         figure.savefig(Path(directory) / f"{name}.png", dpi=120)
+
+
+def plot_controls(arms: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Writes one picture: each arm's difference to the seeds alone, with its interval.
+
+    Args:
+      arms: of `control_report.report_of`.
+    """
+    shown = [arm for arm in arms if arm["loss"] is not None and arm["difference"] is not None]
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    value, low, high = (np.array([arm["difference"][name] for arm in shown]) for name in ("value", "low", "high"))
+    axis.errorbar(value, np.arange(len(shown)), xerr=(value - low, high - value), fmt="o", color="tab:blue", capsize=3)
+    axis.axvline(0, color="0.6")
+    axis.set_yticks(np.arange(len(shown)), [f"{arm['arm']} ({arm['pairs']})" for arm in shown])
+    axis.invert_yaxis()
+    axis.set_xlabel("loss on held-out seeds less that of the seeds alone, nats a token")
+    figure.savefig(path, dpi=120)
 
 
 def _scores(figure: Figure, measured: Measured, score: str) -> None:

@@ -7,6 +7,7 @@ a system message of its own for seed rows and another one for synthetic rows, as
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from lm_jax.data.supervised import SEED, SYNTHETIC
@@ -21,6 +22,16 @@ _MARKERS = {  # of each template, every one to stand there once
     "reverse_text": ("system", "response"),
 }
 _MARKER = re.compile(r"\{(system|instruction|response)\}")
+
+
+def check_markers(key: str, template: str, expected: Sequence[str]) -> None:
+    """Raises UserError unless the template that is the value of `key` has each of the markers once, and no other."""
+    found = _MARKER.findall(template)
+    if sorted(found) != sorted(expected):
+        raise UserError(
+            f"{key}: has the markers {', '.join(f'{{{m}}}' for m in found) or 'none'}; it must "
+            f"have {' and '.join(f'{{{m}}}' for m in expected)}, each once"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +65,7 @@ class PromptConfig:
         if self.format not in FORMATS:
             raise UserError(f"config.prompts.format={self.format!r}: must be {', '.join(FORMATS[:-1])} or text")
         for name, expected in _MARKERS.items():
-            found = _MARKER.findall(getattr(self, name))
-            if sorted(found) != sorted(expected):
-                raise UserError(
-                    f"config.prompts.{name}: has the markers {', '.join(f'{{{m}}}' for m in found) or 'none'}; it must "
-                    f"have {' and '.join(f'{{{m}}}' for m in expected)}, each once"
-                )
+            check_markers(f"config.prompts.{name}", getattr(self, name), expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Prompts:
 
     def reverse(self, response: str) -> Text:
         """Shows `response` and asks for the instruction that it answers; `instructions.read_instruction` reads it."""
-        question = _fill(self.words.reverse_question, response=response)
+        question = fill(self.words.reverse_question, response=response)
         return self._prompt(self.words.reverse_system, question, self.words.reverse_text, response=response)
 
     def stop(self, direction: str) -> tuple[str, ...]:
@@ -107,7 +113,7 @@ class Prompts:
 
     def _prompt(self, system: str, question: str, template: str, **values: str) -> Text:
         if self.format == "text":
-            return _fill(template, system=system, **values).lstrip("\n")
+            return fill(template, system=system, **values).lstrip("\n")
         if not self.system:
             return [{"role": "user", "content": f"{system}\n\n{question}" if system else question}]
         head = [{"role": "system", "content": system}] if system else []
@@ -140,6 +146,6 @@ def supervised_example(prompt: Text, response: str) -> dict[str, Any]:
     return {"messages": [*prompt, {"role": "assistant", "content": response}]}
 
 
-def _fill(template: str, **values: str) -> str:
-    # One pass over the template: markers inside a value are never seen
+def fill(template: str, **values: str) -> str:
+    """The template with its markers replaced, in one pass: markers inside a value are never seen."""
     return _MARKER.sub(lambda marker: values[marker[1]], template)

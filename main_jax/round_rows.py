@@ -30,7 +30,7 @@ def candidate_rows(responses: Sequence[Row], answers: Sequence[Row]) -> Iterator
       answers: of the reverse model, in the same order: `response` and `finish_reason`, lists of several samples.
     """
     for row, answer in zip(responses, answers, strict=True):
-        for number, (text, reason) in enumerate(_samples(answer)):
+        for number, (text, reason) in enumerate(samples(answer)):
             read = NO_ANSWER if text is None else read_instruction(text, row["response"], reason)
             fault = str(read) if text is None or isinstance(read, Fault) else None
             yield {**row, "candidate": number, "instruction": None if fault else read, "fault": fault}
@@ -43,7 +43,7 @@ def sampled_responses(answers: Sequence[Row]) -> list[tuple[str | None, str | No
     """
     found = []
     for answer in answers:
-        ((text, reason),) = _samples(answer)
+        ((text, reason),) = samples(answer)
         fault = None
         if text is None:
             fault = NO_ANSWER
@@ -57,7 +57,8 @@ def sampled_responses(answers: Sequence[Row]) -> list[tuple[str | None, str | No
     return found
 
 
-def _samples(answer: Mapping[str, Any]) -> list[tuple[str | None, str]]:
+def samples(answer: Mapping[str, Any]) -> list[tuple[str | None, str]]:
+    """(text or None, finish reason) of each sample of an answer of `launch.generate`."""
     texts, reasons = answer["response"], answer["finish_reason"]
     return list(zip(texts, reasons, strict=True)) if isinstance(texts, list) else [(texts, reasons)]
 

@@ -4,6 +4,7 @@ import re
 
 from lm_jax.data.answer_text import unfenced, visible
 from lm_jax.data.refusals import is_refusal
+from lm_jax.data.verdicts import read_score
 from musc_jax.constraints import folded
 from musc_jax.drops import Drop
 from musc_jax.lists import list_items
@@ -11,15 +12,6 @@ from musc_jax.prompts import SEPARATOR
 
 SCORES = (1, 5)
 _END = re.compile(rf"^[ \t]*{SEPARATOR}[ \t]*$", re.MULTILINE)
-_MARKS = str.maketrans("", "", "*_`#>[](){}【】「」\"'")
-_SCORE_LABEL = re.compile(
-    r"^[ \t]*(?:(?:final|total|overall|the|my) )*(?:score|rating|mark|评分|得分|分数|总分)\s*(?:is|[:：=])[ \t]*"
-    r"(?P<value>.*)$",
-    re.IGNORECASE | re.MULTILINE,
-)
-_VALUE = re.compile(
-    r"\s*(?P<score>[1-5])\s*(?:(?:/|out of|of)\s*5)?\s*(?:points?|stars?|分)?\s*[.。]?\s*", re.IGNORECASE
-)
 _FAULTS_LABEL = re.compile(
     r"[\s*_#]*(?:list of |the |remaining )*(?:faults?|critique|problems?|issues?|缺点|问题|错误)"
     r"(?: (?:found|in the response))?[\s*_]*[:：][*_ \t]*",
@@ -46,10 +38,7 @@ _REVISION_LABEL = re.compile(
 
 
 def parse_score(answer: str, finish_reason: str = "stop") -> float | Drop:
-    """Reads the answer to `judge_prompts.score`: one whole number from 1 to 5, on a line that begins with its label.
-
-    Strict, since a number that was guessed at decides which response is trained on: halves, ranges, another scale,
-    and lines that give different scores are UNPARSABLE. An answer that is a number alone passes.
+    """Reads the answer to `judge_prompts.score` as `read_score` does; what that cannot read is UNPARSABLE.
 
     Returns:
       The score, or EMPTY, TRUNCATED, REFUSAL, UNPARSABLE.
@@ -57,12 +46,8 @@ def parse_score(answer: str, finish_reason: str = "stop") -> float | Drop:
     text = _readable(answer, finish_reason)
     if isinstance(text, Drop):
         return text
-    bare = text.translate(_MARKS)
-    values = [found["value"] for found in _SCORE_LABEL.finditer(bare)] or [bare]
-    scores = {float(found["score"]) if (found := _VALUE.fullmatch(value)) else None for value in values}
-    if len(scores) > 1 or None in scores:
-        return Drop.UNPARSABLE
-    return scores.pop()
+    score = read_score(text)
+    return Drop.UNPARSABLE if score is None else float(score)
 
 
 def parse_critique(answer: str, finish_reason: str = "stop") -> str | Drop:

@@ -1,8 +1,15 @@
 """What commands share that run other commands: a step that shows its command line, and a model to begin with."""
 
+import contextlib
+import fcntl
+import os
+import runpy
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +20,60 @@ from lm_jax.errors import UserError
 from lm_jax.models.decoder import Decoder
 
 
-def run_step(module: str, *arguments: str) -> None:
+def run_step(module: str, *arguments: str, lock: int | None = None) -> None:
     """Prints the command line and runs it.
+
+    Args:
+      lock: of `alone_in`; the step holds it too, should this process be killed before it.
 
     Raises:
       UserError: it failed; its own error stands above.
     """
-    print(f"$ python -m {module} \\\n    " + " \\\n    ".join(arguments), flush=True)
-    if subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
+    print(f"$ python -m {module} \\\n    " + " \\\n    ".join(map(shlex.quote, arguments)), flush=True)
+    inherited = () if lock is None else (lock,)
+    if subprocess.run([sys.executable, "-m", module, *arguments], pass_fds=inherited).returncode:
         raise UserError(f"python -m {module} failed; its error stands above")
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[int]:
+    """A lock on a directory that the steps run there inherit: a step whose command was killed still holds it.
+
+    Raises:
+      UserError: another process has it.
+    """
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{directory}: another process is at work there, or a step that outlived its command; wait for its "
+                "end, or give another config.output"
+            ) from error
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def changed_flags(config_file: str, settings: Mapping[str, Any]) -> list[str]:
+    """The flags that give a command `settings`: --config.KEY=VALUE of each value that differs from its file's.
+
+    Args:
+      config_file: as configs/main_train.py, without a preset.
+      settings: nested; keys that lack keep the file's values.
+    """
+    defaults = runpy.run_path(config_file)["get_config"]().to_dict()
+    return [f"--config={config_file}", *_changed(defaults, settings, "--config")]
+
+
+def _changed(defaults: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> Iterator[str]:
+    for key, value in settings.items():
+        before = defaults[key]
+        if isinstance(value, Mapping):
+            yield from _changed(before, value, f"{name}.{key}")
+        elif value != (list(before) if isinstance(before, tuple) and isinstance(value, list) else before):
+            yield f"{name}.{key}={tuple(value) if isinstance(value, list) else value}"
 
 
 def make_random_model(directory: Path, tokenizer: Path, config: ModelConfig, seed: int) -> None:

@@ -68,7 +68,7 @@ def fit(run: Run) -> TrainState:
     first, last = int(state.step), len(run.costs)
     progress = Progress(last, first, "step")
     pending: _Pending | None = None
-    num_tokens = sum(c.tokens for c in run.costs[:first])
+    num_tokens, num_flops = (np.cumsum([getattr(c, n) for c in run.costs]) for n in ("tokens", "flops"))
     clock = time.perf_counter()
     for step in range(first, last):
         begin = time.perf_counter()
@@ -77,8 +77,7 @@ def fit(run: Run) -> TrainState:
         state, values = run.train_step(state, batch, run.frozen)
         if pending is not None:
             clock = _finish(run, pending, clock, progress)
-        num_tokens += run.costs[step].tokens
-        pending = _Pending(step + 1, values, waited, num_tokens)
+        pending = _Pending(step + 1, values, waited, int(num_tokens[step]), float(num_flops[step]))
         done = step + 1
         saving = done % run.checkpoint_config.every == 0 or done == last
         evaluating = run.evaluate is not None and (done % run.eval_every == 0 or done == last)
@@ -125,6 +124,7 @@ class _Pending:
     values: dict[str, jax.Array]
     waited: float
     num_tokens: int
+    num_flops: float
 
 
 def _finish(run: Run, pending: _Pending, clock: float, progress: Progress) -> float:
@@ -147,6 +147,7 @@ def _finish(run: Run, pending: _Pending, clock: float, progress: Progress) -> fl
         {
             **values,
             "num_tokens": pending.num_tokens,
+            "num_flops": pending.num_flops,
             "padding_fraction": 1 - cost.tokens / cost.slots,
             "num_compiles": run.train_step._cache_size(),
             "tokens_per_second": cost.tokens / seconds,

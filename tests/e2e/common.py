@@ -64,6 +64,7 @@ def run(name: str, *flags: str) -> Done:
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
+        "main_jax.control_stages",
         "main_jax.rounds",
         "main_jax.train",
         "musc_jax.train",
