@@ -11,6 +11,7 @@
 """
 
 import functools
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +143,7 @@ class _Controls:
             seconds = round(time.monotonic() - start, 1)
             found = {part: {"seconds": seconds, **cost, "interrupted": interrupted} for part, cost in found.items()}
             write_jsonl(str(done), [found])
-        self._costs |= read_rows(str(done))[0]
+        self._costs |= json.loads(done.read_text())
 
     def _step(self, section: str, **own: Any) -> None:
         run_step(*self._config.flags(section, **own), lock=self._lock)
@@ -152,7 +153,7 @@ class _Controls:
         found = {}
         for number in range(deepest + 1):
             directory = self._path(f"rounds/round_{number}")
-            (report,) = read_rows(f"{directory}/round.json")
+            report = json.loads(Path(f"{directory}/round.json").read_text())
             for sampled, writer in SAMPLER.items() if number else ():
                 asked, answers = (read_rows(f"{directory}/{sampled}{end}.jsonl") for end in (".prompts", ""))
                 found[f"round_{number}/{sampled}"] = costs.sampling_cost(

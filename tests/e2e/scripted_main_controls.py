@@ -36,7 +36,7 @@ def step(module: str, *arguments: str, lock: int) -> None:
     """What the command line does, in this process."""
     print(f"$ {module}", flush=True)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[module, *arguments])
     values([module, *arguments])
     config_class, main = importlib.import_module(module).command()
     config = from_config_dict(config_class, values.config.to_dict())
