@@ -115,8 +115,7 @@ class _Controls:
         write_jsonl(self._path("data/seeds.jsonl"), given)
         write_jsonl(self._path("data/held_out.jsonl"), self._measured)
         if config.depths:
-            deepest = max((config.depth, *config.depths))
-            self._stage(f"rounds_to_{deepest}", functools.partial(self._do_rounds, deepest))
+            self._stage(f"rounds_to_{config.deepest}", self._do_rounds)
         for depth in config.depths:
             self._stage(f"filter_{depth}", functools.partial(self._filter, depth))
         if SHUFFLED in config.arms:
@@ -148,10 +147,10 @@ class _Controls:
     def _step(self, section: str, **own: Any) -> None:
         run_step(*self._config.flags(section, **own), lock=self._lock)
 
-    def _do_rounds(self, deepest: int) -> Costs:
-        self._step("rounds", seeds=self._path("data/seeds.jsonl"), output=self._path("rounds"), rounds=deepest)
+    def _do_rounds(self) -> Costs:
+        self._step("rounds", seeds=self._path("data/seeds.jsonl"), output=self._path("rounds"))
         found = {}
-        for number in range(deepest + 1):
+        for number in range(self._config.deepest + 1):
             directory = self._path(f"rounds/round_{number}")
             report = json.loads(Path(f"{directory}/round.json").read_text())
             for sampled, writer in SAMPLER.items() if number else ():

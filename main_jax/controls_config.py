@@ -59,7 +59,9 @@ class ControlsConfig:
             raise UserError(f"config.seed={self.seed}: must lie between 0 and 2**31 - 1")
         check_markers("config.judge_question", self.judge_question, ("instruction", "response"))
         for section in COMMANDS:
-            self.check(section)
+            self._check(section)
+        if self.depth < 1:
+            raise UserError(f"config.rounds.rounds={self.depth}: must be at least 1; for none name the arm rounds_0")
         longest = self.train["max_length"]
         for section in ("filter", "evaluation"):
             if getattr(self, section)["max_length"] != longest:
@@ -68,8 +70,7 @@ class ControlsConfig:
                     f"max_length={longest}, so that no arm learns or is measured on cut texts; set all three alike"
                 )
 
-    def check(self, section: str) -> None:
-        """Raises UserError for what its command would refuse before it reads anything."""
+    def _check(self, section: str) -> None:
         with naming(section, getattr(self, section)):
             from_config_dict(COMMANDS[section][1], self._settings(section, {}))
 
@@ -92,6 +93,11 @@ class ControlsConfig:
         """Rounds that some arm's pairs come from, ascending; none where no arm has pairs."""
         return sorted({depth_of(arm, self.depth) for arm in self.arms if arm != SEED_ONLY})
 
+    @property
+    def deepest(self) -> int:
+        """The rounds that are run."""
+        return max((self.depth, *self.depths))
+
     def _settings(self, section: str, own: Mapping[str, Any]) -> dict[str, Any]:
         unset = {name: "" for name in ("input", "output") if section != "rounds"}
         given = {
@@ -99,7 +105,7 @@ class ControlsConfig:
                 **{name: getattr(self, name) for name in ("model", "unlabelled", "seed")},
                 "seeds": "",
                 "output": "",
-                "rounds": max((self.depth, *self.depths)),
+                "rounds": self.deepest,
             },
             "filter": {"forward": "", "reverse": "", "scores": None, "prompts": self.rounds["prompts"]},
             "train": {

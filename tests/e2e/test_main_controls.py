@@ -182,7 +182,10 @@ def test_controls_killed_in_several_stages(tmp_path):
     # Done: nothing runs again, another arm is added to it, other settings are refused
     assert "\n$ " not in f"\n{controls.run().ok().stdout}"
     added = controls.run(f"arms={('seed_only', 'reverse')}").ok()
-    assert [line for line in added.stdout.splitlines() if line.startswith("$ ")] == ["$ launch.main_train", "$ launch.score"]
+    assert [line for line in added.stdout.splitlines() if line.startswith("$ ")] == [
+        "$ launch.main_train",
+        "$ launch.score",
+    ]
     assert "config.held_out" in controls.run("held_out=0.5").error()
 
 
