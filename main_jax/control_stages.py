@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.commands.rounds import begin_rounds
+from lm_jax.commands.rounds import begin_directory
 from lm_jax.commands.steps import alone_in, run_step
 from lm_jax.config import to_dict
 from lm_jax.data.journal import rows_fingerprint
@@ -106,7 +106,7 @@ class _Controls:
         for name in ("seeds", "unlabelled"):
             path = settings[name]
             settings[name] = {"path": path, "fingerprint": rows_fingerprint(read_rows(path), path)}
-        begin_rounds(self._config.output, "main_controls", settings, MAY_CHANGE)
+        begin_directory(self._config.output, "main_controls", settings, MAY_CHANGE)
 
     def do(self, lock: int) -> None:
         """All stages, then the report."""
