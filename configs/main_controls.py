@@ -62,7 +62,7 @@ def get_config(preset: str = "") -> ConfigDict:
         c.evaluation.max_length = c.train.max_length
         c.evaluation.batch.row_length = c.train.max_length
 
-    c.judge_model = placeholder(str)  # writes the scores of the arm `score`; none: config.model
+    c.judge_model = placeholder(str)  # writes the scores of the arm `score`, same tokenizer; none: config.model
     c.judge_question = (
         "Below are an instruction and a response to it. Score how well the response answers the instruction: 1 is not "
         "at all, 5 is perfectly. Write the number alone.\n\n"
