@@ -57,7 +57,7 @@ PRETRAINING = Stage("pretraining", share=0.2, copying=0.4, unpaired=0.6)
 CURRICULUM = (
     PRETRAINING,
     Stage("clean", share=0.3, copying=0.05, naming=4.0),
-    Stage("full", share=0.5, complex=0.2, ignored_simple=0.15, ignored_complex=0.35),
+    Stage("full", share=0.5, complex=0.2, ignored_simple=0.15, ignored_complex=0.35, naming=2.0),
 )
 
 
