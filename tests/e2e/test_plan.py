@@ -115,8 +115,6 @@ def test_a_topology_that_is_not_here(model, topology, tmp_path):
     assert found["chips"] == 4 and found["chip"].startswith("TPU v5") and found["fits"] is True
     assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert found["hbm_limit_bytes"] in (int(15.75 * 2**30), int(95.73 * 2**30))
-    # Adapters alone have gradients and moments, so a chip holds less than a quarter of a whole state
-    assert found["programs"]["train"]["argument_bytes"] < 12 * PARAMETERS / 2
     assert sum(kind["count"] for kind in found["collectives"].values()) > 0
     assert found["seconds_per_token_estimate"] > 0
 
