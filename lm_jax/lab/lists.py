@@ -1,5 +1,7 @@
 """The first world: lists of things of a kind."""
 
+import dataclasses
+
 from lm_jax.lab.world import Kind, World, groups, named
 
 _GROUPS = {
@@ -117,4 +119,13 @@ LISTS = World(
             slot="bracket",
         ),
     ),
+)
+
+# What a model learns within a minute, for tests: so few words are soon copied
+_FEW_KINDS = ("count", "first", "separator", "before", "numbered", "greeting", "closing", "title")
+FEW = dataclasses.replace(
+    LISTS,
+    name="few",
+    groups=LISTS.groups[:3],
+    kinds=tuple(kind for kind in LISTS.kinds if kind.name in _FEW_KINDS),
 )
