@@ -9,18 +9,25 @@ from launch import cli
 
 def command():
     from lm_jax.commands.lab_ablation import LabAblationConfig, ablate
+    from musc_jax.token_weights import DEFAULT_RULE, WEIGHING_RULES
+
+    rules = (DEFAULT_RULE, *(rule for rule in WEIGHING_RULES if rule != DEFAULT_RULE))
+    return LabAblationConfig, lambda config: ablate(config, rules, controls_of_main())
+
+
+def controls_of_main():
+    """What the lab, which knows no method, is handed of MAIN."""
     from lm_jax.commands.lab_main_arms import Controls
     from main_jax import controls
     from main_jax.auroc import auroc
     from main_jax.scores import DEFAULT_SCORE, SCORES
     from main_jax.weighting import RULES
-    from musc_jax.token_weights import DEFAULT_RULE, WEIGHING_RULES
 
-    arms = Controls(
+    return Controls(
         about=controls.ARMS,
         score=DEFAULT_SCORE,
         scores=tuple(SCORES),
-        rule=next(iter(RULES)),
+        rule=RULES[0],
         select=controls.arm_pairs,
         shuffled=controls.shuffled,
         depth_of=controls.depth_of,
@@ -28,8 +35,6 @@ def command():
         trained_as=controls.trained_as,
         auroc=lambda real, wrong: auroc(real, wrong).value,
     )
-    rules = (DEFAULT_RULE, *(rule for rule in WEIGHING_RULES if rule != DEFAULT_RULE))
-    return LabAblationConfig, lambda config: ablate(config, rules, arms)
 
 
 if __name__ == "__main__":

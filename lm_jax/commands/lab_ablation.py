@@ -1,7 +1,8 @@
 """`launch.lab_ablation`: the arms of both methods on seed models of a verifiable world, with intervals over seeds.
 
     output/config.json                the settings
-    output/report.md .json, METHOD.png   written anew after every arm, from the results alone
+    output/report.md .json            written anew after every arm, from the results alone
+    output/METHOD.png                 at the end
     output/seed_N/seed/               what launch.lab_seed makes
     output/seed_N/METHOD/data/ ...    what the arms of a method share
     output/seed_N/METHOD/extras.json  what is measured once a seed
@@ -10,7 +11,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,8 +87,6 @@ def ablate(config: LabAblationConfig, rules: Sequence[str], controls: Controls) 
     """
     methods = _methods(config, rules, controls)
     begin_directory(config.output, "lab_ablation", _settings(config), _MAY_CHANGE)
-    # Hundreds of short processes compile the same few steps
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(config.output).absolute() / "compiled"))
     _Ablation(config, methods, rules, controls).do()
 
 
@@ -143,6 +141,7 @@ class _Ablation:
             }
         )
         print(self._write_report(), flush=True)
+        self._plot()
 
     def _all(self, tasks: Mapping[str, Callable[[], None]]) -> None:
         """Several at a time, each with a log of its own; one alone shows what it does."""
@@ -219,7 +218,20 @@ class _Ablation:
 
     def _write_report(self) -> str:
         """From the results that are there; the Markdown."""
-        tables, texts = {}, []
+        tables = self._tables()
+        text = "\n".join(markdown(self._methods[name], table, self._config.temperature) for name, table in tables.items())
+        write_jsonl(f"{self._root}/report.json", [tables])
+        with replacing(f"{self._root}/report.md") as out:
+            out.write(text.encode())
+        return text
+
+    def _plot(self) -> None:
+        for name, table in self._tables().items():
+            plot_method(self._methods[name], table, f"{self._root}/{name}.png")
+
+    def _tables(self) -> dict[str, Row]:
+        """Method -> its report."""
+        tables = {}
         for name, method in self._methods.items():
             results = [
                 json.loads(path.read_text())
@@ -233,13 +245,7 @@ class _Ablation:
                 if (path := self._of(seed) / name / "extras.json").exists()
             }
             tables[name] = report_of(method, results, extras)
-            texts.append(markdown(method, tables[name], self._config.temperature))
-            plot_method(method, tables[name], f"{self._root}/{name}.png")
-        text = "\n".join(texts)
-        write_jsonl(f"{self._root}/report.json", [tables])
-        with replacing(f"{self._root}/report.md") as out:
-            out.write(text.encode())
-        return text
+        return tables
 
     def _of(self, seed: int) -> Path:
         return self._root / f"seed_{seed}"

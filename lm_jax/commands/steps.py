@@ -51,7 +51,7 @@ def run_step(module: str, *arguments: str, lock: int | None = None) -> None:
         if subprocess.run(command, pass_fds=inherited).returncode:
             raise UserError(f"python -m {module} failed; its error stands above")
         return
-    print(f"{module}: see {log}", flush=True)
+    print(f"{module}: see {log}\n", end="", flush=True)  # one write: threads share the console
     with open(log, "ab") as out:
         out.write(f"{shown}\n".encode())
         out.flush()
