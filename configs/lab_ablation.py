@@ -4,8 +4,8 @@
     python -m launch.lab_ablation --config=configs/lab_ablation.py --config.output=runs/lab_main --config.method=main
 
 Expect: a seed model for each seed, what its arms share, then a line for every step (the whole output is below `logs/`;
-with `processes=1` it is shown). `report.md` is the table and `report.json` the numbers, written anew after every
-arm; `METHOD.png`, at the end, the picture. The same command goes on after an interruption: an arm whose `result.json` is
+with `processes=1` it is shown). `report.md` is the table and `report.json` the numbers, written anew after every arm;
+`METHOD.png`, at the end, the picture. The same command goes on after an interruption: an arm whose `result.json` is
 there is not run again. More `seeds` and other `arms` may be given to the same output.
 
 Presets: `:short` is for a test, some minutes on two cores: one seed, a world of few constraints, MuSC's plain DPO and

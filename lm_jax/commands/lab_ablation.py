@@ -219,7 +219,8 @@ class _Ablation:
     def _write_report(self) -> str:
         """From the results that are there; the Markdown."""
         tables = self._tables()
-        text = "\n".join(markdown(self._methods[name], table, self._config.temperature) for name, table in tables.items())
+        shown = (markdown(self._methods[name], table, self._config.temperature) for name, table in tables.items())
+        text = "\n".join(shown)
         write_jsonl(f"{self._root}/report.json", [tables])
         with replacing(f"{self._root}/report.md") as out:
             out.write(text.encode())
