@@ -1,5 +1,6 @@
 """The arms of the lab's ablation without models: what each is given, learns, and runs."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,8 +15,10 @@ from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.supervised import supervised_rows
 from lm_jax.lab.compositions import Split, split_of
+from lm_jax.lab.data import instructions
 from lm_jax.lab.grammar import read_instruction
 from lm_jax.lab.lists import FEW, LISTS
+from lm_jax.lab.seed_data import PAIRED
 from lm_jax.lab.verifiers import verify
 from main_jax.prompts import PromptConfig, Prompts, supervised_example
 from musc_jax.token_weights import DEFAULT_RULE, WEIGHING_RULES, check_rule
@@ -24,6 +27,9 @@ from tests.lab import CONTROLS
 MUSC = MuscArmsConfig(60, 2, (1e-4, 3e-4), (1e-3,), 4, 0.7)
 MAIN = MainArmsConfig(20, 30, 6, 1, 10, (1e-3,), 2e-3, 5e-3, 16)
 RULES = tuple(WEIGHING_RULES)
+# So few texts that splits which are drawn by themselves would share some
+ONE_WAY = tuple(dataclasses.replace(kind, phrasings=kind.phrasings[:1]) for kind in FEW.kinds)
+TINY = dataclasses.replace(FEW, name="tiny", task=FEW.task[:1], groups=FEW.groups[:1], kinds=ONE_WAY)
 ASKED = "list tools. use exactly two words. start with saw."
 
 
@@ -71,14 +77,14 @@ def test_every_rule_but_uniform_is_an_arm_that_training_knows():
 
 
 def test_musc_splits_share_no_text_and_no_composition_with_what_is_learnt(tmp_path, steps):
-    arms = MuscArms(MUSC, FEW, 3, tmp_path, ["seed"], RULES)
-    arms.prepare(40, 50)
+    arms = MuscArms(MUSC, TINY, 3, tmp_path, ["seed"], RULES)
+    arms.prepare(300, 400)
     learnt = [user(row) for row in read_rows(f"{tmp_path}/musc/data/instructions.jsonl")]
     splits = texts_of(arms)
-    assert [len(set(texts)) for texts in (learnt, splits[DEV], splits[TEST])] == [60, 40, 50]
+    assert [len(set(texts)) for texts in (learnt, splits[DEV], splits[TEST])] == [60, 300, 400]
     assert not set(splits[DEV]) & set(splits[TEST])
-    assert all(is_held_out(FEW, text) for texts in splits.values() for text in texts)
-    assert not any(is_held_out(FEW, text) for text in learnt)
+    assert all(is_held_out(TINY, text) for texts in splits.values() for text in texts)
+    assert not any(is_held_out(TINY, text) for text in learnt)
     assert steps == []  # the seed alone needs no pairs
 
 
@@ -189,26 +195,21 @@ def test_main_arms_that_train_alike_stand_there_once():
     assert "rounds_1" in main_arms(CONTROLS, 2)
 
 
-def main_arms_on(tmp_path, names, steps=None):
-    arms = MainArms(MAIN, LISTS, 0, tmp_path, names, CONTROLS)
-    if steps is not None:
-        arms.prepare(30, 40)
-    return arms
-
-
 def test_main_splits_share_no_text_with_anything(tmp_path, steps):
-    arms = main_arms_on(tmp_path, ["seed_only", "rounds_2", ADAPTERS], steps)
+    arms = MainArms(MAIN, TINY, 0, tmp_path, ["seed_only", "rounds_2", ADAPTERS], CONTROLS)
+    arms.prepare(30, 40)
     data = {name: read_rows(f"{tmp_path}/main/data/{name}.jsonl") for name in ("pairs", "responses", "probes")}
     splits = texts_of(arms)
     learnt = {row["messages"][0]["content"] for row in data["pairs"]}
     probed = {row["instruction"] for row in data["probes"]}
     assert [len(data[name]) for name in data] == [20, 30, 12]
     assert [len({*texts}) for texts in splits.values()] == [30, 40]
-    assert not learnt & probed and not (learnt | probed) & {*splits[DEV], *splits[TEST]}
+    hidden = {given.text for given in instructions(TINY, 0, "unlabelled", 30, PAIRED)}
+    assert not learnt & probed and not (learnt | probed | hidden) & {*splits[DEV], *splits[TEST]}
     assert not {*splits[DEV]} & {*splits[TEST]}
-    asked = {text: len(read_instruction(LISTS, text).constraints) for texts in splits.values() for text in texts}
+    asked = {text: len(read_instruction(TINY, text).constraints) for texts in splits.values() for text in texts}
     assert set(asked.values()) == {1, 2, 3, 4}
-    assert all(is_held_out(LISTS, text) for text, number in asked.items() if number > 2)
+    assert all(is_held_out(TINY, text) for text, number in asked.items() if number > 2)
     assert all(row["prompt"][0] == {"role": "system", "content": lab_steps.TAG} for row in read_rows(arms.asked(DEV)))
     kinds = {"real": 0, "wrong": 0}
     for row in data["probes"]:
@@ -233,7 +234,8 @@ def candidate(id, instruction, response, score, kept=False):
 
 
 def test_main_arms_learn_the_seeds_and_their_pairs(tmp_path, steps):
-    arms = main_arms_on(tmp_path, ["seed_only", "mutual_gain", "alpha_fixed", "rounds_0", ADAPTERS, ORACLE])
+    names = ["seed_only", "mutual_gain", "alpha_fixed", "rounds_0", ADAPTERS, ORACLE]
+    arms = MainArms(MAIN, LISTS, 0, tmp_path, names, CONTROLS)
     here = f"{tmp_path}/main"
     seed = {"id": "seed-0", "messages": [{"role": "user", "content": "list tools."}], "source": "seed", "weight": 1.0}
     write_jsonl(f"{here}/rounds/round_0/forward.jsonl", [seed])
