@@ -50,6 +50,7 @@ class LabAblationConfig:
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
     seed_rows: int
+    seed_batch_rows: int
     gate: float
     dev: int
     test: int
@@ -65,7 +66,7 @@ class LabAblationConfig:
             raise UserError(f"config.world={self.world!r}: unknown world; choose {' or '.join(WORLDS)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"config.seeds={self.seeds}: give at least one, each once, none below 0")
-        for name in ("seed_rows", "dev", "test", "processes"):
+        for name in ("seed_rows", "seed_batch_rows", "dev", "test", "processes"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
 
@@ -174,6 +175,7 @@ class _Ablation:
                 f"--config.seed={seed}",
                 f"--config.world={config.world}",
                 f"--config.rows={config.seed_rows}",
+                f"--config.batch_rows={config.seed_batch_rows}",
                 f"--config.gate={config.gate}",
             )
 

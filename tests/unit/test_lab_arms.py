@@ -1,15 +1,20 @@
 """The arms of the lab's ablation without models: what each is given, learns, and runs."""
 
 import dataclasses
+import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
+from absl.flags import FlagValues
+from ml_collections import config_flags
 
 from lm_jax.commands import lab_steps
 from lm_jax.commands.lab_arms import DEV, TEST
 from lm_jax.commands.lab_main_arms import ADAPTERS, ORACLE, MainArms, MainArmsConfig, main_arms, supervised_row
 from lm_jax.commands.lab_musc_arms import MuscArms, MuscArmsConfig, constant_weights, musc_arms, oracle_pairs
+from lm_jax.config import from_config_dict
 from lm_jax.data.preference import preference_rows
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.score_store import ScoreStore
@@ -35,10 +40,17 @@ ASKED = "list tools. use exactly two words. start with saw."
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What `lab_steps` would run: (command, its settings), in order; `made` is called to leave something behind."""
-    ran = []
+    """What `lab_steps` would run: (command, its settings), in order; `made` is called to leave something behind.
+
+    Every step has settings that its command takes.
+    """
 
     def run_step(module, config, *flags):
+        values = FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+        monkeypatch.setattr(sys, "argv", ["test", config, *flags])  # where it looks for the keys that are given
+        values(sys.argv)
+        from_config_dict(importlib.import_module(module).command()[0], values.config.to_dict())
         settings = dict(flag.removeprefix("--config.").split("=", 1) for flag in flags)
         ran.append((module.removeprefix("launch."), settings))
         ran.made(*ran[-1])
