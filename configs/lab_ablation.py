@@ -40,6 +40,9 @@ def get_config(preset: str = "") -> ConfigDict:
     c.musc.oracle_temperature = 0.7  # they must differ
 
     c.main = ConfigDict()
+    # The stage of the seed model that all begin with. pretraining has met no instruction with its response; clean has,
+    # of up to two constraints
+    c.main.base = "pretraining"
     c.main.pairs = 500  # seed pairs
     c.main.responses = 1200  # without instructions
     c.main.probes = 256  # pairs that the filter's scores have to tell from shuffled ones
@@ -62,6 +65,7 @@ def get_config(preset: str = "") -> ConfigDict:
         c.processes = 1
         c.musc.instructions = 768
         c.musc.rates = (1e-4,)
+        c.main.base = "clean"  # so few rows of pretraining alone do not teach it to copy words
         c.main.pairs = 300
         c.main.responses = 500
         c.main.probes = 128

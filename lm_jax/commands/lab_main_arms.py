@@ -15,7 +15,7 @@ from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
 from lm_jax.lab.answers import truly_answers
 from lm_jax.lab.data import clean_pairs, instructions, unlabelled_responses
-from lm_jax.lab.seed_data import PAIRED
+from lm_jax.lab.seed_data import CURRICULUM, PAIRED
 from lm_jax.lab.world import World
 
 SEED_ONLY, RANDOM, JUDGED = "seed_only", "random", "score"
@@ -28,6 +28,7 @@ _REAL, _WRONG = "real", "wrong"
 class MainArmsConfig:
     """`configs/lab_ablation.py` says what each key is for."""
 
+    base: str
     pairs: int
     responses: int
     probes: int
@@ -39,6 +40,9 @@ class MainArmsConfig:
     adapter_rank: int
 
     def __post_init__(self):
+        stages = [stage.name for stage in CURRICULUM]
+        if self.base not in stages:
+            raise UserError(f"config.main.base={self.base!r}: no stage of the seed model; choose {' or '.join(stages)}")
         if not self.rates:
             raise UserError("config.main.rates: give at least one learning rate")
         if not 1 <= self.rounds <= 3:
@@ -103,7 +107,7 @@ class MainArms:
         self._config, self._world, self._seed, self._root = config, world, seed, root / "main"
         self._controls = controls
         self.about = {arm: what for arm, what in main_arms(controls, config.rounds).items() if arm in names}
-        self.base = f"{root}/seed/pretraining"  # has met no instruction with its response
+        self.base = f"{root}/seed/{config.base}"
 
     def _write_data(self, dev: int, test: int) -> None:
         """Seed pairs, responses, real and shuffled pairs to tell apart, and two held-out splits."""

@@ -77,7 +77,7 @@ def run(tmp_path, monkeypatch):
         del Fake.calls[:]
         config = get_config()
         config.update({"output": f"{tmp_path}/out", "seeds": (0, 1, 2), "arms": ("seed", "dpo", "kl"), "processes": 1})
-        config.update(settings)
+        config.update_from_flattened_dict(settings)
         ablate(from_config_dict(LabAblationConfig, config.to_dict()), RULES, CONTROLS)
         return sorted(Fake.calls, key=str)
 
@@ -145,6 +145,9 @@ def test_bad_settings_are_named(run):
         ({"world": "moon"}, "config.world='moon': unknown world; choose lists or trips or few"),
         ({"seeds": (1, 1)}, "config.seeds=.1, 1.: give at least one, each once"),
         ({"arms": ("dpo", "dqo")}, "config.arms: unknown arm 'dqo'; choose from .*calibrated_entropy"),
+        ({"main.base": "start"}, "config.main.base='start': no stage of the seed model; choose pretraining or clean"),
+        ({"main.rounds": 4}, "config.main.rounds=4: must lie between 1 and 3"),
+        ({"musc.rates": ()}, "config.musc.rates and config.musc.tuning_rates: give at least one"),
         ({"arms": ("seed_only",)}, "config.arms: unknown arm 'seed_only'"),  # MAIN's, which is not measured
     ):
         with pytest.raises(UserError, match=message):

@@ -30,7 +30,7 @@ from musc_jax.token_weights import DEFAULT_RULE, WEIGHING_RULES, check_rule
 from tests.lab import CONTROLS
 
 MUSC = MuscArmsConfig(60, 2, (1e-4, 3e-4), (1e-3,), 4, 0.7)
-MAIN = MainArmsConfig(20, 30, 6, 1, 10, (1e-3,), 2e-3, 5e-3, 16)
+MAIN = MainArmsConfig("pretraining", 20, 30, 6, 1, 10, (1e-3,), 2e-3, 5e-3, 16)
 RULES = tuple(WEIGHING_RULES)
 # So few texts that splits which are drawn by themselves would share some
 ONE_WAY = tuple(dataclasses.replace(kind, phrasings=kind.phrasings[:1]) for kind in FEW.kinds)
