@@ -26,7 +26,7 @@ from lm_jax.commands.lab_musc_arms import DPO, MuscArms, MuscArmsConfig, musc_ar
 from lm_jax.commands.lab_musc_arms import LEFT_OUT as MUSC_LEFT_OUT
 from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
 from lm_jax.commands.rounds import begin_directory
-from lm_jax.commands.steps import logged, run_step
+from lm_jax.commands.steps import alone_in, logged, run_step
 from lm_jax.data.rows import replacing, write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.lab.answers import verdicts
@@ -84,11 +84,13 @@ def ablate(config: LabAblationConfig, rules: Sequence[str], controls: Controls) 
       controls: what MAIN's code says of its arms.
 
     Raises:
-      UserError: a step failed, a seed model is below its gate, an unknown arm, or `config.output` holds something else.
+      UserError: a step failed, a seed model is below its gate, an unknown arm, or `config.output` holds something else
+        or is at work already.
     """
     methods = _methods(config, rules, controls)
     begin_directory(config.output, "lab_ablation", _settings(config), _MAY_CHANGE)
-    _Ablation(config, methods, rules, controls).do()
+    with alone_in(Path(config.output)):
+        _Ablation(config, methods, rules, controls).do()
 
 
 def _settings(config: LabAblationConfig) -> Row:

@@ -137,7 +137,9 @@ def markdown(method: Method, report: Row, temperature: float) -> str:
         "true pairs, %",
         "learning rate",
     )
-    lines = [f"## {method.name}", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    lines = [f"## {method.name}"]
+    if report["arms"]:
+        lines += ["", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     for name, arm in report["arms"].items():
         sampled, greedy = (arm["against_base"][measure] for measure in _COMPARED)
         lines.append(
@@ -158,7 +160,8 @@ def markdown(method: Method, report: Row, temperature: float) -> str:
                 )
             )
         )
-    lines += ["", *_notes(method, report)]
+    if report["arms"]:
+        lines += ["", *_notes(method, report)]
     for group, found in report["extras"].items():
         shown = ", ".join(f"{name} {_percent(value)}" for name, value in found.items())
         lines += ["", f"{_EXTRAS.get(group, group)}: {shown}."]
