@@ -1,6 +1,7 @@
 """What commands share that run other commands: a step that shows its command line, and a model to begin with."""
 
 import contextlib
+import contextvars
 import fcntl
 import os
 import runpy
@@ -19,20 +20,45 @@ from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import Decoder
 
+_LOG: contextvars.ContextVar[Path | None] = contextvars.ContextVar("log", default=None)
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Steps of this thread write to the end of a file, their command lines too; the console gets one line for each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = _LOG.set(path)
+    try:
+        yield
+    finally:
+        _LOG.reset(before)
+
 
 def run_step(module: str, *arguments: str, lock: int | None = None) -> None:
-    """Prints the command line and runs it.
+    """Prints the command line and runs it; see `logged`.
 
     Args:
       lock: of `alone_in`; the step holds it too, should this process be killed before it.
 
     Raises:
-      UserError: it failed; its own error stands above.
+      UserError: it failed; its own error stands above, or is the last line of its log.
     """
-    print(f"$ python -m {module} \\\n    " + " \\\n    ".join(map(shlex.quote, arguments)), flush=True)
+    shown = f"$ python -m {module} \\\n    " + " \\\n    ".join(map(shlex.quote, arguments))
+    command, log = [sys.executable, "-m", module, *arguments], _LOG.get()
     inherited = () if lock is None else (lock,)
-    if subprocess.run([sys.executable, "-m", module, *arguments], pass_fds=inherited).returncode:
-        raise UserError(f"python -m {module} failed; its error stands above")
+    if log is None:
+        print(shown, flush=True)
+        if subprocess.run(command, pass_fds=inherited).returncode:
+            raise UserError(f"python -m {module} failed; its error stands above")
+        return
+    print(f"{module}: see {log}\n", end="", flush=True)  # one write: threads share the console
+    with open(log, "ab") as out:
+        out.write(f"{shown}\n".encode())
+        out.flush()
+        if not subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, pass_fds=inherited).returncode:
+            return
+    error = (log.read_text(errors="replace").splitlines() or [""])[-1]
+    raise UserError(f"python -m {module} failed: {error.removeprefix('error: ')}; see {log}")
 
 
 @contextlib.contextmanager

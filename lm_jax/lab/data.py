@@ -1,6 +1,6 @@
 """What methods are given in a world: instructions, responses without instructions, pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lm_jax.lab.compositions import COMPLEX, draw_composition
 from lm_jax.lab.grammar import Instruction, make_instruction
@@ -17,22 +17,26 @@ def instructions(
     counts: Sequence[int] = COMPLEX,
     held_out: bool = False,
     rarity: float = 1.0,
+    avoid: Collection[str] = (),
 ) -> list[Instruction]:
     """Instructions whose texts all differ; a function of the arguments alone.
 
     Args:
       purpose: names the draw; other purposes give other instructions.
       counts: numbers of constraints, each as often.
-      held_out: only compositions that no training row has; numbers of constraints must be complex ones.
+      held_out: of complex instructions only those whose composition no training row has.
       rarity: as in `compositions.draw_composition`.
+      avoid: texts that none of them may have, as those of another split.
     """
     found: dict[str, Instruction] = {}
-    index = 0
+    index, avoided = 0, frozenset(avoid)
     while len(found) < count:
         rng = draw(world, seed, purpose, index)
-        kinds = draw_composition(world, rng.choice(counts), rng, held_out, rarity)
+        number = rng.choice(counts)
+        kinds = draw_composition(world, number, rng, held_out and number >= min(COMPLEX), rarity)
         instruction = make_instruction(world, kinds, rng)
-        found.setdefault(instruction.text, instruction)
+        if instruction.text not in avoided:
+            found.setdefault(instruction.text, instruction)
         index += 1
     return list(found.values())
 

@@ -17,7 +17,9 @@ from tests.e2e.common import SMALL_SCORE, Fork, arguments, fork, run
 
 LAUNCHERS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # Commands that name no file: what makes them end with an error after their flags were read
-NEEDS_NO_FILES = {"lab_seed": ("--config.rows=0", "must be at least 1")}
+NEEDS_NO_FILES = {
+    name: (f"--config.{key}=0", "must be at least 1") for name, key in (("lab_seed", "rows"), ("lab_ablation", "dev"))
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,275 @@
+"""`launch.lab_ablation`: the arms of both methods on seed models of a verifiable world, with intervals over seeds.
+
+    output/config.json                the settings
+    output/report.md .json            written anew after every arm, from the results alone
+    output/METHOD.png                 at the end
+    output/seed_N/seed/               what launch.lab_seed makes
+    output/seed_N/METHOD/data/ ...    what the arms of a method share
+    output/seed_N/METHOD/extras.json  what is measured once a seed
+    output/seed_N/METHOD/arms/ARM/    a directory for each learning rate, answers, result.json: it appears last
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from lm_jax.commands import lab_steps
+from lm_jax.commands.lab_arms import DEV, TEST, Arms
+from lm_jax.commands.lab_main_arms import LEFT_OUT as MAIN_LEFT_OUT
+from lm_jax.commands.lab_main_arms import SEED_ONLY, Controls, MainArms, MainArmsConfig, main_arms
+from lm_jax.commands.lab_musc_arms import DPO, MuscArms, MuscArmsConfig, musc_arms
+from lm_jax.commands.lab_musc_arms import LEFT_OUT as MUSC_LEFT_OUT
+from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
+from lm_jax.commands.rounds import begin_directory
+from lm_jax.commands.steps import alone_in, logged, run_step
+from lm_jax.data.rows import replacing, write_jsonl
+from lm_jax.errors import UserError
+from lm_jax.lab.answers import verdicts
+from lm_jax.lab.world import World
+from lm_jax.lab.worlds import WORLDS
+
+Row = dict[str, Any]
+MUSC, MAIN, BOTH = CHOICES = ("musc", "main", "both")
+SAMPLED, GREEDY = "sampled", "greedy"
+# How it is computed, not what comes out; more seeds and arms can follow
+_MAY_CHANGE = ("output", "seeds", "arms", "processes")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabAblationConfig:
+    """`configs/lab_ablation.py` says what each key is for."""
+
+    output: str
+    method: str
+    world: str
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    seed_rows: int
+    seed_batch_rows: int
+    gate: float
+    dev: int
+    test: int
+    temperature: float
+    processes: int
+    musc: MuscArmsConfig
+    main: MainArmsConfig
+
+    def __post_init__(self):
+        if self.method not in CHOICES:
+            raise UserError(f"config.method={self.method!r}: must be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}")
+        if self.world not in WORLDS:
+            raise UserError(f"config.world={self.world!r}: unknown world; choose {' or '.join(WORLDS)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"config.seeds={self.seeds}: give at least one, each once, none below 0")
+        for name in ("seed_rows", "seed_batch_rows", "dev", "test", "processes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that are to be measured."""
+        return (MUSC, MAIN) if self.method == BOTH else (self.method,)
+
+
+def ablate(config: LabAblationConfig, rules: Sequence[str], controls: Controls) -> None:
+    """Measures every arm on every seed and writes the report. What is done stays: called again, it goes on.
+
+    Args:
+      rules: MuSC's rules of token weights, the default one first.
+      controls: what MAIN's code says of its arms.
+
+    Raises:
+      UserError: a step failed, a seed model is below its gate, an unknown arm, or `config.output` holds something else
+        or is at work already.
+    """
+    methods = _methods(config, rules, controls)
+    begin_directory(config.output, "lab_ablation", _settings(config), _MAY_CHANGE)
+    with alone_in(Path(config.output)):
+        _Ablation(config, methods, rules, controls).do()
+
+
+def _settings(config: LabAblationConfig) -> Row:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _methods(config: LabAblationConfig, rules: Sequence[str], controls: Controls) -> dict[str, Method]:
+    """What the tables show, of the arms that are to be run.
+
+    Raises:
+      UserError: an arm that no chosen method has.
+    """
+    known = {
+        MUSC: ({name: arm.about for name, arm in musc_arms(rules).items()}, DPO, MUSC_LEFT_OUT),
+        MAIN: (main_arms(controls, config.main.rounds), SEED_ONLY, MAIN_LEFT_OUT),
+    }
+    found = {}
+    for name in config.methods:
+        about, base, left_out = known[name]
+        wanted = {arm: what for arm, what in about.items() if not config.arms or arm in config.arms}
+        found[name] = Method(name, wanted, base, {} if config.arms else left_out)
+    names = {arm for name in config.methods for arm in known[name][0]}
+    if unknown := [arm for arm in config.arms if arm not in names]:
+        raise UserError(f"config.arms: unknown arm {unknown[0]!r}; choose from {', '.join(sorted(names))}")
+    return found
+
+
+class _Ablation:
+    """The work on all seeds, and the report."""
+
+    def __init__(
+        self, config: LabAblationConfig, methods: Mapping[str, Method], rules: Sequence[str], controls: Controls
+    ):
+        self._config, self._methods = config, methods
+        self._root, self._world = Path(config.output), WORLDS[config.world]
+        made: dict[str, Callable[[int], Arms]] = {
+            MUSC: lambda seed: MuscArms(config.musc, self._world, seed, self._of(seed), methods[MUSC].about, rules),
+            MAIN: lambda seed: MainArms(config.main, self._world, seed, self._of(seed), methods[MAIN].about, controls),
+        }
+        self._arms = {(name, seed): made[name](seed) for seed in config.seeds for name in methods}
+
+    def do(self) -> None:
+        """All that is missing: seed models, then what the arms of each share, then the arms."""
+        self._all({f"seed_{seed}/seed": lambda seed=seed: self._fit(seed) for seed in self._config.seeds})
+        self._all({f"seed_{seed}/{name}": lambda key=(name, seed): self._prepare(*key) for name, seed in self._arms})
+        self._all(
+            {
+                f"seed_{seed}/{name}/{arm}": lambda key=(name, seed, arm): self._measure(*key)
+                for (name, seed), arms in self._arms.items()
+                for arm in arms.about
+            }
+        )
+        print(self._write_report(), flush=True)
+        self._plot()
+
+    def _all(self, tasks: Mapping[str, Callable[[], None]]) -> None:
+        """Several at a time, each with a log of its own; one alone shows what it does."""
+        if self._config.processes == 1:
+            for task in tasks.values():
+                task()
+                self._write_report()
+            return
+        with ThreadPoolExecutor(self._config.processes) as pool:
+            waiting = [pool.submit(self._logged, name, task) for name, task in tasks.items()]
+            try:
+                for done in as_completed(waiting):
+                    done.result()
+                    self._write_report()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # those under way end, and what they did stays
+                raise
+
+    def _logged(self, name: str, task: Callable[[], None]) -> None:
+        with logged(self._root / "logs" / f"{name.replace('/', '_')}.txt"):
+            task()
+
+    def _fit(self, seed: int) -> None:
+        config, output = self._config, self._of(seed) / "seed"
+        if not (output / "gate.json").exists():
+            run_step(
+                "launch.lab_seed",
+                "--config=configs/lab_seed.py",
+                f"--config.output={output}",
+                f"--config.seed={seed}",
+                f"--config.world={config.world}",
+                f"--config.rows={config.seed_rows}",
+                f"--config.batch_rows={config.seed_batch_rows}",
+                f"--config.gate={config.gate}",
+            )
+
+    def _prepare(self, name: str, seed: int) -> None:
+        arms, extras = self._arms[name, seed], self._of(seed) / name / "extras.json"
+        if extras.exists() and all(self._result(name, seed, arm).exists() for arm in arms.about):
+            return
+        arms.prepare(self._config.dev, self._config.test)
+        write_jsonl(str(extras), [arms.extras()])
+
+    def _measure(self, name: str, seed: int, arm: str) -> None:
+        """Chooses the learning rate, measures the model that it gives and writes the result."""
+        result = self._result(name, seed, arm)
+        if result.exists():
+            return
+        began, arms, here = time.monotonic(), self._arms[name, seed], result.parent
+        models, dev = {}, {}
+        rates = arms.rates(arm)
+        for rate in rates:
+            place = f"{here}/{rate:g}"
+            models[rate] = arms.train(arm, rate, place)
+            if len(rates) > 1:
+                rows = self._answers(models[rate], arms.asked(DEV), f"{place}/dev.jsonl", self._config.temperature)
+                dev[rate] = measured(self._world, rows)["all_met"]
+        best = best_rate(dev) if dev else next(iter(rates), None)
+        model = arms.base if best is None else models[best]
+        test = {
+            kind: measured(self._world, self._answers(model, arms.asked(TEST), f"{here}/{kind}.jsonl", temperature))
+            for kind, temperature in ((SAMPLED, self._config.temperature), (GREEDY, 0.0))
+        }
+        learnt = arms.learnt(arm, f"{here}/{best:g}" if best is not None else str(here))
+        found = {"method": name, "seed": seed, "arm": arm, "rate": best, "rates": list(rates)}
+        found |= {"dev": {f"{rate:g}": share for rate, share in dev.items()}, "test": test}
+        found |= {"rows": learnt.rows, "truth": learnt.truth, "seconds": round(time.monotonic() - began, 1)}
+        write_jsonl(str(result), [found])
+        for rate in rates:  # the runs of five seeds would fill a disk
+            if rate != best:
+                shutil.rmtree(f"{here}/{rate:g}", ignore_errors=True)
+
+    def _answers(self, model: str, asked: str, output: str, temperature: float) -> list[Row]:
+        return lab_steps.answer(model, asked, output, temperature)
+
+    def _write_report(self) -> str:
+        """From the results that are there; the Markdown."""
+        tables = self._tables()
+        shown = (markdown(self._methods[name], table, self._config.temperature) for name, table in tables.items())
+        text = "\n".join(shown)
+        write_jsonl(f"{self._root}/report.json", [tables])
+        with replacing(f"{self._root}/report.md") as out:
+            out.write(text.encode())
+        return text
+
+    def _plot(self) -> None:
+        for name, table in self._tables().items():
+            plot_method(self._methods[name], table, f"{self._root}/{name}.png")
+
+    def _tables(self) -> dict[str, Row]:
+        """Method -> its report."""
+        tables = {}
+        for name, method in self._methods.items():
+            results = [
+                json.loads(path.read_text())
+                for seed in self._config.seeds
+                for arm in method.about
+                if (path := self._result(name, seed, arm)).exists()
+            ]
+            extras = {
+                seed: json.loads(path.read_text())
+                for seed in self._config.seeds
+                if (path := self._of(seed) / name / "extras.json").exists()
+            }
+            tables[name] = report_of(method, results, extras)
+        return tables
+
+    def _of(self, seed: int) -> Path:
+        return self._root / f"seed_{seed}"
+
+    def _result(self, name: str, seed: int, arm: str) -> Path:
+        return self._of(seed) / name / "arms" / arm / "result.json"
+
+
+def measured(world: World, rows: Sequence[Row]) -> dict[str, float]:
+    """Shares of answers: all of an instruction met, each constraint by itself, well formed."""
+    found = verdicts(world, rows)
+    each = [met for verdict in found for met in verdict.met]
+    return {
+        "all_met": sum(verdict.all_met for verdict in found) / len(found),
+        "each": sum(each) / max(len(each), 1),
+        "well_formed": sum(verdict.well_formed for verdict in found) / len(found),
+    }
+
+
+def best_rate(dev: Mapping[float, float]) -> float:
+    """The learning rate of the highest share; of equals the lowest, which changes the model least."""
+    return max(sorted(dev), key=lambda rate: dev[rate])

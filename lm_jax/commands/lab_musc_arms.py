@@ -1,0 +1,255 @@
+"""MuSC's arms on a world of the lab: which pairs each learns, and how. Every arm is given the same instructions."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_jax.commands import lab_steps
+from lm_jax.commands.lab_arms import DEV, TEST, Learnt, Row, learnt_of, write_split
+from lm_jax.commands.lab_steps import Settings
+from lm_jax.data.rows import read_rows, write_jsonl
+from lm_jax.data.score_store import ScoreStore
+from lm_jax.errors import UserError
+from lm_jax.lab.answers import verdict
+from lm_jax.lab.data import instructions
+from lm_jax.lab.world import World
+
+SEED, SFT, DPO, CONSTANT, ORACLE = "seed", "sft", "dpo", "constant", "oracle"
+UNIFORM = "uniform"
+DROPPED, SAMPLED = "drop", "oracle"  # pairs of the default recipe, and of the oracle
+RECIPES: Mapping[str, Settings] = {
+    DROPPED: {},
+    "substitute": {"perturb.drop": 0.0, "perturb.substitute": 1.0},
+    "drop_and_substitute": {"perturb.drop": 0.5, "perturb.substitute": 0.5},
+    "ratio_0.6": {"perturb.ratio": 0.6},
+    "ratio_1.0": {"perturb.ratio": 1.0},
+}
+# A seed model has never met these questions, and what it answers them would be no measurement of the method
+LEFT_OUT = {
+    "negate": "the seed model was never asked to contradict a constraint",
+    "self_reward": "the seed model was never asked to judge a response",
+    "branch_solve_merge": "the same",
+    "self_correct": "the seed model was never asked to criticise or revise a response",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MuscArmsConfig:
+    """`configs/lab_ablation.py` says what each key is for."""
+
+    instructions: int
+    epochs: int
+    rates: tuple[float, ...]
+    tuning_rates: tuple[float, ...]
+    oracle_samples: int
+    oracle_temperature: float
+
+    def __post_init__(self):
+        if not self.rates or not self.tuning_rates:
+            raise UserError("config.musc.rates and config.musc.tuning_rates: give at least one learning rate each")
+        if self.oracle_samples < 2:
+            raise UserError(f"config.musc.oracle_samples={self.oracle_samples}: must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class MuscArm:
+    """One arm.
+
+    Attributes:
+      about: for the table.
+      pairs: one of RECIPES, or SAMPLED; empty: it learns none.
+      weights: of `launch.musc_train`; None: the chosen responses are tuned on instead.
+      rounds: how many; above 1 each makes pairs anew of its share of the instructions.
+    """
+
+    about: str
+    pairs: str = DROPPED
+    weights: str | None = UNIFORM
+    rounds: int = 1
+
+
+def musc_arms(rules: Sequence[str]) -> dict[str, MuscArm]:
+    """All arms, in the order of the table.
+
+    Args:
+      rules: of token weights that a store can hold, the default one first.
+    """
+    default, weighed = rules[0], [rule for rule in rules if rule != UNIFORM]
+    return {
+        SEED: MuscArm("the seed model, not trained", pairs=""),
+        SFT: MuscArm("supervised tuning on the chosen responses", weights=None),
+        DPO: MuscArm("plain DPO: all weights 1"),
+        **{rule: MuscArm(f"weights by {rule}", weights=f"store:{rule}") for rule in weighed},
+        CONSTANT: MuscArm(f"all weights the mean of {default}", weights="columns"),
+        "online": MuscArm(f"{default} of the policy, anew in every step", weights="online"),
+        "rounds_2": MuscArm(f"{default} in two rounds", pairs="", rounds=2),
+        "rounds_3": MuscArm(f"{default} in three rounds", pairs="", rounds=3),
+        **{name: MuscArm(f"plain DPO, {_shown(RECIPES[name])}", pairs=name) for name in RECIPES if name != DROPPED},
+        ORACLE: MuscArm("plain DPO, best against worst sample by the verifiers: an upper bound", pairs=SAMPLED),
+    }
+
+
+def _shown(settings: Settings) -> str:
+    return ", ".join(f"{key}={value:g}" for key, value in settings.items())
+
+
+class MuscArms:
+    """The arms on one seed model; see `lab_arms.Arms`.
+
+    Args:
+      root: directory of the seed; `seed/` below it is what `launch.lab_seed` made.
+      names: the arms to run.
+      rules: see `musc_arms`.
+    """
+
+    def __init__(
+        self, config: MuscArmsConfig, world: World, seed: int, root: Path, names: Collection[str], rules: Sequence[str]
+    ):
+        self._config, self._world, self._seed, self._root, self._rules = config, world, seed, root / "musc", rules
+        self._arms = {name: arm for name, arm in musc_arms(rules).items() if name in names}
+        self.about = {name: arm.about for name, arm in self._arms.items()}
+        self.base = f"{root}/seed/model"
+        self._examples = f"{root}/seed/data/examples.jsonl"
+
+    def _write_data(self, dev: int, test: int) -> None:
+        """The instructions: those that are learnt from, and two held-out splits."""
+        world, seed = self._world, self._seed
+        write_split(world, instructions(world, seed, "ablation/musc", self._config.instructions), self._given)
+        choosing = instructions(world, seed, "ablation/musc/dev", dev, held_out=True)
+        write_split(world, choosing, self.asked(DEV))
+        seen = {instruction.text for instruction in choosing}
+        final = instructions(world, seed, "ablation/musc/test", test, held_out=True, avoid=seen)
+        write_split(world, final, self.asked(TEST))
+
+    def prepare(self, dev: int, test: int) -> None:
+        """See `lab_arms.Arms`."""
+        self._write_data(dev, test)
+        used = {arm.pairs for arm in self._arms.values()}
+        for recipe, settings in RECIPES.items():
+            if recipe in used:
+                settings = {"seed": self._seed, **settings}
+                lab_steps.make_pairs(self.base, self._given, self._examples, self._pairs(recipe), settings)
+        if any(_is_stored(arm) for arm in self._arms.values()):
+            lab_steps.weigh(self.base, self._pairs(DROPPED), self._weighed, rules="all")
+        if CONSTANT in self._arms:
+            write_jsonl(self._constant, constant_weights(read_rows(self._weighed), self._store, self._rules[0]))
+        if SAMPLED in used:
+            config, samples = self._config, f"{self._root}/data/samples.jsonl"
+            rows = lab_steps.answer(
+                self.base, self._given, samples, config.oracle_temperature, self._seed, config.oracle_samples
+            )
+            write_jsonl(self._pairs(SAMPLED), oracle_pairs(self._world, rows))
+
+    def rates(self, arm: str) -> Sequence[float]:
+        """See `lab_arms.Arms`."""
+        if arm == SEED:
+            return ()
+        return self._config.tuning_rates if self._arms[arm].weights is None else self._config.rates
+
+    def train(self, arm: str, rate: float, directory: str) -> str:
+        """See `lab_arms.Arms`."""
+        given, run = self._arms[arm], f"{directory}/run"
+        common = {"epochs": self._config.epochs, "seed": self._seed, "checkpoints.keep": 1}
+        if given.rounds > 1:
+            settings: dict[str, Any] = {f"train.{key}": value for key, value in common.items() if key != "seed"}
+            settings |= {"seed": self._seed, "rounds": given.rounds}
+            lab_steps.iterate(self.base, self._given, self._examples, run, rate, settings)
+            return f"{run}/round_{given.rounds}/train"
+        if given.weights is None:
+            lab_steps.tune(self.base, self._pairs(given.pairs), run, rate, common | {"response_column": "chosen"})
+        else:
+            lab_steps.prefer(self.base, self._input(given), run, rate, common | {"weights": given.weights})
+        return run
+
+    def asked(self, split: str) -> str:
+        """See `lab_arms.Arms`."""
+        return f"{self._root}/data/{split}.jsonl"
+
+    def learnt(self, arm: str, directory: str) -> Learnt:
+        """See `lab_arms.Arms`; of what is chosen."""
+        given = self._arms[arm]
+        files = [self._pairs(given.pairs)] if given.pairs else []
+        if given.rounds > 1:
+            files = [f"{directory}/run/round_{n}/pairs.jsonl" for n in range(1, given.rounds + 1)]
+        rows = [row for file in files for row in read_rows(file)]
+        return learnt_of(self._world, [(row["prompt"][-1]["content"], row["chosen"][-1]["content"]) for row in rows])
+
+    def extras(self) -> Row:
+        """None."""
+        return {}
+
+    def _pairs(self, recipe: str) -> str:
+        return f"{self._root}/data/pairs_{recipe}.jsonl"
+
+    def _input(self, arm: MuscArm) -> str:
+        if arm.weights == "columns":
+            return self._constant
+        # Of all arms whose pairs are the same the rows are too, in the same order
+        return self._weighed if _is_stored(arm) else self._pairs(arm.pairs)
+
+    @property
+    def _given(self) -> str:
+        return f"{self._root}/data/instructions.jsonl"
+
+    @property
+    def _weighed(self) -> str:
+        return f"{self._root}/data/weighed.jsonl"
+
+    @property
+    def _store(self) -> str:
+        return f"{self._root}/data/weighed.weights"
+
+    @property
+    def _constant(self) -> str:
+        return f"{self._root}/data/constant.jsonl"
+
+
+def _is_stored(arm: MuscArm) -> bool:
+    """Whether its weights come from the store, be it their mean alone."""
+    return arm.weights == "columns" or (arm.weights or "").startswith("store")
+
+
+def constant_weights(rows: Sequence[Row], store: str, rule: str) -> list[Row]:
+    """The rows with token scores of their own, all the mean that `rule` has over all tokens of the store.
+
+    Args:
+      rows: of `launch.musc_token_weights`.
+      store: where their weights lie.
+    """
+    weights = ScoreStore.open(store)
+    values = weights.read(np.arange(len(weights.lengths)))[rule]
+    mean = round(float(np.concatenate(values).mean(dtype=np.float64)), 6)
+    made = []
+    for row in rows:
+        first = 2 * row["token_weights"]["row"]
+        chosen, rejected = (int(n) for n in weights.lengths[first : first + 2])
+        rest = {name: value for name, value in row.items() if name != "token_weights"}
+        made.append({**rest, "chosen_token_scores": [mean] * chosen, "rejected_token_scores": [mean] * rejected})
+    return made
+
+
+def oracle_pairs(world: World, rows: Sequence[Row]) -> list[Row]:
+    """Of each row's sampled responses the best against the worst by the verifiers, where they differ.
+
+    Best is what meets everything, then most constraints, a right form counting as one more; of equals the first.
+    """
+    made = []
+    for row in rows:
+        texts = [text for text in dict.fromkeys(row["response"]) if text.strip()]
+        if not texts:
+            continue
+        worth = [_worth(world, row["prompt"][-1]["content"], text) for text in texts]
+        best, worst = max(worth), min(worth)
+        if best > worst:
+            sides = {"chosen": texts[worth.index(best)], "rejected": texts[worth.index(worst)]}
+            messages = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+            made.append({"id": row["id"], "prompt": row["prompt"], **messages})
+    return made
+
+
+def _worth(world: World, instruction: str, text: str) -> tuple[bool, int]:
+    found = verdict(world, instruction, text)
+    return found.all_met, sum(found.met) + found.well_formed

@@ -1,0 +1,226 @@
+"""The ablation's loop around arms that only note what they were asked, and the report of made results."""
+
+import json
+import threading
+
+import pytest
+
+from configs.lab_ablation import get_config
+from lm_jax.commands import lab_ablation, lab_steps
+from lm_jax.commands.lab_ablation import LabAblationConfig, ablate, best_rate, measured
+from lm_jax.commands.lab_arms import Learnt
+from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
+from lm_jax.commands.steps import logged, run_step
+from lm_jax.config import from_config_dict
+from lm_jax.data.rows import write_jsonl
+from lm_jax.errors import UserError
+from lm_jax.lab.lists import LISTS
+from musc_jax.token_weights import WEIGHING_RULES
+from tests.lab import CONTROLS
+
+ASKED = "list tools. use exactly two words. start with saw."
+RIGHT, WRONG = "saw, axe", "axe, saw"
+RULES = tuple(WEIGHING_RULES)
+
+
+class Fake:
+    """Stands in for `MuscArms`: a model's name says how many of ten answers it gets right."""
+
+    right = {"seed/model": 2, "dpo@0.0001": 4, "dpo@0.0003": 6, "kl@0.0001": 7, "kl@0.0003": 7}
+    calls: list = []
+
+    def __init__(self, config, world, seed, root, names, rules):
+        self.about = {name: name for name in ("seed", "dpo", "kl") if name in names}
+        self.base, self._seed, self._root = "seed/model", seed, root
+
+    def prepare(self, dev, test):
+        self.calls.append(("prepare", self._seed))
+
+    def rates(self, arm):
+        return () if arm == "seed" else (3e-4, 1e-4)
+
+    def train(self, arm, rate, directory):
+        self.calls.append((arm, rate, self._seed))
+        write_jsonl(f"{directory}/weights.jsonl", [])
+        return f"{arm}@{rate:g}"
+
+    def asked(self, split):
+        return f"{self._root}/{split}"
+
+    def learnt(self, arm, directory):
+        return Learnt(0, None) if arm == "seed" else Learnt(8, 0.5)
+
+    def extras(self):
+        return {"auroc": {"mutual": 0.9 + 0.02 * self._seed}}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(**settings): what was called; the report lies in tmp_path/out."""
+    monkeypatch.setattr(lab_ablation, "MuscArms", Fake)
+    monkeypatch.setattr(Fake, "calls", [])
+
+    def answer(model, asked, output, temperature, seed=0, samples=1):
+        right = Fake.right[model] + (asked.endswith("test") and temperature == 0)
+        prompt = [{"role": "user", "content": ASKED}]
+        return [{"prompt": prompt, "response": RIGHT if i < right else WRONG} for i in range(10)]
+
+    def fit(module, *flags):
+        output = dict(flag.removeprefix("--config.").split("=") for flag in flags[1:])["output"]
+        Fake.calls.append(("fit", output.split("seed_")[-1][0]))
+        write_jsonl(f"{output}/gate.json", [{}])
+
+    monkeypatch.setattr(lab_steps, "answer", answer)
+    monkeypatch.setattr(lab_ablation, "run_step", fit)
+
+    def call(**settings):
+        del Fake.calls[:]
+        config = get_config()
+        config.update({"output": f"{tmp_path}/out", "seeds": (0, 1, 2), "arms": ("seed", "dpo", "kl"), "processes": 1})
+        config.update_from_flattened_dict(settings)
+        ablate(from_config_dict(LabAblationConfig, config.to_dict()), RULES, CONTROLS)
+        return sorted(Fake.calls, key=str)
+
+    return call
+
+
+def test_each_arm_is_measured_with_the_rate_that_development_chose(run, tmp_path):
+    calls = run()
+    assert len(calls) == 3 + 3 + 3 * 4  # seed models, preparations, two arms with two rates each
+    arms = tmp_path / "out/seed_1/musc/arms"
+    results = {arm: json.loads((arms / arm / "result.json").read_text()) for arm in ("seed", "dpo", "kl")}
+    assert results["dpo"]["rate"] == 3e-4 and results["dpo"]["dev"] == {"0.0003": 0.6, "0.0001": 0.4}
+    assert results["kl"]["rate"] == 1e-4  # of equals the lower
+    assert results["seed"]["rate"] is None and results["seed"]["dev"] == {}
+    assert results["dpo"]["test"]["sampled"] == {"all_met": 0.6, "each": 0.8, "well_formed": 1.0}
+    assert results["dpo"]["test"]["greedy"]["all_met"] == 0.7
+    assert (results["dpo"]["rows"], results["dpo"]["truth"]) == (8, 0.5)
+    runs = {p.name for p in (arms / "dpo").iterdir() if p.is_dir()}
+    assert runs == {"0.0003"}  # the other is not kept
+    report = json.loads((tmp_path / "out/report.json").read_text())["musc"]
+    assert report["arms"]["kl"]["against_base"]["all_met"]["difference"] == pytest.approx(0.1)
+    assert report["extras"]["auroc"]["mutual"]["mean"] == pytest.approx(0.92)
+
+
+def test_what_is_done_is_not_done_again(run, tmp_path):
+    run()
+    report = (tmp_path / "out/report.md").read_text()
+    assert run() == []
+    (tmp_path / "out/seed_2/musc/arms/kl/result.json").unlink()
+    assert run() == [("kl", 0.0001, 2), ("kl", 0.0003, 2), ("prepare", 2)]
+    assert (tmp_path / "out/report.md").read_text() == report
+    # More seeds and other arms may be asked of the same directory, other data may not
+    assert {call[0] for call in run(seeds=(0, 1, 2, 3), arms=("dpo",))} == {"fit", "prepare", "dpo"}
+    with pytest.raises(UserError, match="test"):
+        run(test=100)
+
+
+def test_an_arm_that_fails_leaves_the_others_and_goes_on_later(run, tmp_path, monkeypatch):
+    train = Fake.train
+
+    def failing(self, arm, rate, directory):
+        if (arm, self._seed) == ("dpo", 1):
+            raise UserError("out of luck")
+        return train(self, arm, rate, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fake, "train", failing)
+        with pytest.raises(UserError, match="out of luck"):
+            run()
+    assert json.loads((tmp_path / "out/report.json").read_text())["musc"]["arms"]["dpo"]["seeds"] == [0]
+    assert ("dpo", 0.0003, 1) in run()
+    assert json.loads((tmp_path / "out/report.json").read_text())["musc"]["arms"]["dpo"]["seeds"] == [0, 1, 2]
+
+
+def test_arms_beside_each_other_give_the_same_report(run, tmp_path):
+    alone = run()
+    first = (tmp_path / "out/report.json").read_text()
+    assert run(output=f"{tmp_path}/other", processes=3) == alone
+    assert (tmp_path / "other/report.json").read_text().split('"seconds"')[0] == first.split('"seconds"')[0]
+
+
+def test_bad_settings_are_named(run):
+    for settings, message in (
+        ({"method": "dpo"}, "config.method='dpo': must be musc, main or both"),
+        ({"world": "moon"}, "config.world='moon': unknown world; choose lists or trips or few"),
+        ({"seeds": (1, 1)}, "config.seeds=.1, 1.: give at least one, each once"),
+        ({"arms": ("dpo", "dqo")}, "config.arms: unknown arm 'dqo'; choose from .*calibrated_entropy"),
+        ({"main.base": "start"}, "config.main.base='start': no stage of the seed model; choose pretraining or clean"),
+        ({"main.rounds": 4}, "config.main.rounds=4: must lie between 1 and 3"),
+        ({"musc.rates": ()}, "config.musc.rates and config.musc.tuning_rates: give at least one"),
+        ({"arms": ("seed_only",)}, "config.arms: unknown arm 'seed_only'"),  # MAIN's, which is not measured
+    ):
+        with pytest.raises(UserError, match=message):
+            run(**settings)
+
+
+def test_measures_of_answers():
+    rows = [{"prompt": [{"content": ASKED}], "response": text} for text in (RIGHT, WRONG, "saw axe", None)]
+    # Of eight constraints: both, the number, the start, none
+    assert measured(LISTS, rows) == {"all_met": 0.25, "each": 0.625, "well_formed": 0.5}
+    assert best_rate({3e-4: 0.5, 1e-4: 0.5, 1e-3: 0.4}) == 1e-4
+
+
+METHOD = Method("musc", {"seed": "untrained", "dpo": "plain", "kl": "by kl"}, "dpo", {"negate": "never asked"})
+
+
+def result(arm, seed, sampled, greedy=0.5, rate=1e-4):
+    test = {
+        "sampled": {"all_met": sampled, "each": 0.9, "well_formed": 1.0},
+        "greedy": {"all_met": greedy, "each": 0.9, "well_formed": 1.0},
+    }
+    given = {"rate": None, "rates": []} if arm == "seed" else {"rate": rate, "rates": [1e-4, 3e-4, 1e-3]}
+    learnt = {"rows": 0, "truth": None} if arm == "seed" else {"rows": 8, "truth": 0.5}
+    return {"method": "musc", "seed": seed, "arm": arm, "test": test, "seconds": 1.0, **given, **learnt}
+
+
+def test_the_report_by_hand(tmp_path):
+    results = [result("seed", seed, 0.2) for seed in range(3)]
+    results += [result("dpo", seed, 0.4, rate=3e-4) for seed in range(3)]
+    results += [result("kl", seed, value) for seed, value in enumerate((0.5, 0.6, 0.7))]
+    report = report_of(METHOD, results, {0: {"truth": {"all": 0.5}}, 1: {"truth": {"all": 0.7}}})
+    against = report["arms"]["kl"]["against_base"]["all_met"]
+    assert against["difference"] == pytest.approx(0.2)
+    assert against["half_width"] == pytest.approx(0.1 / 3**0.5 * 4.302653, rel=1e-5)
+    assert against["p"] == pytest.approx(0.0741799, rel=1e-4)  # t = 2 sqrt(3) with 2 degrees of freedom
+    assert report["arms"]["dpo"]["against_base"] == {"all_met": None, "all_met_greedy": None}
+    assert report["comparisons"] == 2
+    assert report["arms"]["kl"]["at_edge"] == 3 and report["arms"]["dpo"]["at_edge"] == 0
+    text = markdown(METHOD, report, 0.5)
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("|")}
+    assert rows["kl"][2:5] == ["60.0 ± 24.8", "+20.0 ± 24.8", "0.0742"]
+    assert rows["dpo"][2:5] == ["40.0 ± 0.0", "", ""]
+    assert rows["kl"][-1] == "0.0001* |" and rows["dpo"][-1] == "0.0003 |"
+    assert "- negate: left out, never asked" in text
+    assert "2 comparisons were made" in text and "threshold is 0.0250" in text
+    assert "all 60.0 ± 127.1" in text  # of two seeds, t is 12.7
+    plot_method(METHOD, report, f"{tmp_path}/plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_one_seed_is_shown_without_intervals():
+    report = report_of(METHOD, [result("seed", 0, 0.2), result("dpo", 0, 0.4)], {})
+    assert report["arms"]["seed"]["against_base"]["all_met"] is None and report["comparisons"] == 0
+    text = markdown(METHOD, report, 0.5)
+    assert "| 40.0 |" in text and "±" not in text and "nothing is compared" in text
+    assert markdown(METHOD, report_of(METHOD, [], {}), 0.5)  # before the first arm is done
+
+
+def test_logged_steps_write_to_their_own_file(tmp_path, capfd):
+    def task(name):
+        with logged(tmp_path / f"{name}.txt"):
+            run_step("timeit", "-n1", "-r1", f"print('{name}')")
+
+    threads = [threading.Thread(target=task, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, other in (("one", "two"), ("two", "one")):
+        text = (tmp_path / f"{name}.txt").read_text()
+        assert text.startswith("$ python -m timeit") and f"\n{name}\n" in text and other not in text
+    assert sorted(capfd.readouterr().out.splitlines()) == [f"timeit: see {tmp_path}/{n}.txt" for n in ("one", "two")]
+    with logged(tmp_path / "bad.txt"), pytest.raises(UserError, match=f"no_such_module.*; see {tmp_path}/bad.txt"):
+        run_step("no_such_module")
+    run_step("timeit", "-n1", "-r1", "print('three')")
+    assert "$ python -m timeit" in capfd.readouterr().out
