@@ -21,17 +21,21 @@ class Gate:
 
     Attributes:
       asked: simple, start_with (one constraint: the first word) and complex (held-out compositions) instructions.
-      decompositions: of the complex ones, the conversation with the right answer as its last turn.
+      decompositions: of the simple and of the complex ones, the conversations with the right answer as the last turn.
     """
 
     world: World
     asked: Mapping[str, Sequence[Instruction]]
-    decompositions: Sequence[Sequence[Mapping[str, str]]]
+    decompositions: Mapping[str, Sequence[Sequence[Mapping[str, str]]]]
 
     def rows(self) -> list[Row]:
         """All questions: rows with `id` and `prompt`."""
         rows = [row for name, given in self.asked.items() for row in prompts(self.world, given, name)]
-        return rows + [{"id": f"decompose-{i}", "prompt": c[:-1]} for i, c in enumerate(self.decompositions)]
+        return rows + [
+            {"id": f"decompose-{name}-{i}", "prompt": conversation[:-1]}
+            for name, made in self.decompositions.items()
+            for i, conversation in enumerate(made)
+        ]
 
     def measure(self, answers: Mapping[str, str | None]) -> dict[str, float]:
         """Shares of what was right, by task.
@@ -40,10 +44,14 @@ class Gate:
           answers: id of each of `rows` -> answer; None where there is none.
         """
         verdicts = {name: self._verdicts(name, answers) for name in self.asked}
-        exact = [c[-1]["content"] == answers[f"decompose-{i}"] for i, c in enumerate(self.decompositions)]
+        exact = {
+            name: _share(c[-1]["content"] == answers[f"decompose-{name}-{i}"] for i, c in enumerate(made))
+            for name, made in self.decompositions.items()
+        }
         return {
             "start_with": _share(v.met[0] for v in verdicts["start_with"]),
-            "decompose": _share(exact),
+            "decompose": exact["simple"],
+            "decompose_complex": exact["complex"],
             "simple_all_met": _share(v.all_met for v in verdicts["simple"]),
             "complex_all_met": _share(v.all_met for v in verdicts["complex"]),
             "complex_constraints_met": _share(met for v in verdicts["complex"] for met in v.met),
@@ -70,7 +78,9 @@ def make_gate(world: World, seed: int, count: int, tasks: Tasks, examples: Seque
         "complex": instructions(world, seed, "gate/complex", count, COMPLEX, held_out=True),
     }
     shots = examples[: tasks.examples]
-    return Gate(world, asked, [tasks.decompose(decomposed(world, i), shots) for i in asked["complex"]])
+    given = {name: asked[name] for name in ("simple", "complex")}
+    made = {name: [tasks.decompose(decomposed(world, i), shots) for i in of] for name, of in given.items()}
+    return Gate(world, asked, made)
 
 
 def check_gate(shares: Mapping[str, float], least: float, model: str) -> None:

@@ -211,12 +211,13 @@ def test_the_gate_lets_right_answers_through_and_stops_wrong_ones(world):
     examples = [decomposed(world, i) for i in instructions(world, 0, "examples", 2, COMPLEX)]
     gate = make_gate(world, 0, 20, TASKS, examples)
     rows = gate.rows()
-    assert len({row["id"] for row in rows}) == len(rows) == 80
+    assert len({row["id"] for row in rows}) == len(rows) == 100
     assert {split_of(world, i.composition) for i in gate.asked["complex"]} == {Split.HELD_OUT}
     given = [instruction for name in ("simple", "start_with", "complex") for instruction in gate.asked[name]]
     rng = draw(world, 0, "right", 0)
     right = {row["id"]: write(world, i.group, i.constraints, rng) for row, i in zip(rows, given, strict=False)}
-    right |= {f"decompose-{i}": made[-1]["content"] for i, made in enumerate(gate.decompositions)}
+    for name, made in gate.decompositions.items():
+        right |= {f"decompose-{name}-{i}": conversation[-1]["content"] for i, conversation in enumerate(made)}
     shares = gate.measure(right)
     assert set(shares.values()) == {1.0}
     check_gate(shares, 0.9, "model")
@@ -226,5 +227,7 @@ def test_the_gate_lets_right_answers_through_and_stops_wrong_ones(world):
     assert shares["start_with"] == pytest.approx(0.85) and shares["decompose"] == 1
     with pytest.raises(UserError, match="^model: start_with 85.0% below the gate of 90%: "):
         check_gate(shares, 0.9, "model")
-    shares = gate.measure(right | {f"decompose-{i}": right["decompose-0"] for i in range(20)})
-    assert shares["decompose"] == pytest.approx(0.05)
+    for name, share in (("simple", "decompose"), ("complex", "decompose_complex")):
+        shares = gate.measure(right | {f"decompose-{name}-{i}": right[f"decompose-{name}-0"] for i in range(20)})
+        assert {key for key, value in shares.items() if value < 1} == {share}
+        assert shares[share] == pytest.approx(0.05)
