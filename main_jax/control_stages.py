@@ -65,8 +65,8 @@ def run_controls(config: ControlsConfig) -> None:
     """
     run = _Controls(config)
     run.begin()
-    with alone_in(Path(config.output)) as lock:
-        run.do(lock)
+    with alone_in(Path(config.output)):
+        run.do()
 
 
 class _Controls:
@@ -84,8 +84,9 @@ class _Controls:
         self._tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
         self._encoder = TextEncoder(self._tokenizer, NO_LIMIT, end_token_ids(source.directory, self._tokenizer))
         self._prompts = open_prompts(config.prompts, self._tokenizer, config.model)
-        self._seeds = [seed for seed in seeds if seed.row not in out]
         held = [seed for seed in seeds if seed.row in out]
+        asked = {seed.instruction for seed in held}  # the same pair may stand there twice
+        self._seeds = [seed for seed in seeds if seed.row not in out and seed.instruction not in asked]
         longest = config.train["max_length"]
         rows = {seed.row: row for seed, row in zip(seeds, seed_rows(FORWARD, seeds, self._prompts), strict=True)}
         self._learnt = fitting([rows[seed.row] for seed in self._seeds], self._encoder, longest)
@@ -98,7 +99,7 @@ class _Controls:
                 f"{config.seeds}: {len(self._learnt)} of {len(self._seeds)} pairs to learn and {len(measured)} of "
                 f"{len(held)} held-out ones have at most config.train.max_length={longest} tokens; raise it"
             )
-        self._lock, self._costs = -1, {}
+        self._costs: Costs = {}
 
     def begin(self) -> None:
         """Makes the directory, or finds the same controls in it to continue."""
@@ -108,9 +109,9 @@ class _Controls:
             settings[name] = {"path": path, "fingerprint": rows_fingerprint(read_rows(path), path)}
         begin_directory(self._config.output, "main_controls", settings, MAY_CHANGE)
 
-    def do(self, lock: int) -> None:
+    def do(self) -> None:
         """All stages, then the report."""
-        config, self._lock = self._config, lock
+        config = self._config
         given = ({"prompt": s.instruction, "response": s.response, "weight": s.weight} for s in self._seeds)
         write_jsonl(self._path("data/seeds.jsonl"), given)
         write_jsonl(self._path("data/held_out.jsonl"), self._measured)
@@ -145,7 +146,7 @@ class _Controls:
         self._costs |= json.loads(done.read_text())
 
     def _step(self, section: str, **own: Any) -> None:
-        run_step(*self._config.flags(section, **own), lock=self._lock)
+        run_step(*self._config.flags(section, **own))
 
     def _do_rounds(self) -> Costs:
         self._step("rounds", seeds=self._path("data/seeds.jsonl"), output=self._path("rounds"))

@@ -1,7 +1,7 @@
 """What MAIN (arXiv 2504.12913) is compared with: the same final training on other pairs, or with another alpha.
 
 An arm is a name and the pairs that it learns beside the seeds. Rows in, rows out: no model, no file. Draws are hashes
-of (seed, purpose, name), so that no order can matter. Every arm that selects keeps as many pairs as the filter did.
+of (seed, purpose, name or place in the file). Every arm that selects keeps as many pairs as the filter did.
 
 Axes: N candidates, in groups of one response each.
 """

@@ -14,7 +14,8 @@ from lm_jax.errors import UserError
 from main_jax.controls import SEED_ONLY, check_arms, check_held_out, depth_of
 from main_jax.mutual_filter import FilterConfig
 from main_jax.prompts import PromptConfig, check_markers
-from main_jax.rounds_config import RoundsConfig
+from main_jax.round_rows import DIRECTIONS
+from main_jax.rounds_config import SAMPLED, RoundsConfig
 from main_jax.train import MainTrainConfig
 
 # Section -> the command whose settings it has, and their class
@@ -26,7 +27,9 @@ COMMANDS = {
     "judge": ("generate", GenerateConfig),
 }
 # How things are computed and which are compared, not what comes out of one of them
-MAY_CHANGE = ("output", "arms", *(f"{section}.{key}" for section in COMMANDS for key in ("mesh", "compute")))
+_PLACES = (*(s for s in COMMANDS if s != "rounds"), *(f"rounds.{part}" for part in (*SAMPLED, *DIRECTIONS)))
+_HOW = ("mesh", *(f"compute.{key}" for key in ("remat", "attention", "logprob_chunk", "scan_unroll")))
+MAY_CHANGE = ("output", "arms", *(f"{place}.{key}" for place in _PLACES for key in _HOW))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lm_jax.data.rows import check_not_input, replacing, write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.evaluation.ifeval import read_prompts, read_responses, score_responses
 from lm_jax.evaluation.lm_eval_setup import require_lm_eval
-from lm_jax.evaluation.tasks import Tasks, markdown, table
+from lm_jax.evaluation.tasks import Tasks, markdown, table, task_file
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
 from lm_jax.training.metrics import say
@@ -166,7 +166,7 @@ def _run(
         found = tasks.run(task, lm, config.num_fewshot, config.limit, config.apply_chat_template)
         truncated = lm.truncated - before
         if truncated:
-            say(f"{name}: {task}: {truncated} questions lost their beginning (config.max_length={lm.max_length})")
+            say(f"{name}: {task}: {truncated} requests lost their beginning (config.max_length={lm.max_length})")
         path = _path(config, name, task)
         samples = found.pop("samples")
         if jax.process_index() == 0:
@@ -185,13 +185,13 @@ def _results(config: HarnessConfig, name: str, source: ModelSource) -> dict[str,
 def _settings(config: HarnessConfig, task: str, source: ModelSource) -> dict[str, Any]:
     """What a result depends on. Devices, batches and where files lie may change."""
     names = ("limit", "num_fewshot", "apply_chat_template", "seed", "dtype", "max_length")
-    file = Path(task)
+    file = task_file(task, config.include_path)
     return {
         **{f"config.{name}": getattr(config, name) for name in names},
         "config.compute.dtype": config.compute.dtype,
         "version of lm-eval": importlib.metadata.version("lm_eval"),
         "fingerprint of the model": source.identity(),
-        "fingerprint of the task's file": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
+        "fingerprint of the task's file": hashlib.sha256(file.read_bytes()).hexdigest() if file else None,
     }
 
 

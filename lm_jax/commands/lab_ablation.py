@@ -30,14 +30,15 @@ from lm_jax.commands.steps import alone_in, logged, run_step
 from lm_jax.data.rows import replacing, write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.lab.answers import verdicts
+from lm_jax.lab.gate import check_gate
 from lm_jax.lab.world import World
 from lm_jax.lab.worlds import WORLDS
 
 Row = dict[str, Any]
 MUSC, MAIN, BOTH = CHOICES = ("musc", "main", "both")
 SAMPLED, GREEDY = "sampled", "greedy"
-# How it is computed, not what comes out; more seeds and arms can follow
-_MAY_CHANGE = ("output", "seeds", "arms", "processes")
+# How it is computed and what is refused, not what comes out; more seeds and arms can follow
+_MAY_CHANGE = ("output", "seeds", "arms", "processes", "gate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,8 @@ class LabAblationConfig:
         for name in ("seed_rows", "seed_batch_rows", "dev", "test", "processes"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.gate <= 1:
+            raise UserError(f"config.gate={self.gate}: must lie between 0 and 1")
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -180,6 +183,8 @@ class _Ablation:
                 f"--config.batch_rows={config.seed_batch_rows}",
                 f"--config.gate={config.gate}",
             )
+        # One that failed before has left its numbers too
+        check_gate(json.loads((output / "gate.json").read_text()), config.gate, f"{output}/model")
 
     def _prepare(self, name: str, seed: int) -> None:
         arms, extras = self._arms[name, seed], self._of(seed) / name / "extras.json"

@@ -84,7 +84,8 @@ def plan(config: Any, programs: Programs, topology: str | None, output: str | No
         found = search(
             config,
             target,
-            lambda settings: compile_program(lowered(settings)[0], target),
+            lambda settings: lowered(settings)[0],
+            lambda program: compile_program(program, target),
             lambda candidate: say(_line(_candidate(candidate))),
         )
         report["search"] = [_candidate(c) for c in found]

@@ -20,6 +20,7 @@ from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import Decoder
 
+_LOCKS: list[int] = []  # of `alone_in`, in every thread
 _LOG: contextvars.ContextVar[Path | None] = contextvars.ContextVar("log", default=None)
 
 
@@ -34,18 +35,15 @@ def logged(path: Path) -> Iterator[None]:
         _LOG.reset(before)
 
 
-def run_step(module: str, *arguments: str, lock: int | None = None) -> None:
-    """Prints the command line and runs it; see `logged`.
-
-    Args:
-      lock: of `alone_in`; the step holds it too, should this process be killed before it.
+def run_step(module: str, *arguments: str) -> None:
+    """Prints the command line and runs it; see `logged`. It holds the locks of `alone_in` too.
 
     Raises:
       UserError: it failed; its own error stands above, or is the last line of its log.
     """
     shown = f"$ python -m {module} \\\n    " + " \\\n    ".join(map(shlex.quote, arguments))
     command, log = [sys.executable, "-m", module, *arguments], _LOG.get()
-    inherited = () if lock is None else (lock,)
+    inherited = tuple(_LOCKS)
     if log is None:
         print(shown, flush=True)
         if subprocess.run(command, pass_fds=inherited).returncode:
@@ -62,7 +60,7 @@ def run_step(module: str, *arguments: str, lock: int | None = None) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(directory: Path) -> Iterator[int]:
+def alone_in(directory: Path) -> Iterator[None]:
     """A lock on a directory that the steps run there inherit: a step whose command was killed still holds it.
 
     Raises:
@@ -77,7 +75,11 @@ def alone_in(directory: Path) -> Iterator[int]:
                 f"{directory}: another process is at work there, or a step that outlived its command; wait for its "
                 "end, or give another config.output"
             ) from error
-        yield descriptor
+        _LOCKS.append(descriptor)
+        try:
+            yield
+        finally:
+            _LOCKS.remove(descriptor)
     finally:
         os.close(descriptor)
 

@@ -44,7 +44,7 @@ class JaxLM(TemplateLM):
       seed: of tasks that sample.
 
     Attributes:
-      truncated: questions that lost their beginning so far.
+      truncated: requests that lost their beginning so far; a question with choices makes one for each.
 
     Raises:
       UserError: a tokenizer that does not fit, weights that cannot be read.

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,15 @@ def markdown(models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines.append([row["task"], row["metric"], *told, *([f"{row['difference']:+.4f}"] if several else [])])
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def task_file(name: str, include_path: str | None) -> Path | None:
+    """The user's own file of a task: the one that `name` is, or the one below `include_path` that has this name."""
+    if Path(name).is_file():
+        return Path(name)
+    given = re.compile(rf"^(?:task|group):[ \t]*['\"]?{re.escape(name)}['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
+    files = sorted(Path(include_path).rglob("*.y*ml")) if include_path is not None else []
+    return next((file for file in files if given.search(file.read_text(encoding="utf-8", errors="replace"))), None)
 
 
 def _file_of(name: str) -> Path | None:

@@ -116,7 +116,7 @@ def _walk(name: str, computations, num_devices: int, runs: int, certain: bool) -
             yield _collective(kind, instruction, types, num_devices, runs, certain)
         elif kind == "while":
             trips = _trips(instruction, computations[name], computations)
-            yield from inside(instruction.attribute("body"), trips or 1, trips is not None)
+            yield from inside(instruction.attribute("body"), 1 if trips is None else trips, trips is not None)
         elif kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
             names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.planning.compiled import Cost
+from lm_jax.planning.programs import Program
 from lm_jax.planning.topologies import Target
 from lm_jax.training.flops import PEAK_FLOPS
 from lm_jax.training.job import TrainConfig
@@ -42,14 +43,19 @@ class Candidate:
 def search(
     config: TrainConfig,
     target: Target,
-    compile_step: Callable[[TrainConfig], Cost],
+    lower: Callable[[TrainConfig], Program],
+    compile_lowered: Callable[[Program], Cost],
     show: Callable[[Candidate], None],
 ) -> list[Candidate]:
     """The candidates that were compiled, first those that fit, fastest first.
 
     Args:
-      compile_step: settings -> the step's cost; raises UserError for settings that do not fit the model.
+      lower: settings -> the step; raises UserError for settings that do not fit the model.
+      compile_lowered: what the step costs.
       show: is called with every candidate as it comes.
+
+    Raises:
+      UserError: a step does not compile.
     """
     tried: list[Candidate] = []
     for mesh in _meshes(len(target.devices)):
@@ -59,9 +65,10 @@ def search(
             for rows in _rows(config, mesh)[:fitting]:
                 settings = _with(config, mesh, rows, remat)
                 try:
-                    cost = compile_step(settings)
+                    program = lower(settings)
                 except UserError:
                     break  # heads or widths that this mesh does not divide
+                cost = compile_lowered(program)
                 tried.append(Candidate(settings, cost, estimated_seconds(cost, target)))
                 show(tried[-1])
                 if not tried[-1].fits:

@@ -82,8 +82,8 @@ def open_target(topology: str | None) -> Target:
     chip = _check(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "--topology needs libtpu, which compiles for TPUs: pip install 'lm-jax[tpu-plan]' (Linux on x86-64); "
-            "without --topology the plan is for this machine's devices"
+            "--topology needs libtpu, which compiles for TPUs (Linux on x86-64); run in the checkout: pip install -e "
+            "'.[tpu-plan]'; without --topology the plan is for this machine's devices"
         )
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")

@@ -32,7 +32,7 @@ class Judge:
             yield [Completion(request.id, (Sample(f"Score: {int(request.id) % 6}", "stop", 3),))]
 
 
-def step(module: str, *arguments: str, lock: int) -> None:
+def step(module: str, *arguments: str) -> None:
     """What the command line does, in this process."""
     print(f"$ {module}", flush=True)
     values = flags.FlagValues()

@@ -14,6 +14,7 @@ from lm_jax.commands.steps import logged, run_step
 from lm_jax.config import from_config_dict
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
+from lm_jax.lab.gate import GATED
 from lm_jax.lab.lists import LISTS
 from musc_jax.token_weights import WEIGHING_RULES
 from tests.lab import CONTROLS
@@ -28,6 +29,7 @@ class Fake:
 
     right = {"seed/model": 2, "dpo@0.0001": 4, "dpo@0.0003": 6, "kl@0.0001": 7, "kl@0.0003": 7}
     calls: list = []
+    gate = 0.95
 
     def __init__(self, config, world, seed, root, names, rules):
         self.about = {name: name for name in ("seed", "dpo", "kl") if name in names}
@@ -68,7 +70,7 @@ def run(tmp_path, monkeypatch):
     def fit(module, *flags):
         output = dict(flag.removeprefix("--config.").split("=") for flag in flags[1:])["output"]
         Fake.calls.append(("fit", output.split("seed_")[-1][0]))
-        write_jsonl(f"{output}/gate.json", [{}])
+        write_jsonl(f"{output}/gate.json", [dict.fromkeys(GATED, Fake.gate)])
 
     monkeypatch.setattr(lab_steps, "answer", answer)
     monkeypatch.setattr(lab_ablation, "run_step", fit)
@@ -130,6 +132,15 @@ def test_an_arm_that_fails_leaves_the_others_and_goes_on_later(run, tmp_path, mo
     assert json.loads((tmp_path / "out/report.json").read_text())["musc"]["arms"]["dpo"]["seeds"] == [0]
     assert ("dpo", 0.0003, 1) in run()
     assert json.loads((tmp_path / "out/report.json").read_text())["musc"]["arms"]["dpo"]["seeds"] == [0, 1, 2]
+
+
+def test_a_model_below_the_gate_stays_refused(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Fake, "gate", 0.5)
+        for _ in range(2):  # the second time its numbers are there already
+            with pytest.raises(UserError, match="below the gate of 90%"):
+                run()
+    assert ("prepare", 0) in run(gate=0.4)
 
 
 def test_arms_beside_each_other_give_the_same_report(run, tmp_path):

@@ -302,19 +302,27 @@ def test_the_settings_are_those_of_the_neighbours():
 
 def test_a_directory_is_one_commands(tmp_path):
     """Also while a step of a command that was killed is still at work."""
-    code = "import sys, time; print(1, flush=True); time.sleep(60)"
-    with alone_in(tmp_path) as lock:
-        step = subprocess.Popen([sys.executable, "-c", code], pass_fds=[lock], stdout=subprocess.PIPE)
-        step.stdout.readline()
+    step = "import sys; print('at work', flush=True); sys.stdin.read()"
+    code = f"""
+from pathlib import Path
+from lm_jax.commands.steps import alone_in, run_step
+with alone_in(Path({str(tmp_path)!r})):
+    run_step("timeit", "-n1", "-r1", {step!r})
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as command:
+        while command.stdout.readline() not in ("at work\n", ""):
+            pass
         with pytest.raises(UserError, match="another process is at work there"), alone_in(tmp_path):
             pass
-    with pytest.raises(UserError, match="or a step that outlived its command"), alone_in(tmp_path):
-        pass
-    step.kill()
-    step.wait()
+        command.kill()
+        command.wait()
+        with pytest.raises(UserError, match="or a step that outlived its command"), alone_in(tmp_path):
+            pass
+        command.stdin.close()  # the step ends
+        command.stdout.read()
     with alone_in(tmp_path):
         pass
-    step.stdout.close()
 
 
 def test_the_cost_of_sampling_and_scoring():
