@@ -131,12 +131,12 @@ def test_embeddings_are_exchanged_once_a_step(found):
 
 
 def test_memory_is_what_lies_there(found):
-    """A donated argument is not counted twice."""
+    """Arguments, temporaries, and the program itself, which takes about a megabyte of a TPU's memory."""
     block = ROWS * WIDTH * 4
     donated, gathered = found["donated"], found["gathered"]
     assert donated["argument_bytes"] == block
     code = donated["hbm_bytes_per_chip"] - donated["temporary_bytes"] - block
-    assert 0 <= code < 2**20
+    assert 0 <= code < 2**21
     assert gathered["hbm_bytes_per_chip"] >= block + DEVICES * block
     assert donated["fits"] is True
 
