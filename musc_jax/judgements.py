@@ -10,7 +10,6 @@ from musc_jax.drops import Drop
 from musc_jax.lists import list_items
 from musc_jax.prompts import SEPARATOR
 
-SCORES = (1, 5)
 _END = re.compile(rf"^[ \t]*{SEPARATOR}[ \t]*$", re.MULTILINE)
 _FAULTS_LABEL = re.compile(
     r"[\s*_#]*(?:list of |the |remaining )*(?:faults?|critique|problems?|issues?|缺点|问题|错误)"

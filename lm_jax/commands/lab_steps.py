@@ -1,4 +1,4 @@
-"""The methods' commands with settings for the lab's small models: what the quickstart and the ablation run.
+"""The methods' commands with settings for the lab's small models: what the ablation runs.
 
 A step whose output is there is not run again; one that was interrupted goes on, as every command does.
 """
@@ -80,20 +80,6 @@ def answer(
     given |= {"num_samples": samples}
     _run("generate", "", given | {"max_new_tokens": 64} | _SLOTS)
     return read_rows(output)
-
-
-def export(run: str, output: str) -> None:
-    """`launch.export_hf`, in fp32: bf16 would round small changes away."""
-    _run("export_hf", "", {"model": run, "output": output, "dtype": "float32"})
-
-
-def show_pairs(model: str, pairs: str, counts: str, output: str) -> None:
-    """`launch.report`."""
-    _run(
-        "report",
-        ":tiny",
-        {"model": model, "input": pairs, "counts": counts, "output": output, "max_length": _LENGTH},
-    )
 
 
 def teach_each_other(
