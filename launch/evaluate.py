@@ -1,4 +1,4 @@
-r"""Evaluates models on lm-eval's tasks, or responses on IFEval.
+r"""Evaluates models on lm-eval's tasks, responses on IFEval, or responses with a judge.
 
     python -m launch.evaluate --config=configs/evaluate.py --config.models=DIR --config.tasks=NAME \
         --config.output=results
@@ -8,9 +8,9 @@ from launch import cli
 
 
 def command():
-    from lm_jax.commands.evaluate import HarnessConfig, IfevalConfig, evaluate
+    from lm_jax.commands.evaluate import HarnessConfig, IfevalConfig, JudgedConfig, evaluate
 
-    return HarnessConfig | IfevalConfig, evaluate
+    return HarnessConfig | IfevalConfig | JudgedConfig, evaluate
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lm_jax.data.answer_text import is_opening, unfenced, unquoted, visible, without_closing, without_opening
 from lm_jax.data.refusals import is_refusal
 from lm_jax.data.similarity import tokens
+from lm_jax.data.verdicts import NO, YES
 from musc_jax.constraints import folded
 from musc_jax.demonstrations import Demonstration, with_input
 from musc_jax.drops import Drop
@@ -20,10 +21,8 @@ _CONSTRAINT_LABEL = re.compile(
     r"(?:constraint|question|opposite|约束|新约束|相反的约束|相反)[\s*_]*[:：][\s*_]*",
     re.IGNORECASE,
 )
-_YES = r"yes|true|是的|是|sí|si|oui|ja|sim|да|はい|예|네|✓|✔|✅"
-_NO = r"no|false|不是|否|non|nein|não|нет|いいえ|아니(?:요|오)|✗|✘|❌"
-_VERDICT = re.compile(rf"[\s\"'*_(\[]*(?:(?P<yes>{_YES})|(?P<no>{_NO}))(?![^\W\d_])", re.IGNORECASE)
-_LAST_VERDICT = re.compile(rf"[\W_](?:(?P<yes>{_YES})|(?P<no>{_NO}))\W*$", re.IGNORECASE)
+_VERDICT = re.compile(rf"[\s\"'*_(\[]*(?:(?P<yes>{YES})|(?P<no>{NO}))(?![^\W\d_])", re.IGNORECASE)
+_LAST_VERDICT = re.compile(rf"[\W_](?:(?P<yes>{YES})|(?P<no>{NO}))\W*$", re.IGNORECASE)
 _TAIL = 40  # characters, of a line, that may hold the verdict after the constraint itself
 
 

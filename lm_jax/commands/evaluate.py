@@ -1,4 +1,4 @@
-"""`launch.evaluate`: models on lm-eval's tasks, or responses in a file on IFEval."""
+"""`launch.evaluate`: models on lm-eval's tasks, responses in a file on IFEval, or judged by a model."""
 
 import dataclasses
 import functools
@@ -11,13 +11,15 @@ from typing import Any
 
 import jax
 
+from lm_jax.commands.judged import JudgedConfig, evaluate_judged
 from lm_jax.commands.processes import everywhere
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, replacing, write_jsonl
 from lm_jax.errors import UserError
-from lm_jax.evaluation.ifeval import read_prompts, read_responses, score_responses
+from lm_jax.evaluation.ifeval import read_prompts, score_responses
 from lm_jax.evaluation.lm_eval_setup import require_lm_eval
+from lm_jax.evaluation.responses import read_responses
 from lm_jax.evaluation.tasks import Tasks, markdown, table, task_file
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
@@ -78,7 +80,7 @@ class IfevalConfig:
     allow_missing: bool
 
 
-def evaluate(config: HarnessConfig | IfevalConfig) -> None:
+def evaluate(config: HarnessConfig | IfevalConfig | JudgedConfig) -> None:
     """Runs what the preset names.
 
     Raises:
@@ -86,6 +88,8 @@ def evaluate(config: HarnessConfig | IfevalConfig) -> None:
     """
     if isinstance(config, IfevalConfig):
         evaluate_ifeval(config)
+    elif isinstance(config, JudgedConfig):
+        evaluate_judged(config)
     else:
         evaluate_tasks(config)
 

@@ -1,1 +1,1 @@
-"""Benchmarks: models and responses measured by rules and tasks that others wrote. Needs the extra `eval`."""
+"""Benchmarks: models and responses measured by rules and tasks that others wrote, or by a judge."""

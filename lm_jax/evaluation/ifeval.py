@@ -5,16 +5,12 @@ line, or asterisks. A prompt is followed if all of its instructions are.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_jax.data.rows import read_rows
 from lm_jax.errors import UserError
 from lm_jax.evaluation.lm_eval_setup import prepare_ifeval
-
-_SHOWN = 60  # characters of a prompt in an error
-_ALIKE = 0.9  # share of two prompts' characters that agree where one is the other, mended; the two known have 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,71 +54,6 @@ def read_prompts(path: str) -> list[Prompt]:
             raise UserError(f"{where}: the same prompt as row {before}; drop one of them")
         prompts.append(Prompt(text, tuple(ids), tuple(kwargs), where))
     return prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class Responses:
-    """What was answered.
-
-    Attributes:
-      texts: one for each prompt, None where it has none.
-      edited: rows whose prompt differs a little from the one that they answer (see `read_responses`).
-    """
-
-    texts: tuple[str | None, ...]
-    edited: tuple[int, ...]
-
-
-def read_responses(path: str, prompts: Sequence[Prompt], allow_missing: bool) -> Responses:
-    """The response to each prompt, from rows with `prompt` and `response`, in any order.
-
-    A response goes to the prompt with its very text. IFEval's published prompts were mended after responses to them had
-    been published, so a row whose text fits none goes to the prompt of the same row number where that one is left over
-    and nearly the same.
-
-    Args:
-      path: a row's prompt may also be messages of which the last is the user's. A response of null, as
-        `launch.generate` leaves where it got none, is a missing one.
-      allow_missing: else a prompt without a response is an error.
-
-    Raises:
-      UserError: a prompt that is not among `prompts`, one that is answered twice or not at all, a response that is no
-        text.
-    """
-    rows = read_rows(path, ("prompt", "response"))
-    texts = [_last_user_text(row["prompt"]) for row in rows]
-    number_of = {prompt.text: i for i, prompt in enumerate(prompts)}
-    left_over = set(number_of) - set(texts)
-    responses: list[str | None] = [None] * len(prompts)
-    answered: dict[int, int] = {}
-    edited = []
-    for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        where, at = f"{path} row {number}", number_of.get(text)
-        if at is None and number < len(prompts) and _edited(prompts[number].text, text, left_over):
-            at = number
-            edited.append(number)
-        if at is None:
-            raise UserError(
-                f"{where}: its prompt ({_short(text)}) is not in config.prompts, letter for letter; drop the row, or "
-                "give the prompts that were answered"
-            )
-        if (before := answered.setdefault(at, number)) != number:
-            raise UserError(f"{where}: answers the same prompt as row {before} ({_short(text)}); keep one of them")
-        responses[at] = row["response"]
-        if not isinstance(row["response"], str | None):
-            raise UserError(
-                f"{where}: response must be a text, got {type(row['response']).__name__}; give one response a prompt"
-            )
-    if lacking := [p for p, response in zip(prompts, responses, strict=True) if response is None]:
-        if len(lacking) == len(prompts):
-            raise UserError(f"{path}: no response in it, all are null; give a file with responses")
-        if not allow_missing:
-            raise UserError(
-                f"{path}: {len(lacking)} of {len(prompts)} prompts have no response, the first is {lacking[0].where} "
-                f"({_short(lacking[0].text)}); add them, or leave them out of the scores with "
-                "--config.allow_missing=true"
-            )
-    return Responses(tuple(responses), tuple(edited))
 
 
 def score_responses(prompts: Sequence[Prompt], responses: Sequence[str | None]) -> dict[str, Any]:
@@ -187,19 +118,5 @@ def _check_instructions(prompt: Prompt) -> None:
             )
 
 
-def _edited(prompt: str, answered: str, left_over: Collection[str]) -> bool:
-    return prompt in left_over and difflib.SequenceMatcher(None, prompt, answered, autojunk=False).ratio() >= _ALIKE
-
-
-def _last_user_text(prompt: Any) -> Any:
-    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "user":
-        prompt = prompt[-1].get("content")
-    return prompt if isinstance(prompt, str) else repr(prompt)
-
-
 def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")

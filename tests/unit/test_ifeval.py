@@ -7,7 +7,8 @@ import pytest
 
 from lm_jax.errors import UserError
 from lm_jax.evaluation import lm_eval_setup
-from lm_jax.evaluation.ifeval import read_prompts, read_responses, score_responses
+from lm_jax.evaluation.ifeval import read_prompts, score_responses
+from lm_jax.evaluation.responses import read_responses
 
 # The paper's table (arXiv 2311.07911) for the GPT-4 responses that were released with it, in percent
 PUBLISHED = {

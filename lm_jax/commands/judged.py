@@ -1,0 +1,308 @@
+"""`launch.evaluate` with a judge: responses from a file or a model, questions to the judge, scores and tables.
+
+The directory `config.output` gets
+
+    prompts.jsonl, responses.jsonl    where a model here or behind an endpoint writes the responses
+    judge_prompts.jsonl               what the judge is asked
+    judge_answers.jsonl               what it said, kept as it comes; killed and started again, the rest is asked
+    verdicts.jsonl                    what was read from that, or decided by a rule
+    scores.json, scores.md            the scores
+    outputs.json                      with the preset pairwise: the responses as AlpacaEval reads them
+"""
+
+import collections
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm_jax.commands.generate import GenerateConfig, generate_rows
+from lm_jax.commands.generator import EndpointConfig, check_one_model
+from lm_jax.commands.processes import everywhere
+from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.data.rows import read_rows, replacing, write_jsonl
+from lm_jax.errors import UserError
+from lm_jax.evaluation.cfbench import CFBench
+from lm_jax.evaluation.complexbench import ComplexBench
+from lm_jax.evaluation.followbench import FollowBench
+from lm_jax.evaluation.judged import Benchmark, Question, Verdict, markdown, read_verdict
+from lm_jax.evaluation.pairwise import Pairwise
+from lm_jax.evaluation.responses import read_responses
+from lm_jax.training.metrics import say
+
+BENCHMARKS = {"cfbench": CFBench, "followbench": FollowBench, "complexbench": ComplexBench, "pairwise": Pairwise}
+_SHOWN = 10  # numbers of rows in a line
+# Keys of the judge, as commands name them that know but one model
+_JUDGE_KEY = re.compile(r"\bconfig\.(?=(?:model|endpoint|dtype|max_new_tokens|temperature|decode|mesh|compute)\b)")
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """Who judges, and what it costs; `configs/evaluate.py` says what each key is for."""
+
+    model: str | None
+    endpoint: EndpointConfig
+    max_new_tokens: int
+    temperature: float
+    prompt_price: float
+    answer_price: float
+    dtype: str
+    decode: DecodeConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+
+    def __post_init__(self):
+        for name in ("prompt_price", "answer_price"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"config.judge.{name}={getattr(self, name)}: must be 0 (unknown) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedConfig:
+    """The presets of `configs/evaluate.py` that need a judge; it says what each key is for."""
+
+    benchmark: str
+    input: str
+    responses: str | None
+    output: str
+    name: str
+    limit: int | None
+    allow_missing: bool
+    cost_only: bool
+    seed: int
+    max_failed_share: float
+    model: str | None
+    endpoint: EndpointConfig
+    apply_chat_template: bool
+    max_new_tokens: int
+    temperature: float
+    judge: JudgeConfig
+    dtype: str
+    decode: DecodeConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+
+    def __post_init__(self):
+        if self.benchmark not in BENCHMARKS:
+            raise UserError(f"config.benchmark={self.benchmark!r}: unknown; choose from {', '.join(BENCHMARKS)}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"config.limit={self.limit}: must be at least 1")
+        writer = self.model or self.endpoint.url
+        if not self.responses and not writer:
+            raise UserError(
+                "config.responses: not set; give a file with responses, or who writes them: config.model or "
+                "config.endpoint.url"
+            )
+        if self.responses and writer:
+            raise UserError(
+                f"config.responses={self.responses!r} and {writer!r}: responses come from a file or from a model; "
+                "leave one of the two out"
+            )
+        check_one_model(self)
+        _generation(self, self, "prompts.jsonl", "responses.jsonl")  # raises what is wrong with its keys
+        with_judge_keys(lambda: _generation(self, self.judge, "judge_prompts.jsonl", "judge_answers.jsonl"))
+
+
+def evaluate_judged(config: JudgedConfig) -> None:
+    """Has responses to a benchmark judged and writes the scores; see above for the files.
+
+    Raises:
+      UserError: anything the user can mend, naming file, row or key.
+    """
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{config.output}: is a file; give config.output a directory")
+    benchmark: Benchmark = BENCHMARKS[config.benchmark](config.input, config.limit)
+    if benchmark.questions([""] * len(benchmark.items)) and not (config.judge.model or config.judge.endpoint.url):
+        raise UserError(
+            "config.judge.model: not set; give --config.judge.endpoint.url and --config.judge.endpoint.model for a "
+            "server, or --config.judge.model=DIR"
+        )
+    responses = _responses(config, benchmark)
+    questions = benchmark.questions(responses)
+    cost = _cost(config.judge, questions)
+    say(_told(cost, len(benchmark.items)))
+    if config.cost_only:
+        return
+    answers = _ask(config, questions) if questions else {}
+    verdicts = {q.id: read_verdict(q, *answers[q.id]) for q in questions}
+    scores, counts = benchmark.score(responses, verdicts)
+    unreadable = {q.id: verdicts[q.id].fault for q in questions if verdicts[q.id].fault}
+    rows = sorted({q.item for q in questions if q.id in unreadable})
+    if rows:
+        say(
+            f"{len(unreadable)} of {len(questions)} verdicts could not be read and are left out of the scores: "
+            f"instructions {_numbers(rows)}; see {output / 'verdicts.jsonl'}"
+        )
+    report = {
+        "benchmark": config.benchmark,
+        "name": config.name,
+        "judge": config.judge.endpoint.model if config.judge.endpoint.url else config.judge.model,
+        "num_instructions": len(benchmark.items),
+        "num_missing": sum(response is None for response in responses),
+        "num_judge_calls": len(questions),
+        "num_unreadable_verdicts": len(unreadable),
+        "unreadable_by_fault": dict(collections.Counter(unreadable.values())),
+        "unreadable_instructions": [{"number": row, "where": benchmark.items[row].where} for row in rows],
+        **counts,
+        "cost": cost,
+        "scores": {g: {m: dataclasses.asdict(e) for m, e in metrics.items()} for g, metrics in scores.items()},
+    }
+    table = markdown(config.name, scores)
+    if jax.process_index() == 0:
+        write_jsonl(str(output / "verdicts.jsonl"), _verdict_rows(benchmark, responses, questions, verdicts, answers))
+        if isinstance(benchmark, Pairwise):
+            _write(output / "outputs.json", json.dumps(benchmark.outputs(responses, config.name), indent=2) + "\n")
+        _write(output / "scores.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        _write(output / "scores.md", table)
+        print(table, end="")
+
+
+def _responses(config: JudgedConfig, benchmark: Benchmark) -> Sequence[str | None]:
+    """To each item; written by the model first, where no file has them."""
+    path = config.responses
+    if not path:
+        prompts = [
+            {
+                "id": str(number),
+                "prompt": [{"role": "user", "content": item.text}] if config.apply_chat_template else item.text,
+            }
+            for number, item in enumerate(benchmark.items)
+        ]
+        settings = _generation(config, config, "prompts.jsonl", "responses.jsonl")
+        rows = _generate(settings, prompts)
+        lacking = [number for number, row in enumerate(rows) if row["response"] is None]
+        if lacking and not config.allow_missing:
+            raise UserError(
+                f"{settings.output}: {len(lacking)} responses are missing, of instructions {_numbers(lacking)}; "
+                f"delete it and {settings.output}.run.json to try again, or leave them out of the scores with "
+                "--config.allow_missing=true"
+            )
+        return [row["response"] for row in rows]
+    found = read_responses(path, benchmark.items, config.allow_missing, allow_others=True)
+    if found.others:
+        say(f"{path}: {len(found.others)} rows answer other prompts than those of config.input and are not used")
+    if found.edited:
+        say(f"{path}: rows {_numbers(found.edited)} answer prompts that differ a little from those of config.input")
+    if missing := sum(text is None for text in found.texts):
+        say(f"{missing} instructions have no response and are left out")
+    return found.texts
+
+
+def _ask(config: JudgedConfig, questions: Sequence[Question]) -> dict[str, tuple[str | None, str]]:
+    """Question id -> the judge's answer, None where it gave none, and why it ended."""
+    settings = _generation(config, config.judge, "judge_prompts.jsonl", "judge_answers.jsonl")
+    prompts = [{"id": q.id, "prompt": [{"role": "user", "content": q.prompt}]} for q in questions]
+    rows = with_judge_keys(lambda: _generate(settings, prompts))
+    return {row["id"]: (row["response"], row["finish_reason"]) for row in rows}
+
+
+def _generate(settings: GenerateConfig, prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    everywhere(lambda: write_jsonl(settings.input, prompts))
+    generate_rows(settings)
+    return everywhere(lambda: read_rows(settings.output))
+
+
+def _generation(
+    config: JudgedConfig, asked: "JudgedConfig | JudgeConfig", prompts: str, answers: str
+) -> GenerateConfig:
+    output = Path(config.output)
+    return GenerateConfig(
+        model=asked.model,
+        input=str(output / prompts),
+        output=str(output / answers),
+        seed=config.seed,
+        dtype=asked.dtype,
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        num_samples=1,
+        stop=(),
+        max_failed_share=config.max_failed_share,
+        decode=asked.decode,
+        endpoint=asked.endpoint,
+        mesh=asked.mesh,
+        compute=asked.compute,
+    )
+
+
+def with_judge_keys(call):
+    """What `call` returns; in a UserError of its, the keys of the model that it knows are called the judge's."""
+    try:
+        return call()
+    except UserError as error:
+        told = _JUDGE_KEY.sub("config.judge.", str(error)).replace("fingerprint of config.input", "other questions")
+        raise UserError(told) from error
+
+
+def _cost(judge: JudgeConfig, questions: Sequence[Question]) -> dict[str, Any]:
+    """What the judge will read and may write at most; prices are per million tokens."""
+    prompt_tokens = sum(_estimated_tokens(q.prompt) for q in questions)
+    answer_tokens = len(questions) * judge.max_new_tokens
+    cost = {
+        "num_calls": len(questions),
+        "estimated_prompt_tokens": prompt_tokens,
+        "most_answer_tokens": answer_tokens,
+    }
+    if judge.prompt_price or judge.answer_price:
+        cost["most_money"] = (prompt_tokens * judge.prompt_price + answer_tokens * judge.answer_price) / 1e6
+    return cost
+
+
+def _estimated_tokens(text: str) -> int:
+    """Without the judge's tokenizer: four ASCII characters a token, one of any other."""
+    ascii_characters = sum(character.isascii() for character in text)
+    return -(-ascii_characters // 4) + len(text) - ascii_characters
+
+
+def _told(cost: Mapping[str, Any], instructions: int) -> str:
+    money = f"; at your prices at most about {cost['most_money']:.2f}" if "most_money" in cost else ""
+    return (
+        f"judge: {cost['num_calls']} calls for {instructions} instructions, about "
+        f"{cost['estimated_prompt_tokens']:,} tokens of prompts, at most {cost['most_answer_tokens']:,} of answers{money}"
+    )
+
+
+def _verdict_rows(
+    benchmark: Benchmark,
+    responses: Sequence[str | None],
+    questions: Sequence[Question],
+    verdicts: Mapping[str, Verdict],
+    answers: Mapping[str, tuple[str | None, str]],
+) -> list[dict[str, Any]]:
+    """A row for each verdict, by item."""
+    rows = [
+        {"id": q.id, "number": q.item, "by": "judge", **_verdict(verdicts[q.id]), "judge_answer": answers[q.id][0]}
+        for q in questions
+    ]
+    rows += [
+        {"id": str(number), "number": number, "by": "rule", **_verdict(verdict), "judge_answer": None}
+        for number, verdict in benchmark.ruled(responses).items()
+    ]
+    shown = [
+        row | {"where": benchmark.items[row["number"]].where, "response": responses[row["number"]]} for row in rows
+    ]
+    return sorted(shown, key=lambda row: row["number"])
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "verdict": list(verdict.value) if isinstance(verdict.value, tuple) else verdict.value,
+        "fault": verdict.fault,
+    }
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(str(path)) as out:
+        out.write(text.encode())
