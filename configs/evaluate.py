@@ -33,10 +33,10 @@ first. `config.judge.model=DIR` is a judge that runs here. Presets, and what `in
     pairwise      outputs of a reference, as AlpacaEval    win rate, each pair judged in both orders; no correction
                   has them: `instruction`, `output`        for length
 
-Expect: a line with the judge's calls and tokens before it is asked, then a table with 95% intervals; in `results/cfbench`
-also `scores.json`, every verdict (`verdicts.jsonl`) and what the judge said (`judge_answers.jsonl`). A verdict that
-cannot be read is counted, and its instruction is left out of the scores. The same command goes on after an
-interruption.
+Expect: a line with the judge's calls and tokens before it is asked, then a table with 95% intervals; in
+`results/cfbench` also `scores.json`, every verdict (`verdicts.jsonl`) and what the judge said (`judge_answers.jsonl`).
+A verdict that cannot be read is counted, and its instruction is left out of the scores. The same command goes on after
+an interruption.
 """
 
 from ml_collections import ConfigDict

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from lm_jax.commands.generate import GenerateConfig, generate_rows
-from lm_jax.commands.generator import EndpointConfig, check_one_model
+from lm_jax.commands.generator import EndpointConfig, check_one_model, local_mesh, open_endpoint, open_local
 from lm_jax.commands.processes import everywhere
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.rows import read_rows, replacing, write_jsonl
@@ -35,7 +35,7 @@ from lm_jax.evaluation.responses import read_responses
 from lm_jax.training.metrics import say
 
 BENCHMARKS = {"cfbench": CFBench, "followbench": FollowBench, "complexbench": ComplexBench, "pairwise": Pairwise}
-_SHOWN = 10  # numbers of rows in a line
+_SHOWN = 5  # rows named in a line
 # Keys of the judge, as commands name them that know but one model
 _JUDGE_KEY = re.compile(r"\bconfig\.(?=(?:model|endpoint|dtype|max_new_tokens|temperature|decode|mesh|compute)\b)")
 
@@ -104,7 +104,7 @@ class JudgedConfig:
             )
         check_one_model(self)
         _generation(self, self, "prompts.jsonl", "responses.jsonl")  # raises what is wrong with its keys
-        with_judge_keys(lambda: _generation(self, self.judge, "judge_prompts.jsonl", "judge_answers.jsonl"))
+        _with_judge_keys(lambda: _generation(self, self.judge, "judge_prompts.jsonl", "judge_answers.jsonl"))
 
 
 def evaluate_judged(config: JudgedConfig) -> None:
@@ -117,11 +117,8 @@ def evaluate_judged(config: JudgedConfig) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{config.output}: is a file; give config.output a directory")
     benchmark: Benchmark = BENCHMARKS[config.benchmark](config.input, config.limit)
-    if benchmark.questions([""] * len(benchmark.items)) and not (config.judge.model or config.judge.endpoint.url):
-        raise UserError(
-            "config.judge.model: not set; give --config.judge.endpoint.url and --config.judge.endpoint.model for a "
-            "server, or --config.judge.model=DIR"
-        )
+    if not config.cost_only and benchmark.questions([""] * len(benchmark.items)):
+        _with_judge_keys(lambda: _check_judge(config.judge))  # before responses are written for it
     responses = _responses(config, benchmark)
     questions = benchmark.questions(responses)
     cost = _cost(config.judge, questions)
@@ -136,7 +133,7 @@ def evaluate_judged(config: JudgedConfig) -> None:
     if rows:
         say(
             f"{len(unreadable)} of {len(questions)} verdicts could not be read and are left out of the scores: "
-            f"instructions {_numbers(rows)}; see {output / 'verdicts.jsonl'}"
+            f"{_listed([benchmark.items[row].where for row in rows])}; see {output / 'verdicts.jsonl'}"
         )
     report = {
         "benchmark": config.benchmark,
@@ -152,7 +149,8 @@ def evaluate_judged(config: JudgedConfig) -> None:
         "cost": cost,
         "scores": {g: {m: dataclasses.asdict(e) for m, e in metrics.items()} for g, metrics in scores.items()},
     }
-    table = markdown(config.name, scores)
+    counted = [f"{name}: {value:g}\n" for name, value in report.items() if isinstance(value, int | float)]
+    table = f"{markdown(config.name, scores)}\n{''.join(counted)}"
     if jax.process_index() == 0:
         write_jsonl(str(output / "verdicts.jsonl"), _verdict_rows(benchmark, responses, questions, verdicts, answers))
         if isinstance(benchmark, Pairwise):
@@ -160,6 +158,14 @@ def evaluate_judged(config: JudgedConfig) -> None:
         _write(output / "scores.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         _write(output / "scores.md", table)
         print(table, end="")
+
+
+def _check_judge(judge: JudgeConfig) -> None:
+    """Raises UserError for what is wrong with the judge without asking it or reading weights."""
+    if judge.endpoint.url:
+        open_endpoint(judge.endpoint)
+    else:
+        open_local(judge, local_mesh(judge))
 
 
 def _responses(config: JudgedConfig, benchmark: Benchmark) -> Sequence[str | None]:
@@ -178,7 +184,7 @@ def _responses(config: JudgedConfig, benchmark: Benchmark) -> Sequence[str | Non
         lacking = [number for number, row in enumerate(rows) if row["response"] is None]
         if lacking and not config.allow_missing:
             raise UserError(
-                f"{settings.output}: {len(lacking)} responses are missing, of instructions {_numbers(lacking)}; "
+                f"{settings.output}: {len(lacking)} responses are missing, of instructions {_listed(lacking)}; "
                 f"delete it and {settings.output}.run.json to try again, or leave them out of the scores with "
                 "--config.allow_missing=true"
             )
@@ -187,7 +193,7 @@ def _responses(config: JudgedConfig, benchmark: Benchmark) -> Sequence[str | Non
     if found.others:
         say(f"{path}: {len(found.others)} rows answer other prompts than those of config.input and are not used")
     if found.edited:
-        say(f"{path}: rows {_numbers(found.edited)} answer prompts that differ a little from those of config.input")
+        say(f"{path}: rows {_listed(found.edited)} answer prompts that differ a little from those of config.input")
     if missing := sum(text is None for text in found.texts):
         say(f"{missing} instructions have no response and are left out")
     return found.texts
@@ -197,7 +203,7 @@ def _ask(config: JudgedConfig, questions: Sequence[Question]) -> dict[str, tuple
     """Question id -> the judge's answer, None where it gave none, and why it ended."""
     settings = _generation(config, config.judge, "judge_prompts.jsonl", "judge_answers.jsonl")
     prompts = [{"id": q.id, "prompt": [{"role": "user", "content": q.prompt}]} for q in questions]
-    rows = with_judge_keys(lambda: _generate(settings, prompts))
+    rows = _with_judge_keys(lambda: _generate(settings, prompts))
     return {row["id"]: (row["response"], row["finish_reason"]) for row in rows}
 
 
@@ -233,7 +239,7 @@ def _generation(
     )
 
 
-def with_judge_keys(call):
+def _with_judge_keys(call):
     """What `call` returns; in a UserError of its, the keys of the model that it knows are called the judge's."""
     try:
         return call()
@@ -265,8 +271,8 @@ def _estimated_tokens(text: str) -> int:
 def _told(cost: Mapping[str, Any], instructions: int) -> str:
     money = f"; at your prices at most about {cost['most_money']:.2f}" if "most_money" in cost else ""
     return (
-        f"judge: {cost['num_calls']} calls for {instructions} instructions, about "
-        f"{cost['estimated_prompt_tokens']:,} tokens of prompts, at most {cost['most_answer_tokens']:,} of answers{money}"
+        f"judge: {cost['num_calls']} calls for {instructions} instructions, prompts of about "
+        f"{cost['estimated_prompt_tokens']:,} tokens, answers of at most {cost['most_answer_tokens']:,}{money}"
     )
 
 
@@ -299,8 +305,8 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _numbers(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")
+def _listed(places: Sequence[int | str]) -> str:
+    return ", ".join(map(str, places[:_SHOWN])) + (", ..." if len(places) > _SHOWN else "")
 
 
 def _write(path: Path, text: str) -> None:
