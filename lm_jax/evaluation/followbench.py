@@ -106,9 +106,9 @@ class FollowBench:
     def _add(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
         for chain in _chains(rows, file):
             above: list[str] = []
-            categories = [row["category"] for _, row in chain]
-            # Of the mixed category only level 0 is called so; the others list what was added
-            category = categories[0] if chain[0][1]["level"] == 0 or len(set(categories)) == 1 else "mixed"
+            categories = {row["category"] for _, row in chain}
+            # In the mixed category only level 0 is called so; the others list what was added
+            category = categories.pop() if len(categories) == 1 else "mixed"
             for where, row in chain:
                 above.append(row["instruction"])
                 if row["level"]:
