@@ -34,16 +34,21 @@ class CFBench:
     Args:
       path: rows with `prompt` and `criteria`, a list of [requirement, priority, type, subtype]; `gold` and `split`
         (easy, hard) may lack.
-      limit: the first so many rows; none: all.
+      limit: the first so many rows; none: all. A row with an empty prompt, of which the released file has one, is left
+        out.
 
     Raises:
-      UserError: a row that is not of this form.
+      UserError: a row that is not of this form, or none with a prompt.
     """
 
     def __init__(self, path: str, limit: int | None):
         rows = read_rows(path, ("prompt", "criteria"))[:limit]
-        self.items = [_item(row, f"{path} row {number}") for number, row in enumerate(rows)]
-        self._rows = [_read(row, item.where) for row, item in zip(rows, self.items, strict=True)]
+        asked = [(row, f"{path} row {number}") for number, row in enumerate(rows) if row["prompt"] != ""]
+        self.items = [_item(row, where) for row, where in asked]
+        self._rows = [_read(row, where) for row, where in asked]
+        self._num_empty = len(rows) - len(asked)
+        if not asked:
+            raise UserError(f"{path}: no row has a prompt; give CFBench's data file")
 
     def questions(self, responses: Sequence[str | None]) -> list[Question]:
         found = []
@@ -68,7 +73,7 @@ class CFBench:
             groups[split] = _scores([(row, met) for row, met in judged if row.split == split])
         for name in sorted({name for row, _ in judged for name in row.types} - {""}):
             groups[name] = {"met": _of_type(name, judged)}
-        return known(groups), {}
+        return known(groups), {"num_without_prompt": self._num_empty}
 
 
 def satisfies(met: Sequence[bool], primary: Sequence[bool]) -> bool:

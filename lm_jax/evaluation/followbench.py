@@ -43,7 +43,7 @@ class FollowBench:
 
     Args:
       path: a directory with the files NAME_constraints.json, or one such file. An initial instruction's rows stand one
-        after the other, from level 0, or from 1, where a file has no level 0.
+        after the other, from level 0, which may be empty, or from 1.
       limit: the first so many rows of each file; none: all.
 
     Raises:
@@ -110,7 +110,8 @@ class FollowBench:
             # In the mixed category only level 0 is called so; the others list what was added
             category = categories.pop() if len(categories) == 1 else "mixed"
             for where, row in chain:
-                above.append(row["instruction"])
+                if row["instruction"].strip():  # at level 0 the released files have some that are empty
+                    above.append(row["instruction"])
                 if row["level"]:
                     kept = (row["source"], row["target"], row.get("answer") or "", tuple(above))
                     self._rows.append(_Row(self._num_chains, category, row["level"], *kept))
@@ -160,7 +161,7 @@ def _check(row: Mapping[str, Any], where: str) -> None:
     for name in ("category", "source", "instruction", "target"):
         if not isinstance(row[name], str):
             raise UserError(f"{where}: {name} must be a text, got {row[name]!r}; mend the row")
-    if not row["instruction"].strip():
+    if row["level"] and not row["instruction"].strip():
         raise UserError(f"{where}: instruction is empty; mend the row")
 
 

@@ -55,6 +55,17 @@ def test_an_instruction_without_a_verdict_is_left_out(tmp_path):
     assert bench.score(["r"] * 4, {})[0] == {}
 
 
+def test_released_files_are_read_whole(shared_data):
+    bench = CFBench(str(shared_data / "cfbench.json"), None)
+    assert len(bench.items) == 999 and bench.items[810].where.endswith("row 811")  # row 810 has no prompt
+    assert bench.score([None] * 999, {}) == ({}, {"num_without_prompt": 1})
+    bench = FollowBench(str(shared_data / "followbench"), None)
+    assert len(bench.items) == 820
+    asked, ruled = bench.questions(["r"] * 820), bench.ruled(["r"] * 820)
+    assert {q.item for q in asked} | set(ruled) == set(range(820)) and len(asked) + len(ruled) == 820
+    assert len(ruled) == 5 * 40 + 5 * (30 + 12 + 30) // 6 + 5 * (18 + 5 * 6) // 6 + 5 * (30 + 3 * 6) // 6
+
+
 def test_the_judge_sees_the_reference_answer_where_there_is_one(tmp_path):
     rows = [{"prompt": "P", "criteria": [["a {b}", "主需"]], "gold": gold} for gold in ("", "G")]
     bench = CFBench(write(tmp_path / "cf.jsonl", rows), None)
@@ -101,6 +112,9 @@ def test_a_chain_may_lack_level_0(tmp_path):
     last = bench.questions(["r"] * 3)[2]
     assert last.points == 3 and "<instruction_1>" in last.prompt and "Instruction 0" not in last.prompt
     assert "Instruction 0 is a task" in follow(tmp_path, chain()).questions(["r"] * 5)[0].prompt
+    empty = chain()
+    empty[0]["instruction"] = ""
+    assert follow(tmp_path, empty).questions(["r"] * 5)[2].prompt == last.prompt
 
 
 @pytest.mark.parametrize(
@@ -241,7 +255,7 @@ def test_questions_that_are_refused(tmp_path, questions, parts):
         ({"prompt": "p", "criteria": []}, "at least one requirement"),
         ({"prompt": "p", "criteria": [["a"]]}, "criteria[0] must be [requirement, priority"),
         ({"prompt": "p", "criteria": [["a", "first"]]}, "priority 'first'"),
-        ({"prompt": "", "criteria": [["a", "主需"]]}, "prompt must be a text"),
+        ({"prompt": " ", "criteria": [["a", "主需"]]}, "prompt must be a text"),
         ({"prompt": "p", "criteria": [["a", "主需"]], "gold": 3}, "gold must be a text"),
     ],
 )
