@@ -11,7 +11,8 @@ import torch
 from lm_jax.models import blockwise_attention
 from lm_jax.models.attention import IMPLEMENTATIONS, attention
 
-BLOCK = 16  # instead of 128, so that short rows have several blocks
+BLOCK = 16  # instead of 64, so that short rows have several blocks
+REAL_BLOCK = blockwise_attention._block
 HEAD_DIM = 8
 
 # Lengths of the segments of each row; what is left of the row is padding.
@@ -31,7 +32,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blockwise_attention, "_BLOCK", BLOCK)
+    monkeypatch.setattr(blockwise_attention, "_block", lambda length: BLOCK)
 
 
 def make_segments(length, rows):
@@ -91,7 +92,7 @@ def test_equals_torch(name, implementation):
 
 def test_unpatched_block(monkeypatch):
     """With the block that runs use, over a row that is no multiple of it."""
-    monkeypatch.setattr(blockwise_attention, "_BLOCK", 128)
+    monkeypatch.setattr(blockwise_attention, "_block", REAL_BLOCK)
     length = 300
     segment_ids = make_segments(length, ([130, 150], [290]))
     q, k, v = make_qkv(2, length, 2, 1)
