@@ -31,6 +31,9 @@ class Tasks:
         require_lm_eval()
         if include_path is not None and not Path(include_path).is_dir():
             raise UserError(f"config.include_path={include_path!r}: no such directory; check the path")
+        for name in names:
+            if (file := _file_of(name)) is not None and not file.is_file():
+                raise UserError(f"config.tasks: {name}: no such file; check the path")
         if any(part in name for name in names for part in _USE_IFEVAL):
             prepare_ifeval()
         from lm_eval.tasks import TaskManager
@@ -40,10 +43,7 @@ class Tasks:
             self._check(name)
 
     def _check(self, name: str) -> None:
-        file = _file_of(name)
-        if file is not None and not file.is_file():
-            raise UserError(f"config.tasks: {name}: no such file; check the path")
-        if file is None and name not in self._manager.all_tasks:
+        if _file_of(name) is None and name not in self._manager.all_tasks:
             near = [task for task in self._manager.all_tasks if name.lower() in task.lower()][:5]
             told = f" (near: {', '.join(near)})" if near else ""
             raise UserError(
