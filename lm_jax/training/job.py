@@ -1,7 +1,6 @@
 """A training command from start to finish, for any objective: model and data in, a run directory out."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,8 +20,9 @@ from lm_jax.sharding import make_mesh
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import forward_flops, train_flops
 from lm_jax.training.loop import Run, StepCost, fit, resume
-from lm_jax.training.metrics import MetricsWriter, say
+from lm_jax.training.metrics import MetricsWriter, say, training_records
 from lm_jax.training.program import StepProgram, assemble, step_program
+from lm_jax.training.provenance import Method
 from lm_jax.training.runs import ModelSource, begin_run, open_model, param_specs
 from lm_jax.training.step import Objective, TrainState, make_evaluate
 
@@ -117,9 +117,9 @@ def open_job(config: TrainConfig) -> Job:
     return Job(config, mesh, policy, tokenizer, encoder, began)
 
 
-def begin_job(job: Job, command: str) -> None:
+def begin_job(job: Job, command: str, method: Method) -> None:
     """Makes the run directory, or finds the same run in it to continue; see `begin_run`."""
-    begin_run(job.config.output, command, to_dict(job.config), job.policy, bool(job.config.lora.rank))
+    begin_run(job.config.output, command, to_dict(job.config), job.policy, method, bool(job.config.lora.rank))
 
 
 def run_job(job: Job, task: Task) -> None:
@@ -209,8 +209,7 @@ def _step_cost(rows, task: Task, job: Job) -> StepCost:
 def _say_summary(output: str, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:
     if jax.process_index():
         return
-    with open(f"{output}/metrics.jsonl") as f:
-        trained = [record for line in f if "loss" in (record := json.loads(line))]
+    trained = [record for record in training_records(output) if "loss" in record]
     first, last = trained[0], trained[-1]
     values = ", ".join(f"{short} {last[name]:.4f}" for name, short in shown.items() if name != "loss")
     say(

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 from etils import epath
@@ -51,6 +52,11 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def training_records(run: str) -> list[dict[str, Any]]:
+    """A run directory's metrics, those of the evaluations too, in the order of the steps."""
+    return [json.loads(line) for line in (epath.Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def _step_of(line: str) -> float:

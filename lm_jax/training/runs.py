@@ -25,6 +25,7 @@ from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
 from lm_jax.sharding import param_spec
 from lm_jax.training.checkpoints import Checkpoints
+from lm_jax.training.provenance import Method, made_with, origin
 
 # Where a run lies and on what it computes may change between a run and its continuation; what it learns may not.
 _MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "reference_cache")
@@ -126,7 +127,7 @@ def open_model(model: str, step: int | None = None) -> ModelSource:
 
 def _base_of(root: epath.Path) -> tuple[ModelSource | None, LoraConfig | None]:
     """What a run's adapters belong to, and their settings; of a run without adapters nothing."""
-    settings = _read_settings(root / "config.json")
+    settings = read_settings(root)
     if (base := settings.get("base")) is None:
         return None, None
     try:
@@ -163,12 +164,18 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) ->
 
 
 def begin_run(
-    output: str, command: str, config: dict[str, Any], source: ModelSource, trains_adapters: bool = False
+    output: str,
+    command: str,
+    config: dict[str, Any],
+    source: ModelSource,
+    method: Method,
+    trains_adapters: bool = False,
 ) -> None:
     """Makes the run directory, or finds the same run in it to continue.
 
     Args:
       source: where training starts; adapters will always need it.
+      method: what the run will have done.
 
     Raises:
       UserError: the directory holds something else, or a run with other settings.
@@ -179,6 +186,12 @@ def begin_run(
         name = source.run or config["model"]
         name = str(epath.Path(name).absolute()) if "://" not in name and epath.Path(name).exists() else name
         description["base"] = {"model": name, "step": source.step, "identity": source.identity()}
+    before = read_settings(source.run).get("origin") if source.run else None
+    description |= {
+        "method": dataclasses.asdict(method),
+        "origin": origin(config["model"], source.directory, config["input"], before),
+        "made_with": made_with(),
+    }
     fault = ""
     if jax.process_index() == 0:
         try:
@@ -208,7 +221,7 @@ def write_settings(path: epath.Path, description: dict[str, Any]) -> None:
     """Writes what a run was begun with, whole or not at all.
 
     Args:
-      description: the `command`, and its `config` as nested plain values.
+      description: the `command`, its `config` as nested plain values, and what is only told.
     """
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
@@ -254,6 +267,15 @@ def check_same_settings(path: epath.Path, description: dict[str, Any], may_chang
 def _base_name(settings: dict[str, Any]) -> str:
     base = settings.get("base") or {}
     return f"{base.get('model')} step {base.get('step')}" if base.get("step") is not None else str(base.get("model"))
+
+
+def read_settings(run: str | epath.Path) -> dict[str, Any]:
+    """What `begin_run` wrote into a run directory.
+
+    Raises:
+      UserError: nothing of the kind there.
+    """
+    return _read_settings(epath.Path(run) / "config.json")
 
 
 def _read_settings(path: epath.Path) -> dict[str, Any]:
