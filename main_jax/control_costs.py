@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from lm_jax.config import ModelConfig
 from lm_jax.data.supervised import SYNTHETIC

@@ -17,7 +17,7 @@ from musc_jax.losses import LossConfig
 from musc_jax.objective import given_weights, preference_objective
 from musc_jax.online import online_weights, responses_beside, rows_beside
 from musc_jax.reference import no_scores, reference_scores, weighted_pairs
-from musc_jax.token_weights import RULES_ON_SCORES, check_rule, online_rule
+from musc_jax.token_weights import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule, online_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ def train(config: MuscTrainConfig) -> None:
         values=spec.values,
         describe=train_pairs.name,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
+        sides=(CHOSEN, REJECTED),
         beside=beside,
         eval_beside=eval_beside,
     )

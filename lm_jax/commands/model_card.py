@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with the front matter that the hub reads, all of it from the run's own files."""
+"""The model card of an export: a README.md with the front matter that the hub reads, from the run's own files alone."""
 
 import html
 import re
@@ -40,17 +40,17 @@ def model_card(
     """
     config, origin = settings["config"], settings.get("origin") or {}
     method, made = settings.get("method") or {}, settings.get("made_with") or {}
+    given, base = config["model"], origin.get("base_model")
     data = ModelCardData(
-        base_model=origin.get("base_model"),
+        base_model=None if adapter and base != given else base,  # adapters fit the very weights they were trained on
         datasets=origin.get("datasets") or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*method.get("tags", ()), *(["lora"] if config["lora"]["rank"] else []), "jax"],
         **origin.get("license", {}),
     )
-    base = origin.get("base_model") or config["model"]
     facts = {
-        "base model": config["model"],
+        "base model": given if base in (None, given) else f"{given}, trained from {base}",
         "data": config["input"],
         "held-out data": config.get("eval_input"),
         "steps": step,
@@ -62,7 +62,7 @@ def model_card(
         method.get("summary", ""),
         _table(("", ""), [(key, value) for key, value in facts.items() if value is not None]),
         "## Use",
-        _code(_USE[adapter].format(name=name, base=base), "python"),
+        _code(_USE[adapter].format(name=name, base=given), "python"),
         "## Results",
         _results([record for record in records if record["step"] <= step]),
         "## Training",

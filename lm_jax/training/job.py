@@ -84,6 +84,7 @@ class Task:
       beside: what goes along with the examples, and `eval_beside` with those of the evaluation.
       describe: example number -> how a user finds that row.
       shown: metric name -> short name, of what the progress line and the summary show.
+      sides: what the segments of an example are.
     """
 
     objective: Objective
@@ -93,6 +94,7 @@ class Task:
     values: tuple[str, ...]
     describe: Callable[[int], str]
     shown: Mapping[str, str]
+    sides: tuple[str, ...] = ("response",)
     eval_objective: Objective | None = None
     beside: Beside | None = None
     eval_beside: Beside | None = None
@@ -159,7 +161,12 @@ def run_job(job: Job, task: Task) -> None:
                     shown=task.shown,
                 )
             )
-    _say_summary(config.output, task.shown, num_steps, time.monotonic() - job.began)
+    if jax.process_index() == 0:
+        from lm_jax.training.plots import plot_run  # matplotlib takes a second, and a preview or an error needs none
+
+        records = training_records(config.output)
+        plot_run(f"{config.output}/plots", records, task.examples, task.sides)
+        _say_summary(config.output, records, task.shown, num_steps, time.monotonic() - job.began)
 
 
 def _lengths(examples: Sequence[Example], beside: Beside | None, batch: BatchConfig) -> np.ndarray:
@@ -206,10 +213,8 @@ def _step_cost(rows, task: Task, job: Job) -> StepCost:
     return StepCost(tokens=int(lengths.sum()), slots=slots, flops=flops)
 
 
-def _say_summary(output: str, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:
-    if jax.process_index():
-        return
-    trained = [record for record in training_records(output) if "loss" in record]
+def _say_summary(output: str, records, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:
+    trained = [record for record in records if "loss" in record]
     first, last = trained[0], trained[-1]
     values = ", ".join(f"{short} {last[name]:.4f}" for name, short in shown.items() if name != "loss")
     say(
@@ -217,6 +222,7 @@ def _say_summary(output: str, shown: Mapping[str, str], num_steps: int, seconds:
         + (f", {values}" if values else "")
     )
     say(f"  metrics      {output}/metrics.jsonl  (tensorboard --logdir {output}/tensorboard)")
+    say(f"  plots        {output}/plots")
     say(f"  checkpoints  {output}/checkpoints")
     say(
         f"  export       python -m launch.export_hf --config=configs/export_hf.py "
