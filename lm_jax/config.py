@@ -165,12 +165,15 @@ class LoraConfig:
     alpha: float  # how strongly the adapters count: their product is scaled by alpha / rank
     targets: str  # all-linear, or comma-separated module names of PEFT's with wildcards: q_proj,v_proj
     rslora: bool  # scale by alpha / sqrt(rank) (arXiv 2312.03732), which keeps large ranks learning
+    dropout: float = 0.0  # share of an adapter's input that a training step leaves out; never elsewhere
 
     def __post_init__(self):
         if self.rank < 0:
             raise UserError(f"config.lora.rank: must be at least 1, or 0 to train all parameters; got {self.rank}")
         if not 0 < self.alpha < math.inf:
             raise UserError(f"config.lora.alpha: must be positive, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"config.lora.dropout: must lie in [0, 1), got {self.dropout}")
 
     @property
     def scale(self) -> float:

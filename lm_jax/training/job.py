@@ -137,7 +137,7 @@ def run_job(job: Job, task: Task) -> None:
     per_step = len(task.examples) * config.epochs / len(plan)
     say(f"{len(task.examples)} {task.unit}: {num_steps} steps of about {per_step:.1f} on mesh {dict(mesh.shape)}")
     model, dtype = job.policy.config, config.compute.dtype
-    program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps)
+    program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps, config.seed)
     batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
         frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None

@@ -16,7 +16,8 @@ from lm_jax.training.checkpoints import Checkpoints
 from tests.e2e import common
 from tests.e2e.common import SMALL_SCORE, SMALL_TRAIN, TIMING, Fork, arguments, fork
 
-LORA = ("lora.rank=3", "lora.alpha=6", "optim.learning_rate=1e-2", "epochs=4", "checkpoints.every=4")
+ADAPTERS = ("lora.rank=3", "lora.alpha=6", "lora.dropout=0.2")
+LORA = (*ADAPTERS, "optim.learning_rate=1e-2", "epochs=4", "checkpoints.every=4")
 ROWS = [{"prompt": f"say {i}", "response": f"{i} cats sat on the mat"} for i in range(3)]
 
 
@@ -43,8 +44,8 @@ class Place:
         fork("export_hf", *arguments("export_hf", *given, *settings)).ok()
         return output
 
-    def score(self, model: Path | str) -> np.ndarray:
-        rows, output = common.write_rows(self.path / "rows.jsonl", ROWS), self.path / "scored.jsonl"
+    def score(self, model: Path | str, rows: list[dict] = ROWS) -> np.ndarray:
+        rows, output = common.write_rows(self.path / "rows.jsonl", rows), self.path / "scored.jsonl"
         fork("score", *arguments("score", f"model={model}", f"input={rows}", f"output={output}", *SMALL_SCORE)).ok()
         return np.concatenate([row["token_logprobs"] for row in common.read_rows(output)])
 
@@ -76,6 +77,14 @@ def test_two_devices_are_one(place, trained):
     sharded = place.train("sharded", "mesh.fsdp=2", devices=2)
     for ours, theirs in zip(untimed(sharded), untimed(trained), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_evaluation_has_no_dropout(place, trained):
+    rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in common.read_rows(Path(place.pairs))]
+    scored = place.score(place.path / "run", rows)
+    evaluated = [r for r in trained if "eval_loss" in r][-1]
+    assert evaluated["eval_logps/chosen"] == pytest.approx(scored.sum() / len(rows), abs=1e-3)
+    assert abs(evaluated["eval_logps/chosen"] - [r for r in trained if "loss" in r][-1]["logps/chosen"]) > 1e-2
 
 
 def torch_logprobs(model, tokenizer):
