@@ -85,6 +85,9 @@ def get_config(preset: str = "") -> ConfigDict:
     c.checkpoints.every = 100  # steps lost at most when a machine dies
     c.checkpoints.keep = 2  # the newest, and one to fall back to
 
+    c.loggers = ""  # besides metrics.jsonl and TensorBoard: some of wandb, trackio, mlflow, commas between
+    c.profile = placeholder(str)  # FIRST:LAST, steps to trace into the run directory; the first one compiles
+
     if preset == "tiny":
         c.dtype = "float32"  # CPUs are no faster in bfloat16
         c.max_length = 1024

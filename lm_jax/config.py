@@ -234,6 +234,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"{where}: expected {names}, got {value!r}")
 
 
+def split_names(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_config_dict`: nested plain dicts and lists, ready for JSON."""
     return _plain(dataclasses.asdict(config))

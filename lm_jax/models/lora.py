@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm_jax.config import LoraConfig, ModelConfig
+from lm_jax.config import LoraConfig, ModelConfig, split_names
 from lm_jax.errors import UserError
 from lm_jax.models.linear import LORA_A, LORA_B, LORA_KEEP, LORA_KEY
 from lm_jax.models.registry import weight_table
@@ -69,7 +69,7 @@ def adapter_table(config: ModelConfig, lora: LoraConfig) -> tuple[AdapterSpec, .
     """
     kernels = [s for s in weight_table(config) if s.stacked and s.path.endswith("/kernel")]
     specs = [AdapterSpec(kernel, lora.rank) for kernel in kernels]
-    patterns = [p.strip() for p in lora.targets.split(",") if p.strip()]
+    patterns = split_names(lora.targets)
     patterns = ["*"] if patterns == [ALL_LINEAR] else patterns
     for pattern in patterns or [""]:
         if not any(fnmatch.fnmatchcase(s.module, pattern) for s in specs):

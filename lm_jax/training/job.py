@@ -19,8 +19,10 @@ from lm_jax.models.lora import adapter_specs, init_adapters
 from lm_jax.sharding import make_mesh
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import forward_flops, train_flops
+from lm_jax.training.loggers import check_loggers, open_loggers
 from lm_jax.training.loop import Run, StepCost, fit, resume
 from lm_jax.training.metrics import MetricsWriter, say, training_records
+from lm_jax.training.profile import Tracer, steps_to_trace
 from lm_jax.training.program import StepProgram, assemble, step_program
 from lm_jax.training.provenance import Method
 from lm_jax.training.runs import ModelSource, begin_run, open_model, param_specs
@@ -47,8 +49,12 @@ class TrainConfig:
     mesh: MeshConfig
     compute: ComputeConfig
     checkpoints: CheckpointConfig
+    loggers: str
+    profile: str | None
 
     def __post_init__(self):
+        check_loggers(self.loggers)
+        steps_to_trace(self.profile)
         for name in ("max_length", "epochs", "eval_every", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"config.{name}: must be at least 1, got {value}")
@@ -144,7 +150,12 @@ def run_job(job: Job, task: Task) -> None:
         state = _start_state(job, program, checkpoints, batches)
         if int(state.step):
             say(f"continuing {config.output} after step {int(state.step)}")
-        with MetricsWriter(config.output, int(state.step)) as metrics:
+        done = int(state.step)
+        tracer = Tracer(steps_to_trace(config.profile), done, num_steps, f"{config.output}/profile")
+        with (
+            open_loggers(config.loggers, config.output) as loggers,
+            MetricsWriter(config.output, done, loggers) as metrics,
+        ):
             fit(
                 Run(
                     state=state,
@@ -158,6 +169,7 @@ def run_job(job: Job, task: Task) -> None:
                     checkpoints=checkpoints,
                     checkpoint_config=config.checkpoints,
                     metrics=metrics,
+                    tracer=tracer,
                     shown=task.shown,
                 )
             )

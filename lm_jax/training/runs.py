@@ -1,7 +1,7 @@
 """Run directories, and opening a model from any place that a user may name.
 
 A run directory holds `config.json` (the run's settings), `model/` (config.json, tokenizer and templates of the
-starting checkpoint, without weights), `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+starting checkpoint, without weights), `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `plots/`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.provenance import Method, made_with, origin
 
 # Where a run lies and on what it computes may change between a run and its continuation; what it learns may not.
-_MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "reference_cache")
+_MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "loggers", "profile", "reference_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,7 @@ def check_same_settings(path: epath.Path, description: dict[str, Any], may_chang
       UserError: of another command, or a setting that differs and may not.
     """
     found = _read_settings(path)
-    before, now = _flat(found["config"]), _flat(description["config"])
+    before, now = flat_settings(found["config"]), flat_settings(description["config"])
     if found.get("command") != description["command"]:
         raise UserError(f"{path}: belongs to {found.get('command')}; give another config.output")
     if found.get("base") != description.get("base"):
@@ -288,8 +288,9 @@ def _read_settings(path: epath.Path) -> dict[str, Any]:
     return settings
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
