@@ -1,5 +1,6 @@
 """Training adapters as a user does it: trained, killed and continued, scored, taken home for PEFT and merged."""
 
+import json
 import shutil
 import signal
 import time
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 from lm_jax.training.checkpoints import Checkpoints
 from tests.e2e import common
@@ -105,6 +107,9 @@ def test_what_is_taken_home_is_what_was_trained(place, trained):
     base = transformers.AutoModelForCausalLM.from_pretrained(place.model, dtype=torch.float32)
     adapter = place.export("run", "adapter=True")
     assert not list(adapter.glob("model*.safetensors"))
+    card = ModelCard.load(adapter / "README.md")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags and "lora.dropout = 0.2" in card.text
+    assert json.loads((adapter / "adapter_config.json").read_text())["lora_dropout"] == 0.2
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
     joined = peft.PeftModel.from_pretrained(base, adapter)
     np.testing.assert_allclose(torch_logprobs(joined, tokenizer), ours, rtol=0, atol=1e-4)
