@@ -148,9 +148,8 @@ def run_job(job: Job, task: Task) -> None:
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
         frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
         state = _start_state(job, program, checkpoints, batches)
-        if int(state.step):
-            say(f"continuing {config.output} after step {int(state.step)}")
-        done = int(state.step)
+        if done := int(state.step):
+            say(f"continuing {config.output} after step {done}")
         tracer = Tracer(steps_to_trace(config.profile), done, num_steps, f"{config.output}/profile")
         with (
             open_loggers(config.loggers, config.output) as loggers,

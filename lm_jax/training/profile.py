@@ -34,7 +34,7 @@ class Tracer:
         self._steps = range(max(steps.start, done + 1), min(steps.stop, total + 1))
         self._directory = directory
         if steps and not self._steps:
-            say(f"steps {steps[0]} to {steps[-1]} are none of those to come, {done + 1} to {total}: nothing is traced")
+            say(f"nothing is traced: {done} of {total} steps are done, config.profile={steps[0]}:{steps[-1]}")
 
     def begin(self, step: int) -> None:
         """Call before the step begins, with nothing of an earlier one under way."""

@@ -1,15 +1,20 @@
 """Model cards: the hub reads their front matter, nothing in them breaks out of its place; and the way to the hub."""
 
 import json
+import runpy
 import sys
 
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
+from lm_jax import hf_io
+from lm_jax.commands.export import ExportConfig, export
 from lm_jax.commands.hub import check_push, push
 from lm_jax.commands.model_card import model_card
+from lm_jax.config import from_config_dict
 from lm_jax.errors import UserError
 from lm_jax.training.provenance import made_with, origin
+from tests.checkpoints import make_checkpoint
 from tests.http_server import Reply, Server
 
 RECORDS = [
@@ -143,12 +148,14 @@ def test_the_origin(tmp_path):
 
 @pytest.fixture
 def api(monkeypatch):
-    """Calls of the hub's API, with the token that they were made with; `fails` is raised by the upload."""
-    calls, fails = [], []
+    """(Calls of the hub's API with the token that they were made with; what the upload raises; what it calls)."""
+    calls, fails, looks = [], [], []
 
     def record(name):
         def call(self, *args, **kwargs):
             calls.append((name, self.token, args, kwargs))
+            for look in looks if name == "upload_folder" else ():
+                look()
             if fails and name == "upload_folder":
                 raise fails[0]
 
@@ -157,7 +164,7 @@ def api(monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", record("create_repo"))
     monkeypatch.setattr(HfApi, "upload_folder", record("upload_folder"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    return calls, fails
+    return calls, fails, looks
 
 
 def test_push(api, tmp_path):
@@ -186,6 +193,35 @@ def test_an_upload_that_breaks_off_is_said(api, tmp_path):
     api[1].append(OSError("no route"))
     with pytest.raises(UserError, match=r"is whole, .*no route.*then: hf upload org/name /"):
         push(str(tmp_path), "org/name", private=True)
+
+
+def exporting(tmp_path, **changes):
+    if not (tmp_path / "model").exists():
+        make_checkpoint(tmp_path / "model", "llama")
+    values = runpy.run_path("configs/export_hf.py")["get_config"]().to_dict()
+    values |= {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "push_to_hub": "org/name", **changes}
+    return from_config_dict(ExportConfig, values)
+
+
+def test_what_is_uploaded_is_whole(api, tmp_path, monkeypatch, repo_root):
+    monkeypatch.chdir(repo_root)
+    held = []
+    api[2].append(lambda: held.extend(p.name for p in (tmp_path / "out").iterdir()))
+    export(exporting(tmp_path, private=False))
+    assert {"config.json", "model.safetensors"} <= set(held)
+    assert [(c[0], c[3].get("private")) for c in api[0]] == [("create_repo", False), ("upload_folder", None)]
+
+
+def test_nothing_is_uploaded_of_an_export_that_failed(api, tmp_path, monkeypatch, repo_root):
+    monkeypatch.chdir(repo_root)
+
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(hf_io, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        export(exporting(tmp_path))
+    assert api[0] == [] and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "org/..", "org/na me", "https://huggingface.co/org/name"])
