@@ -77,7 +77,8 @@ def test_without():
     assert "layers/mlp/up/lora_key" in flatten(join(params(), adapters(), LORA, key))
 
 
-def batch(microbatches):
+def batch():
+    """One microbatch of two rows."""
     rng = np.random.default_rng(0)
     segments = [
         (
@@ -88,7 +89,7 @@ def batch(microbatches):
         for _ in range(4)
     ]
     rows = fill_rows([[0, 1], [2, 3]], segments, 24, 2, VALUES)
-    return {k: jnp.asarray(x.reshape(microbatches, -1, *x.shape[1:])) for k, x in rows.items()}
+    return {k: jnp.asarray(x[None]) for k, x in rows.items()}
 
 
 @functools.cache
@@ -97,12 +98,12 @@ def program(lora, seed=0):
     return step_program(MODEL, objective, OPTIM, lora, "float32", make_mesh(MESH), 10, seed)
 
 
-def steps(lora, number, microbatches=1, seed=0, state=None):
+def steps(lora, number, seed=0, state=None):
     made = program(lora, seed)
     state = made.begin(jax.tree.map(jnp.copy, adapters())) if state is None else state
     metrics = []
     for _ in range(number):
-        state, found = made.step(state, batch(microbatches), params())
+        state, found = made.step(state, batch(), params())
         metrics.append(float(found["loss"]))
     return jax.device_get(state), metrics
 
@@ -119,11 +120,17 @@ def test_what_a_step_depends_on():
     first = steps(LORA, 1)[1][0]
     assert steps(LORA, 1)[1][0] == first
     assert abs(steps(LORA, 1, seed=1)[1][0] - first) > 1e-4
-    assert abs(steps(LORA, 1, microbatches=2)[1][0] - first) > 1e-4  # masks of their own
+    fresh = program(LORA).begin(jax.tree.map(jnp.copy, adapters()))
+    later = steps(LORA, 1, state=fresh.replace(step=jnp.int32(1)))[1][0]
+    assert abs(later - first) > 1e-4
+    # The same rows twice, as two microbatches: with one mask for both the mean would be that of the rows once
+    twice = {k: jnp.concatenate([x, x]) for k, x in batch().items()}
+    state = program(LORA).begin(jax.tree.map(jnp.copy, adapters()))
+    assert abs(float(program(LORA).step(state, twice, params())[1]["loss"]) - first) > 1e-4
 
 
 def test_evaluation_has_none():
     evaluate, objective = make_evaluate(supervised_objective(MODEL, COMPUTE)), join(params(), adapters(), LORA)
-    found = evaluate(objective, [batch(1)])["loss"]
+    found = evaluate(objective, [batch()])["loss"]
     assert found == pytest.approx(steps(OFF, 1)[1][0], rel=1e-6)
     assert abs(found - steps(LORA, 1)[1][0]) > 1e-4
