@@ -67,7 +67,7 @@ def quickstart(directory: str, seed: int = 0) -> None:
     for path, what in (
         ("data/pairs.jsonl", "preference pairs, one JSON object a line"),
         ("model", "the Llama before training"),
-        ("run", "the run: metrics.jsonl, tensorboard/, checkpoints/"),
+        ("run", "the run: metrics.jsonl, tensorboard/, plots/, checkpoints/"),
         ("trained", "the Llama after training; transformers loads it"),
     ):
         print(f"  {root / path}: {what}")

@@ -1,7 +1,8 @@
 """Run directories, and opening a model from any place that a user may name.
 
-A run directory holds `config.json` (the run's settings), `model/` (config.json, tokenizer and templates of the
-starting checkpoint, without weights), `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `plots/`.
+A run directory holds `config.json` (the run's settings and what its card tells), `model/` (config.json, tokenizer and
+templates of the starting checkpoint, without weights), `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `plots/` and,
+where asked for, `profile/` and `loggers.json` (what the run is called in other places).
 """
 
 import dataclasses
