@@ -2,7 +2,9 @@
 
     python -m launch.export_hf --config=configs/export_hf.py --config.model=runs/musc --config.output=runs/musc-hf
 
-Expect: a directory that `AutoModelForCausalLM.from_pretrained` and serving engines load.
+Expect: a directory that `AutoModelForCausalLM.from_pretrained` and serving engines load, with a model card, README.md:
+base model, data, method, results, settings, versions and the command that trained it. `--config.push_to_hub=org/name`
+uploads it when it is whole; the token is the environment's HF_TOKEN.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +19,8 @@ def get_config() -> ConfigDict:
     c.dtype = "bfloat16"  # what serving engines expect
     c.adapter = False  # of a run that trained adapters: True writes them alone, for PEFT; else they are merged
     c.max_shard_bytes = 5_000_000_000  # transformers' usual shard size
+    c.push_to_hub = placeholder(str)  # org/name, made if need be; none: nothing is uploaded
+    c.private = True  # of a repository that is made; to publish is a decision of its own
 
     c.mesh = ConfigDict()
     c.mesh.data = 1

@@ -70,6 +70,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
     c.lora.targets = "all-linear"  # or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
     c.lora.rslora = False  # scale by alpha / sqrt(rank), for large ranks
+    c.lora.dropout = 0.0  # 0.05 to 0.1 where few rows are gone over many times; the masks take time
 
     c.mesh = ConfigDict()
     c.mesh.data = 1  # replicate only when fsdp's gathers cross slow links
@@ -86,6 +87,9 @@ def get_config(preset: str = "") -> ConfigDict:
     c.checkpoints = ConfigDict()
     c.checkpoints.every = 100  # steps lost at most when a machine dies
     c.checkpoints.keep = 2  # the newest, and one to fall back to
+
+    c.loggers = ""  # besides metrics.jsonl and TensorBoard: some of wandb, trackio, mlflow, commas between
+    c.profile = placeholder(str)  # FIRST:LAST, steps to trace into the run directory; the first one compiles
 
     if preset == "tiny":
         c.dtype = "float32"  # CPUs are no faster in bfloat16

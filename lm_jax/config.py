@@ -165,12 +165,15 @@ class LoraConfig:
     alpha: float  # how strongly the adapters count: their product is scaled by alpha / rank
     targets: str  # all-linear, or comma-separated module names of PEFT's with wildcards: q_proj,v_proj
     rslora: bool  # scale by alpha / sqrt(rank) (arXiv 2312.03732), which keeps large ranks learning
+    dropout: float = 0.0  # share of an adapter's input that a training step leaves out; never elsewhere
 
     def __post_init__(self):
         if self.rank < 0:
             raise UserError(f"config.lora.rank: must be at least 1, or 0 to train all parameters; got {self.rank}")
         if not 0 < self.alpha < math.inf:
             raise UserError(f"config.lora.alpha: must be positive, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"config.lora.dropout: must lie in [0, 1), got {self.dropout}")
 
     @property
     def scale(self) -> float:
@@ -229,6 +232,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where}: not set; give --{where}=VALUE")
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
     raise UserError(f"{where}: expected {names}, got {value!r}")
+
+
+def split_names(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ COPIED_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 HUB_IGNORED = ["consolidated*", "*/*.safetensors"]  # other formats of the same weights
 COPIED_DIRS = ("additional_chat_templates",)
 _COMPARED_ROWS = 4096  # bounds host memory while two embeddings are compared
@@ -219,6 +219,7 @@ def export_hf(
     source_dir: str | Path | None,
     dtype: str,
     max_shard_bytes: int = 5_000_000_000,
+    card: str | None = None,
 ) -> None:
     """Writes a directory that transformers loads. All processes call it; process 0 writes.
 
@@ -230,6 +231,7 @@ def export_hf(
         config are copied; None: weights and config.json only.
       dtype: of the tensors: float32 | bfloat16 | float16.
       max_shard_bytes: bytes of tensors a file, and about the host memory used; a larger tensor has a file of its own.
+      card: text of its README.md.
 
     Raises:
       UserError: the output exists and is not empty; `source_dir` describes another model; `params` do not fit `config`;
@@ -268,6 +270,7 @@ def export_hf(
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
                 _write_json(partial / INDEX_FILE, index)
             copy_side_files(source_dir, partial)
+            write_card(card, partial)
             _write_json(partial / "config.json", hf_config)
     multihost_utils.sync_global_devices("export_hf")
 
@@ -358,6 +361,12 @@ def copy_side_files(source_dir: str | Path | None, target: Path) -> None:
     for name in COPIED_DIRS:
         if (Path(source_dir) / name).is_dir():
             shutil.copytree(Path(source_dir) / name, target / name)
+
+
+def write_card(card: str | None, target: Path) -> None:
+    """Writes the model card, where there is one, into the directory `target`."""
+    if card is not None:
+        (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

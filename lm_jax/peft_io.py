@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from lm_jax.config import LoraConfig, ModelConfig
-from lm_jax.hf_io import appears_whole, check_output, copy_side_files
+from lm_jax.hf_io import appears_whole, check_output, copy_side_files, write_card
 from lm_jax.models.lora import peft_config, peft_tensors
 from lm_jax.sharding import to_host
 
@@ -22,6 +22,7 @@ def export_peft(
     output_dir: str | Path,
     source_dir: str | Path,
     base: str,
+    card: str | None = None,
 ) -> None:
     """Writes adapter_config.json, adapter_model.safetensors (fp32) and the tokenizer. All processes call it.
 
@@ -30,6 +31,7 @@ def export_peft(
       output_dir: local, absent or empty. It appears whole or not at all.
       source_dir: the tokenizer, chat template and generation config are copied from here.
       base: how PEFT finds the model that the adapters belong to: a directory or a hub id.
+      card: text of its README.md.
 
     Raises:
       UserError: the output exists and is not empty.
@@ -43,4 +45,5 @@ def export_peft(
             settings = json.dumps(peft_config(config, lora, base), indent=2) + "\n"
             (partial / "adapter_config.json").write_text(settings, encoding="utf-8")
             copy_side_files(source_dir, partial)
+            write_card(card, partial)
     multihost_utils.sync_global_devices("export_peft")

@@ -4,17 +4,16 @@ Padding, recomputation and what a restart did twice are not counted. Tokens that
 text, since the ids are not kept; they may have been a few more.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from lm_jax.config import ModelConfig
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.data.text import TextEncoder
 from lm_jax.training.flops import forward_flops
+from lm_jax.training.metrics import training_records
 from main_jax.prompts import Prompts
 from main_jax.round_rows import forward_rows, samples
 
@@ -24,8 +23,7 @@ Cost = dict[str, float]  # `tokens`, `flops`
 
 def training_cost(run: str) -> Cost:
     """Of a run directory: all its steps, forward and backward."""
-    lines = (epath.Path(run) / "metrics.jsonl").read_text().splitlines()
-    last = [record for line in lines if "num_flops" in (record := json.loads(line))][-1]
+    last = [record for record in training_records(run) if "num_flops" in record][-1]
     return {"tokens": last["num_tokens"], "flops": last["num_flops"]}
 
 

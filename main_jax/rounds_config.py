@@ -22,7 +22,7 @@ MAY_CHANGE = (
     "rounds",
     "output",
     *(f"{s}.{k}" for s in SAMPLED for k in ("mesh", "compute", "decode.slots", "decode.chunk", "max_failed_share")),
-    *(f"{d}.{k}" for d in DIRECTIONS for k in ("mesh", "compute", "checkpoints")),
+    *(f"{d}.{k}" for d in DIRECTIONS for k in ("mesh", "compute", "checkpoints", "loggers", "profile")),
 )
 
 

@@ -11,6 +11,7 @@ from lm_jax.planning.programs import Program, train_program
 from lm_jax.training.job import Task, TrainConfig, begin_job, open_job, run_job
 from lm_jax.training.metrics import say
 from lm_jax.training.program import StepSpec
+from lm_jax.training.provenance import Method
 from lm_jax.training.supervised import VALUES, supervised_objective
 from main_jax.losses import mixed_coefficients, plain_coefficients
 from main_jax.weighting import AlphaConfig, alpha_carry
@@ -59,7 +60,7 @@ def train(config: MainTrainConfig) -> None:
         eval_objective = supervised_objective(job.policy.config, config.compute, plain_coefficients)
     else:
         say(f"all rows are {next(iter(rows.sources()))}: plain cross-entropy, without alpha")
-    begin_job(job, "main_train")
+    begin_job(job, "main_train", _method(config, mixed))
     task = Task(
         objective=spec.objective,
         unit="rows",
@@ -71,6 +72,16 @@ def train(config: MainTrainConfig) -> None:
         eval_objective=eval_objective,
     )
     run_job(job, task)
+
+
+def _method(config: MainTrainConfig, mixed: bool) -> Method:
+    if not mixed:
+        return Method("Supervised fine-tuning: cross-entropy of the responses.", ("sft",))
+    return Method(
+        "Supervised fine-tuning on seed and synthetic pairs as in MAIN "
+        f"([arXiv 2504.12913](https://arxiv.org/abs/2504.12913)): the two losses are weighed by `{config.alpha.rule}`.",
+        ("main", "sft"),
+    )
 
 
 def step_spec(config: MainTrainConfig, model: ModelConfig, mixed: bool) -> StepSpec:

@@ -15,6 +15,7 @@ from lm_jax.data.order import Beside
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.errors import UserError
 from lm_jax.inference.contrast import packed_contrast
+from lm_jax.models.lora import without_dropout
 from lm_jax.training.job import Job
 from lm_jax.training.step import Batch
 from musc_jax.examples import Pairs
@@ -57,7 +58,7 @@ def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Cal
 
     def weigh(params: dict, batch: Batch) -> jax.Array:
         beside = {k.removeprefix(f"{_NAME}/"): v for k, v in batch.items() if k.startswith(f"{_NAME}/")}
-        params = jax.lax.stop_gradient(params)
+        params = jax.lax.stop_gradient(without_dropout(params))
         scores = packed_contrast(params, beside, model, compute, len(rule.contexts), rule.divergences)
         mask, segment_ids = batch["loss_mask"] > 0, batch["segment_ids"]
         at = jnp.cumsum(mask, axis=1) - 1

@@ -6,7 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from lm_jax.commands.rounds import aligned, training_records
+from lm_jax.commands.rounds import aligned
+from lm_jax.training.metrics import training_records
 
 _TRAINED = ("loss", "rewards/margins", "rewards/accuracies")
 

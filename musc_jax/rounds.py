@@ -47,7 +47,7 @@ _MAY_CHANGE = (
     "output",
     *("pairs.mesh", "pairs.compute", "pairs.decode", "pairs.max_failed_share"),
     *("weights.mesh", "weights.compute", "weights.batch"),
-    *("train.mesh", "train.compute", "train.checkpoints"),
+    *("train.mesh", "train.compute", "train.checkpoints", "train.loggers", "train.profile"),
 )
 
 

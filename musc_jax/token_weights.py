@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from lm_jax.config import split_names
 from lm_jax.errors import UserError
 from musc_jax import draws
 
@@ -186,7 +187,7 @@ def parse_rules(text: str) -> tuple[str, ...]:
     """
     if text == "all":
         return tuple(WEIGHING_RULES)
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = split_names(text)
     if not names:
         raise UserError(f"config.rules: no rule in {text!r}; choose from all, {', '.join(WEIGHING_RULES)}")
     if unknown := [name for name in names if name not in WEIGHING_RULES]:

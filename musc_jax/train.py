@@ -10,13 +10,14 @@ from lm_jax.planning.programs import Program, score_program, train_program
 from lm_jax.training.job import Job, Task, TrainConfig, begin_job, open_job, run_job
 from lm_jax.training.metrics import say
 from lm_jax.training.program import StepSpec
+from lm_jax.training.provenance import Method
 from lm_jax.training.runs import ModelSource, open_model, param_specs
 from musc_jax.examples import Pairs, load_pairs
 from musc_jax.losses import LossConfig
 from musc_jax.objective import given_weights, preference_objective
 from musc_jax.online import online_weights, responses_beside, rows_beside
 from musc_jax.reference import no_scores, reference_scores, weighted_pairs
-from musc_jax.token_weights import RULES_ON_SCORES, check_rule, online_rule
+from musc_jax.token_weights import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule, online_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def train(config: MuscTrainConfig) -> None:
         responses_beside(pairs, online, job) if online and pairs else None for pairs in (train_pairs, eval_pairs)
     )
     spec = step_spec(config, job.policy.config, rule)
-    begin_job(job, "musc_train")
+    begin_job(job, "musc_train", _method(config, rule))
     examples, eval_examples = _examples(config, rule, job, reference, train_pairs, eval_pairs)
     say(f"weights: {rule}")
     task = Task(
@@ -67,10 +68,21 @@ def train(config: MuscTrainConfig) -> None:
         values=spec.values,
         describe=train_pairs.name,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
+        sides=(CHOSEN, REJECTED),
         beside=beside,
         eval_beside=eval_beside,
     )
     run_job(job, task)
+
+
+def _method(config: MuscTrainConfig, rule: str) -> Method:
+    plain = rule == "uniform" and config.loss.kind == "sigmoid"
+    what = "Direct preference optimisation" if plain else "Token-aware preference optimisation"
+    return Method(
+        f"{what} as in MuSC ([arXiv 2502.11541](https://arxiv.org/abs/2502.11541)): loss `{config.loss.kind}`, "
+        f"beta {config.loss.beta:g}, token weights `{rule}`.",
+        ("musc", "dpo", "preference-optimization"),
+    )
 
 
 def step_spec(config: MuscTrainConfig, model: ModelConfig, rule: str) -> StepSpec:

@@ -13,7 +13,7 @@ import jax
 
 from lm_jax.commands.judged import JudgedConfig, evaluate_judged
 from lm_jax.commands.processes import everywhere
-from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, split_names
 from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, replacing, write_jsonl
 from lm_jax.errors import UserError
@@ -48,7 +48,7 @@ class HarnessConfig:
 
     def __post_init__(self):
         for name in ("models", "tasks"):
-            given = _names(getattr(self, name))
+            given = split_names(getattr(self, name))
             if not given:
                 raise UserError(f"config.{name}: empty; give one, or several with commas between")
             if twice := [n for n in given if given.count(n) > 1]:
@@ -130,13 +130,13 @@ def evaluate_tasks(config: HarnessConfig) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config.batch, mesh)
     check_compute(config.compute)
-    models = _names(config.models)
+    models = split_names(config.models)
     sources = {name: open_model(name) for name in models}
     require_lm_eval()
     results: list[dict[str, Mapping[str, Any]]] = []
     missing = everywhere(
         lambda: {
-            name: [task for task in _names(config.tasks) if _read(config, name, task, source) is None]
+            name: [task for task in split_names(config.tasks) if _read(config, name, task, source) is None]
             for name, source in sources.items()
         }
     )
@@ -182,7 +182,7 @@ def _run(
 
 def _results(config: HarnessConfig, name: str, source: ModelSource) -> dict[str, Mapping[str, Any]]:
     """Task -> "metric,filter" -> value, of all that a model has done."""
-    found = [_read(config, name, task, source) for task in _names(config.tasks)]
+    found = [_read(config, name, task, source) for task in split_names(config.tasks)]
     return {task: values for one in found for task, values in one["results"].items()}
 
 
@@ -222,10 +222,6 @@ def _read(config: HarnessConfig, name: str, task: str, source: ModelSource) -> d
 
 def _path(config: HarnessConfig, name: str, task: str) -> Path:
     return Path(config.output) / name.strip("/").replace("/", "__") / f"{task.strip('/').replace('/', '__')}.json"
-
-
-def _names(given: str) -> list[str]:
-    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def _write(path: Path, text: str) -> None:

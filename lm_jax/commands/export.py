@@ -1,13 +1,17 @@
-"""`launch.export_hf`: a run's checkpoint -> a Hugging Face directory that transformers loads."""
+"""`launch.export_hf`: a run's checkpoint -> a Hugging Face directory that transformers loads, with a model card."""
 
 import dataclasses
+from pathlib import Path
 
 from lm_jax import hf_io
+from lm_jax.commands.hub import check_push, push
+from lm_jax.commands.model_card import model_card
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.peft_io import export_peft
 from lm_jax.sharding import make_mesh
-from lm_jax.training.runs import open_model
+from lm_jax.training.metrics import training_records
+from lm_jax.training.runs import ModelSource, open_model, read_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +24,8 @@ class ExportConfig:
     dtype: str
     adapter: bool
     max_shard_bytes: int
+    push_to_hub: str | None
+    private: bool
     mesh: MeshConfig
 
     def __post_init__(self):
@@ -32,22 +38,38 @@ class ExportConfig:
 def export(config: ExportConfig) -> None:
     """Writes the newest (or the given) checkpoint of a run, with the starting model's tokenizer and templates.
 
-    Adapters are merged into the model, or written alone in PEFT's format.
+    Adapters are merged into the model, or written alone in PEFT's format. What is whole may go to the hub then.
 
     Raises:
-      UserError: no such run or step, an output that exists, no adapters where they were asked for.
+      UserError: no such run or step, an output that exists, no adapters where they were asked for, an upload that
+        failed.
     """
     hf_io.check_output(config.output)
+    if config.push_to_hub:
+        check_push(config.push_to_hub)
     mesh = make_mesh(config.mesh)
     source = open_model(config.model, config.step)
     step = "" if source.step is None else f" step {source.step}"
+    card = _card(config, source)
     if config.adapter:
         if source.base is None:
             raise UserError(f"{config.model}: no run that trained adapters; leave config.adapter out")
-        base = source.base.run or source.base.directory
-        export_peft(source.load_adapters(mesh), source.config, source.lora, config.output, source.directory, base)
+        base = read_settings(source.run)["base"]["model"]
+        adapters = source.load_adapters(mesh)
+        export_peft(adapters, source.config, source.lora, config.output, source.directory, base, card)
         print(f"exported the adapters of {config.model}{step} to {config.output} for {base}")
-        return
-    params = source.load_params(mesh, "float32")
-    hf_io.export_hf(params, source.config, config.output, source.directory, config.dtype, config.max_shard_bytes)
-    print(f"exported {config.model}{step} to {config.output} in {config.dtype}")
+    else:
+        params, directory = source.load_params(mesh, "float32"), source.directory
+        hf_io.export_hf(params, source.config, config.output, directory, config.dtype, config.max_shard_bytes, card)
+        print(f"exported {config.model}{step} to {config.output} in {config.dtype}")
+    if config.push_to_hub:
+        push(config.output, config.push_to_hub, config.private)
+        print(f"uploaded {config.output} to https://huggingface.co/{config.push_to_hub}")
+
+
+def _card(config: ExportConfig, source: ModelSource) -> str | None:
+    """None of a model that no run here trained."""
+    if source.run is None:
+        return None
+    name = config.push_to_hub or Path(config.output).name
+    return model_card(name, read_settings(source.run), source.step, training_records(source.run), config.adapter)

@@ -1,6 +1,5 @@
 """`launch.quickstart`: the main job on an embedded default, through the commands that a real run uses."""
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from lm_jax.commands.steps import make_random_model, run_step
 from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.lab.demo import make_demo
+from lm_jax.training.metrics import training_records
 
 _MAX_LENGTH = 96  # the demo's longest prompt and response take 68 tokens
 
@@ -56,8 +56,7 @@ def quickstart(directory: str, seed: int = 0) -> None:
         "--config.dtype=float32",
     )
 
-    records = map(json.loads, (root / "run/metrics.jsonl").read_text().splitlines())
-    evaluations = [r for r in records if "eval_loss" in r]
+    evaluations = [r for r in training_records(f"{root}/run") if "eval_loss" in r]
     print("\nheld-out pairs (64 prompts that training never saw): chosen response preferred")
     print("  step   loss   accuracy   margin")
     print("     0  0.6931      -       0.0000   (the policy is its own reference)")
@@ -68,7 +67,7 @@ def quickstart(directory: str, seed: int = 0) -> None:
     for path, what in (
         ("data/pairs.jsonl", "preference pairs, one JSON object a line"),
         ("model", "the Llama before training"),
-        ("run", "the run: metrics.jsonl, tensorboard/, checkpoints/"),
+        ("run", "the run: metrics.jsonl, tensorboard/, plots/, checkpoints/"),
         ("trained", "the Llama after training; transformers loads it"),
     ):
         print(f"  {root / path}: {what}")

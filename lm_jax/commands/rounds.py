@@ -108,11 +108,6 @@ def do_parts(
     return seconds
 
 
-def training_records(run: str) -> list[Row]:
-    """A run directory's metrics, those of the evaluations too, in the order of the steps."""
-    return [json.loads(line) for line in (epath.Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Cells in columns, to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

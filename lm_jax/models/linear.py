@@ -75,12 +75,14 @@ def _dot(a, b, contracted, dtype):
 
 
 LORA_A, LORA_B = "lora_a", "lora_b"
+LORA_KEY, LORA_KEEP = "lora_key", "lora_keep"
 
 
 class Linear(nn.Module):
     """y = x W + b over the last `num_axes` axes of x. Parameters: kernel [*C, *F] and, with a bias, bias [*F]; fp32.
 
     Where the parameters hold `lora_a` [*C, r] and `lora_b` [r, *F] too, (x A) B is added; see `lm_jax.models.lora`.
+    With `lora_key` and `lora_keep`, scalars, each element of that x stays with the probability `lora_keep`.
     """
 
     features: tuple[int, ...]
@@ -95,7 +97,13 @@ class Linear(nn.Module):
         y = contract(x, kernel, self.num_axes)
         if self.has_variable("params", LORA_A):
             a, b = (self.get_variable("params", name) for name in (LORA_A, LORA_B))
-            y = y + contract(contract(x, a, self.num_axes), b)
+            y = y + contract(contract(self._kept(x), a, self.num_axes), b)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(x.dtype)
         return y
+
+    def _kept(self, x: jax.Array) -> jax.Array:
+        if not self.has_variable("params", LORA_KEY):
+            return x
+        key, keep = (self.get_variable("params", name) for name in (LORA_KEY, LORA_KEEP))
+        return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)

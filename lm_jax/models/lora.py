@@ -3,6 +3,8 @@
 Adapters are a pytree of their own, in the shape of the parameters: beside each target's `kernel` stand `lora_a` [*C, r]
 and `lora_b` [r, *F], layers stacked. Joined with the frozen parameters they are parameters like any other, which every
 function that takes parameters takes too. Which kernels there are comes from the weight table.
+Dropout acts on the adapters' input, as in PEFT. What it draws from is a leaf beside the factors, which training alone
+joins: parameters without it have none.
 """
 
 import dataclasses
@@ -17,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm_jax.config import LoraConfig, ModelConfig
+from lm_jax.config import LoraConfig, ModelConfig, split_names
 from lm_jax.errors import UserError
-from lm_jax.models.linear import LORA_A, LORA_B
+from lm_jax.models.linear import LORA_A, LORA_B, LORA_KEEP, LORA_KEY
 from lm_jax.models.registry import weight_table
 from lm_jax.models.weights import WeightSpec, axis_sizes, flatten, nest
 from lm_jax.sharding import param_spec
@@ -67,7 +69,7 @@ def adapter_table(config: ModelConfig, lora: LoraConfig) -> tuple[AdapterSpec, .
     """
     kernels = [s for s in weight_table(config) if s.stacked and s.path.endswith("/kernel")]
     specs = [AdapterSpec(kernel, lora.rank) for kernel in kernels]
-    patterns = [p.strip() for p in lora.targets.split(",") if p.strip()]
+    patterns = split_names(lora.targets)
     patterns = ["*"] if patterns == [ALL_LINEAR] else patterns
     for pattern in patterns or [""]:
         if not any(fnmatch.fnmatchcase(s.module, pattern) for s in specs):
@@ -109,18 +111,44 @@ def init_adapters(config: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh
             if path.endswith(LORA_B):
                 made[path] = jnp.zeros(x.shape, x.dtype)
             else:
-                key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
                 bound = math.prod(x.shape[1:-1]) ** -0.5
-                made[path] = jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
+                made[path] = jax.random.uniform(_named_key(jax.random.key(seed), path), x.shape, x.dtype, -bound, bound)
         return nest(made)
 
     return jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
 
 
-def join(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraConfig) -> dict:
-    """Parameters with adapters in place: what the decoder reads. The scale goes into B, so gradients pass it."""
+def join(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraConfig, key: jax.Array | None = None
+) -> dict:
+    """Parameters with adapters in place: what the decoder reads. The scale goes into B, so gradients pass it.
+
+    Args:
+      key: of the masks that `lora.dropout` draws, an own one for every layer and target; None: no dropout.
+    """
     flat = {path: x * lora.scale if path.endswith(LORA_B) else x for path, x in flatten(adapters).items()}
+    if key is not None and lora.dropout:
+        for path, x in flatten(adapters).items():
+            if path.endswith(LORA_A):
+                parent = path.rpartition("/")[0]
+                flat[f"{parent}/{LORA_KEY}"] = jax.random.split(_named_key(key, parent), len(x))
+                flat[f"{parent}/{LORA_KEEP}"] = jnp.full(len(x), 1 - lora.dropout, jnp.float32)
     return nest({**flatten(params), **flat})
+
+
+def without_dropout(params: Mapping[str, Any]) -> dict:
+    """What `join` gives without a key."""
+    return nest({path: x for path, x in flatten(params).items() if not path.endswith((LORA_KEY, LORA_KEEP))})
+
+
+def dropout_key(seed: int, step: jax.Array, microbatch: jax.Array) -> jax.Array:
+    """Of a microbatch's masks: a function of these three alone, so that a run goes on as if it had never stopped."""
+    key = _named_key(jax.random.key(seed), "dropout")
+    return jax.random.fold_in(jax.random.fold_in(key, step), microbatch)
+
+
+def _named_key(key: jax.Array, name: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def merge(params: dict, adapters: dict, lora: LoraConfig) -> dict:
@@ -167,7 +195,7 @@ def peft_config(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, A
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": [spec.module for spec in adapter_table(config, lora)],

@@ -58,7 +58,8 @@ def train_program(config: TrainConfig, model: ModelConfig, spec: StepSpec, mesh:
     batch, lora = config.batch, config.lora
     check_batch(batch, mesh)
     check_compute(config.compute)
-    program = step_program(model, spec.objective, config.optim, lora, config.compute.dtype, mesh, num_steps=100)
+    dtype, seed = config.compute.dtype, config.seed
+    program = step_program(model, spec.objective, config.optim, lora, dtype, mesh, 100, seed)
     with jax.set_mesh(mesh):
         traced = program.step.trace(program.state, batch_shapes(batch, mesh, spec.values, spec.beside), program.frozen)
         lowered = _lower(traced, mesh)

@@ -1,7 +1,6 @@
 """A training command from start to finish, for any objective: model and data in, a run directory out."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,9 +19,12 @@ from lm_jax.models.lora import adapter_specs, init_adapters
 from lm_jax.sharding import make_mesh
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import forward_flops, train_flops
+from lm_jax.training.loggers import check_loggers, open_loggers
 from lm_jax.training.loop import Run, StepCost, fit, resume
-from lm_jax.training.metrics import MetricsWriter, say
+from lm_jax.training.metrics import MetricsWriter, say, training_records
+from lm_jax.training.profile import Tracer, steps_to_trace
 from lm_jax.training.program import StepProgram, assemble, step_program
+from lm_jax.training.provenance import Method
 from lm_jax.training.runs import ModelSource, begin_run, open_model, param_specs
 from lm_jax.training.step import Objective, TrainState, make_evaluate
 
@@ -47,8 +49,12 @@ class TrainConfig:
     mesh: MeshConfig
     compute: ComputeConfig
     checkpoints: CheckpointConfig
+    loggers: str
+    profile: str | None
 
     def __post_init__(self):
+        check_loggers(self.loggers)
+        steps_to_trace(self.profile)
         for name in ("max_length", "epochs", "eval_every", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"config.{name}: must be at least 1, got {value}")
@@ -84,6 +90,7 @@ class Task:
       beside: what goes along with the examples, and `eval_beside` with those of the evaluation.
       describe: example number -> how a user finds that row.
       shown: metric name -> short name, of what the progress line and the summary show.
+      sides: what the segments of an example are.
     """
 
     objective: Objective
@@ -93,6 +100,7 @@ class Task:
     values: tuple[str, ...]
     describe: Callable[[int], str]
     shown: Mapping[str, str]
+    sides: tuple[str, ...] = ("response",)
     eval_objective: Objective | None = None
     beside: Beside | None = None
     eval_beside: Beside | None = None
@@ -117,9 +125,9 @@ def open_job(config: TrainConfig) -> Job:
     return Job(config, mesh, policy, tokenizer, encoder, began)
 
 
-def begin_job(job: Job, command: str) -> None:
+def begin_job(job: Job, command: str, method: Method) -> None:
     """Makes the run directory, or finds the same run in it to continue; see `begin_run`."""
-    begin_run(job.config.output, command, to_dict(job.config), job.policy, bool(job.config.lora.rank))
+    begin_run(job.config.output, command, to_dict(job.config), job.policy, method, bool(job.config.lora.rank))
 
 
 def run_job(job: Job, task: Task) -> None:
@@ -135,14 +143,18 @@ def run_job(job: Job, task: Task) -> None:
     per_step = len(task.examples) * config.epochs / len(plan)
     say(f"{len(task.examples)} {task.unit}: {num_steps} steps of about {per_step:.1f} on mesh {dict(mesh.shape)}")
     model, dtype = job.policy.config, config.compute.dtype
-    program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps)
+    program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps, config.seed)
     batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
     with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
         frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
         state = _start_state(job, program, checkpoints, batches)
-        if int(state.step):
-            say(f"continuing {config.output} after step {int(state.step)}")
-        with MetricsWriter(config.output, int(state.step)) as metrics:
+        if done := int(state.step):
+            say(f"continuing {config.output} after step {done}")
+        tracer = Tracer(steps_to_trace(config.profile), done, num_steps, f"{config.output}/profile")
+        with (
+            open_loggers(config.loggers, config.output) as loggers,
+            MetricsWriter(config.output, done, loggers) as metrics,
+        ):
             fit(
                 Run(
                     state=state,
@@ -156,10 +168,16 @@ def run_job(job: Job, task: Task) -> None:
                     checkpoints=checkpoints,
                     checkpoint_config=config.checkpoints,
                     metrics=metrics,
+                    tracer=tracer,
                     shown=task.shown,
                 )
             )
-    _say_summary(config.output, task.shown, num_steps, time.monotonic() - job.began)
+    if jax.process_index() == 0:
+        from lm_jax.training.plots import plot_run  # matplotlib takes a second, and a preview or an error needs none
+
+        records = training_records(config.output)
+        plot_run(f"{config.output}/plots", records, task.examples, task.sides)
+        _say_summary(config.output, records, task.shown, num_steps, time.monotonic() - job.began)
 
 
 def _lengths(examples: Sequence[Example], beside: Beside | None, batch: BatchConfig) -> np.ndarray:
@@ -206,11 +224,8 @@ def _step_cost(rows, task: Task, job: Job) -> StepCost:
     return StepCost(tokens=int(lengths.sum()), slots=slots, flops=flops)
 
 
-def _say_summary(output: str, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:
-    if jax.process_index():
-        return
-    with open(f"{output}/metrics.jsonl") as f:
-        trained = [record for line in f if "loss" in (record := json.loads(line))]
+def _say_summary(output: str, records, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:
+    trained = [record for record in records if "loss" in record]
     first, last = trained[0], trained[-1]
     values = ", ".join(f"{short} {last[name]:.4f}" for name, short in shown.items() if name != "loss")
     say(
@@ -218,6 +233,7 @@ def _say_summary(output: str, shown: Mapping[str, str], num_steps: int, seconds:
         + (f", {values}" if values else "")
     )
     say(f"  metrics      {output}/metrics.jsonl  (tensorboard --logdir {output}/tensorboard)")
+    say(f"  plots        {output}/plots")
     say(f"  checkpoints  {output}/checkpoints")
     say(
         f"  export       python -m launch.export_hf --config=configs/export_hf.py "

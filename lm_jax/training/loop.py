@@ -15,6 +15,7 @@ from lm_jax.errors import UserError
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import peak_flops
 from lm_jax.training.metrics import MetricsWriter, Progress
+from lm_jax.training.profile import Tracer
 from lm_jax.training.step import TrainState
 
 
@@ -52,6 +53,7 @@ class Run:
     checkpoints: Checkpoints
     checkpoint_config: CheckpointConfig
     metrics: MetricsWriter
+    tracer: Tracer
     shown: dict[str, str]  # metric name -> short name in the progress line
 
 
@@ -71,19 +73,23 @@ def fit(run: Run) -> TrainState:
     num_tokens, num_flops = (np.cumsum([getattr(c, n) for c in run.costs]) for n in ("tokens", "flops"))
     clock = time.perf_counter()
     for step in range(first, last):
+        done = step + 1
+        if run.tracer.begins(done) and pending is not None:
+            clock, pending = _finish(run, pending, clock, progress), None
+        run.tracer.begin(done)
         begin = time.perf_counter()
         batch = next(run.batches)
         waited = time.perf_counter() - begin
         state, values = run.train_step(state, batch, run.frozen)
         if pending is not None:
             clock = _finish(run, pending, clock, progress)
-        pending = _Pending(step + 1, values, waited, int(num_tokens[step]), float(num_flops[step]))
-        done = step + 1
+        pending = _Pending(done, values, waited, int(num_tokens[step]), float(num_flops[step]))
         saving = done % run.checkpoint_config.every == 0 or done == last
         evaluating = run.evaluate is not None and (done % run.eval_every == 0 or done == last)
-        if saving or evaluating:
+        if saving or evaluating or run.tracer.ends(done):
             clock = _finish(run, pending, clock, progress)
             pending = None
+            run.tracer.end(done)
             if evaluating:
                 values = run.evaluate(state.params)
                 run.metrics.write(done, {f"eval_{k}": v for k, v in values.items()})

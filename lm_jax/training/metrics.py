@@ -4,18 +4,26 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from etils import epath
+
+Log = Callable[[int, dict[str, float]], None]  # step, metrics
 
 
 class MetricsWriter:
     """Appends one JSON object a line to `metrics.jsonl` and the same scalars to `tensorboard/`; a context manager.
 
     Resuming at step s drops what was logged after s, so that the file reads as if the run had never stopped.
+
+    Args:
+      loggers: what gets the same scalars too.
     """
 
-    def __init__(self, directory: str, resume_step: int):
+    def __init__(self, directory: str, resume_step: int, loggers: Sequence[Log] = ()):
+        self._loggers = loggers
         self._file = self._board = None
         if jax.process_index():
             return
@@ -45,12 +53,19 @@ class MetricsWriter:
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        for log in self._loggers:
+            log(step, metrics)
 
     def close(self) -> None:
         """Waits for TensorBoard's thread, which would otherwise complain of the process's end."""
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def training_records(run: str) -> list[dict[str, Any]]:
+    """A run directory's metrics, those of the evaluations too, in the order of the steps."""
+    return [json.loads(line) for line in (epath.Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def _step_of(line: str) -> float:

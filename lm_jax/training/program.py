@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from lm_jax.config import LoraConfig, ModelConfig, OptimConfig
 from lm_jax.data.order import Beside
-from lm_jax.models.lora import abstract_adapters, adapter_specs, join
+from lm_jax.models.lora import abstract_adapters, adapter_specs, dropout_key, join
 from lm_jax.sharding import state_shardings
 from lm_jax.training.checkpoints import abstract_like
 from lm_jax.training.optim import make_optimizer, make_schedule
@@ -56,11 +55,13 @@ def step_program(
     frozen_dtype: str,
     mesh: jax.sharding.Mesh,
     num_steps: int,
+    seed: int,
 ) -> StepProgram:
     """The step of a run of `num_steps` steps.
 
     Args:
       frozen_dtype: of a model below adapters; what is trained is fp32.
+      seed: of the adapters' dropout.
 
     Raises:
       UserError: a model or adapters that the mesh does not fit.
@@ -78,7 +79,11 @@ def step_program(
         specs, trained, frozen = param_specs(model, mesh), abstract_params(model, mesh, "float32"), None
     abstract = jax.eval_shape(begin, trained)
     shardings = state_shardings(abstract, specs, mesh)
-    step = make_train_step(objective, optimizer, schedule, partial(assemble, lora=lora), num_steps)
+
+    def assemble_for(trained, frozen, step, microbatch):
+        return assemble(trained, frozen, lora, dropout_key(seed, step, microbatch))
+
+    step = make_train_step(objective, optimizer, schedule, assemble_for, num_steps)
     return StepProgram(
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         state=abstract_like(abstract, shardings),
@@ -87,6 +92,6 @@ def step_program(
     )
 
 
-def assemble(trained, frozen, lora: LoraConfig):
-    """The parameters that the objective reads."""
-    return join(frozen, trained, lora) if lora.rank else trained
+def assemble(trained, frozen, lora: LoraConfig, key: jax.Array | None = None):
+    """The parameters that the objective reads; with a key, adapters have their dropout."""
+    return join(frozen, trained, lora, key) if lora.rank else trained

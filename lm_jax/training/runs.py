@@ -1,7 +1,8 @@
 """Run directories, and opening a model from any place that a user may name.
 
-A run directory holds `config.json` (the run's settings), `model/` (config.json, tokenizer and templates of the
-starting checkpoint, without weights), `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+A run directory holds `config.json` (the run's settings and what its card tells), `model/` (config.json, tokenizer and
+templates of the starting checkpoint, without weights), `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `plots/` and,
+where asked for, `profile/` and `loggers.json` (what the run is called in other places).
 """
 
 import dataclasses
@@ -25,9 +26,10 @@ from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
 from lm_jax.sharding import param_spec
 from lm_jax.training.checkpoints import Checkpoints
+from lm_jax.training.provenance import Method, made_with, origin
 
 # Where a run lies and on what it computes may change between a run and its continuation; what it learns may not.
-_MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "reference_cache")
+_MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "loggers", "profile", "reference_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,7 @@ def open_model(model: str, step: int | None = None) -> ModelSource:
 
 def _base_of(root: epath.Path) -> tuple[ModelSource | None, LoraConfig | None]:
     """What a run's adapters belong to, and their settings; of a run without adapters nothing."""
-    settings = _read_settings(root / "config.json")
+    settings = read_settings(root)
     if (base := settings.get("base")) is None:
         return None, None
     try:
@@ -163,12 +165,18 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) ->
 
 
 def begin_run(
-    output: str, command: str, config: dict[str, Any], source: ModelSource, trains_adapters: bool = False
+    output: str,
+    command: str,
+    config: dict[str, Any],
+    source: ModelSource,
+    method: Method,
+    trains_adapters: bool = False,
 ) -> None:
     """Makes the run directory, or finds the same run in it to continue.
 
     Args:
       source: where training starts; adapters will always need it.
+      method: what the run will have done.
 
     Raises:
       UserError: the directory holds something else, or a run with other settings.
@@ -179,6 +187,12 @@ def begin_run(
         name = source.run or config["model"]
         name = str(epath.Path(name).absolute()) if "://" not in name and epath.Path(name).exists() else name
         description["base"] = {"model": name, "step": source.step, "identity": source.identity()}
+    before = read_settings(source.run).get("origin") if source.run else None
+    description |= {
+        "method": dataclasses.asdict(method),
+        "origin": origin(config["model"], source.directory, config["input"], before),
+        "made_with": made_with(),
+    }
     fault = ""
     if jax.process_index() == 0:
         try:
@@ -208,7 +222,7 @@ def write_settings(path: epath.Path, description: dict[str, Any]) -> None:
     """Writes what a run was begun with, whole or not at all.
 
     Args:
-      description: the `command`, and its `config` as nested plain values.
+      description: the `command`, its `config` as nested plain values, and what is only told.
     """
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
@@ -234,7 +248,7 @@ def check_same_settings(path: epath.Path, description: dict[str, Any], may_chang
       UserError: of another command, or a setting that differs and may not.
     """
     found = _read_settings(path)
-    before, now = _flat(found["config"]), _flat(description["config"])
+    before, now = flat_settings(found["config"]), flat_settings(description["config"])
     if found.get("command") != description["command"]:
         raise UserError(f"{path}: belongs to {found.get('command')}; give another config.output")
     if found.get("base") != description.get("base"):
@@ -256,6 +270,15 @@ def _base_name(settings: dict[str, Any]) -> str:
     return f"{base.get('model')} step {base.get('step')}" if base.get("step") is not None else str(base.get("model"))
 
 
+def read_settings(run: str | epath.Path) -> dict[str, Any]:
+    """What `begin_run` wrote into a run directory.
+
+    Raises:
+      UserError: nothing of the kind there.
+    """
+    return _read_settings(epath.Path(run) / "config.json")
+
+
 def _read_settings(path: epath.Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
@@ -266,8 +289,9 @@ def _read_settings(path: epath.Path) -> dict[str, Any]:
     return settings
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -70,13 +70,14 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    assemble: Callable[[Any, Any], Any] = lambda trained, frozen: trained,
+    assemble: Callable[..., Any] = lambda trained, frozen, step, microbatch: trained,
     num_steps: int = 1,
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step function, to be jitted by the caller with the state's shardings and the state donated.
 
     Args:
-      assemble: (what is trained, what is not) -> the objective's parameters.
+      assemble: (what is trained, what is not, number of the step and of the microbatch, from 0) -> the objective's
+        parameters.
       num_steps: of the whole run, for an objective that follows its progress.
 
     Returns:
@@ -84,27 +85,28 @@ def make_train_step(
       (before clipping), `learning_rate` and `bad_example`.
     """
 
-    def loss_fn(trained, frozen, micro, totals):
-        loss, metrics, bad = objective.loss(assemble(trained, frozen), micro, totals)
+    def loss_fn(trained, frozen, at, micro, totals):
+        loss, metrics, bad = objective.loss(assemble(trained, frozen, *at), micro, totals)
         return loss, ({**metrics, "loss": loss}, bad)
 
-    def gradients(trained, frozen, micro, totals):
-        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, micro, totals)
+    def gradients(trained, frozen, at, micro, totals):
+        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, at, micro, totals)
         return grads, *aux
 
     def train_step(state: TrainState, batch: Batch, frozen: Any = None):
         known = objective.carry.read(state.carried, jnp.minimum(state.step / max(num_steps - 1, 1), 1.0))
         totals = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch)) | known
         first, rest = jax.tree.map(lambda x: x[0], batch), jax.tree.map(lambda x: x[1:], batch)
-        summed = gradients(state.params, frozen, first, totals)
+        summed = gradients(state.params, frozen, (state.step, 0), first, totals)
 
-        def accumulate(carry, micro):
-            grads, metrics, bad = gradients(state.params, frozen, micro, totals)
+        def accumulate(carry, numbered):
+            number, micro = numbered
+            grads, metrics, bad = gradients(state.params, frozen, (state.step, number), micro, totals)
             add = (jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], metrics))
             return (*add, jnp.maximum(carry[2], bad)), None
 
-        if jax.tree.leaves(rest)[0].shape[0]:
-            summed, _ = jax.lax.scan(accumulate, summed, rest)
+        if left := jax.tree.leaves(rest)[0].shape[0]:
+            summed, _ = jax.lax.scan(accumulate, summed, (jnp.arange(1, left + 1), rest))
         grads, metrics, bad = summed
         carried = objective.carry.update(state.carried, totals, metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -110,7 +110,7 @@ def _forked(name, flags, devices, out, err):
     os.chdir(ROOT)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     module = name if name.startswith("tests.") else f"launch.{name}"
-    sys.argv = [f"{module}.py", *flags]
+    sys.argv = [f"{module.replace('.', '/')}.py", *flags]  # as Python has it
     runpy.run_module(module, run_name="__main__")
 
 

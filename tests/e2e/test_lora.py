@@ -1,5 +1,6 @@
 """Training adapters as a user does it: trained, killed and continued, scored, taken home for PEFT and merged."""
 
+import json
 import shutil
 import signal
 import time
@@ -11,12 +12,14 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 from lm_jax.training.checkpoints import Checkpoints
 from tests.e2e import common
 from tests.e2e.common import SMALL_SCORE, SMALL_TRAIN, TIMING, Fork, arguments, fork
 
-LORA = ("lora.rank=3", "lora.alpha=6", "optim.learning_rate=1e-2", "epochs=4", "checkpoints.every=4")
+ADAPTERS = ("lora.rank=3", "lora.alpha=6", "lora.dropout=0.2")
+LORA = (*ADAPTERS, "optim.learning_rate=1e-2", "epochs=4", "checkpoints.every=4")
 ROWS = [{"prompt": f"say {i}", "response": f"{i} cats sat on the mat"} for i in range(3)]
 
 
@@ -43,8 +46,8 @@ class Place:
         fork("export_hf", *arguments("export_hf", *given, *settings)).ok()
         return output
 
-    def score(self, model: Path | str) -> np.ndarray:
-        rows, output = common.write_rows(self.path / "rows.jsonl", ROWS), self.path / "scored.jsonl"
+    def score(self, model: Path | str, rows: list[dict] = ROWS) -> np.ndarray:
+        rows, output = common.write_rows(self.path / "rows.jsonl", rows), self.path / "scored.jsonl"
         fork("score", *arguments("score", f"model={model}", f"input={rows}", f"output={output}", *SMALL_SCORE)).ok()
         return np.concatenate([row["token_logprobs"] for row in common.read_rows(output)])
 
@@ -78,6 +81,14 @@ def test_two_devices_are_one(place, trained):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
+def test_evaluation_has_no_dropout(place, trained):
+    rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in common.read_rows(Path(place.pairs))]
+    scored = place.score(place.path / "run", rows)
+    evaluated = [r for r in trained if "eval_loss" in r][-1]
+    assert evaluated["eval_logps/chosen"] == pytest.approx(scored.sum() / len(rows), abs=1e-3)
+    assert abs(evaluated["eval_logps/chosen"] - [r for r in trained if "loss" in r][-1]["logps/chosen"]) > 1e-2
+
+
 def torch_logprobs(model, tokenizer):
     found = []
     for row in ROWS:
@@ -96,6 +107,9 @@ def test_what_is_taken_home_is_what_was_trained(place, trained):
     base = transformers.AutoModelForCausalLM.from_pretrained(place.model, dtype=torch.float32)
     adapter = place.export("run", "adapter=True")
     assert not list(adapter.glob("model*.safetensors"))
+    card = ModelCard.load(adapter / "README.md")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags and "lora.dropout = 0.2" in card.text
+    assert json.loads((adapter / "adapter_config.json").read_text())["lora_dropout"] == 0.2
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
     joined = peft.PeftModel.from_pretrained(base, adapter)
     np.testing.assert_allclose(torch_logprobs(joined, tokenizer), ours, rtol=0, atol=1e-4)

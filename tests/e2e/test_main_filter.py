@@ -6,10 +6,16 @@ import signal
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import transformers
+import trl
 from safetensors.numpy import load_file, save_file
 
+from lm_jax.data.supervised import load_supervised
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import load_tokenizer
 from tests.checkpoints import make_tokenizer
 from tests.e2e import common
 from tests.e2e.common import Fork, arguments, fork, run
@@ -114,6 +120,25 @@ def test_what_a_person_sees(place, filtered):
     ]
     plots = sorted(p.name for p in (place.path / "kept.jsonl.plots").iterdir())
     assert plots == ["copy_rate.png", "forward_reverse.png", "kept_by_length.png", "scores.png"]
+
+
+def test_loads_with_datasets_and_into_trl(place, filtered, tmp_path):
+    """SFTTrainer sees the same tokens as our encoder."""
+    path = f"{place.path}/kept.jsonl"
+    table = datasets.load_dataset("json", data_files=path, split="train", cache_dir=f"{tmp_path}/cache")
+    assert [row["messages"] for row in table.to_list()] == [row["messages"] for row in place.kept("kept")]
+    trainer = trl.SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(place.forward),
+        args=trl.SFTConfig(f"{tmp_path}/trl", max_length=None, bf16=False, use_cpu=True, report_to="none"),
+        train_dataset=table,
+        processing_class=transformers.AutoTokenizer.from_pretrained(place.forward),
+    )
+    encoder = TextEncoder(load_tokenizer(place.forward), 256)
+    segments = load_supervised(path, encoder, "all", None).segments
+    for row, ours in zip(trainer.train_dataset, segments, strict=True):
+        both, theirs = [*ours.prompt.tolist(), *ours.response.tolist()], row["input_ids"]
+        # TRL keeps what the template sets after the end token as well
+        assert theirs[: len(both)] == both and len(theirs) - len(both) <= 1
 
 
 def test_another_choice_scores_nothing_anew(place, filtered):

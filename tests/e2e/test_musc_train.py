@@ -1,12 +1,15 @@
 """The main job, as a user runs it: checkpoint and pairs in, a trained checkpoint that torch reads out."""
 
 import math
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from tests.e2e import common
@@ -54,7 +57,7 @@ def place(tmp_path_factory) -> Place:
 @pytest.fixture(scope="module")
 def trained(place):
     """(run directory, metrics, what the command said)."""
-    evaluation = (f"eval_input={place.held_out}", "eval_every=2", "epochs=2")
+    evaluation = (f"eval_input={place.held_out}", "eval_every=2", "epochs=2", "profile=2:3")
     done = run("musc_train", *place.train_flags("run", *evaluation)).ok()
     return place.path / "run", common.read_rows(place.path / "run" / "metrics.jsonl"), done
 
@@ -112,7 +115,7 @@ def test_what_a_person_sees(trained):
     said = done.stderr
     for part in ("12 rows read, 12 pairs kept", "uniform", f"step {len(steps(metrics))}/", "tokens/s", "done: "):
         assert part in said, said
-    for name in ("metrics.jsonl", "checkpoints", "tensorboard"):
+    for name in ("metrics.jsonl", "checkpoints", "tensorboard", "plots", "profile"):
         assert str(output / name) in said and (output / name).exists()
     assert f"--config.model={output}" in said  # the export's command
     assert {"config.json", "model", "metrics.jsonl", "checkpoints", "tensorboard"} <= {p.name for p in output.iterdir()}
@@ -126,6 +129,54 @@ def test_the_export_is_the_trained_model(place, exported):
     ours, theirs = (transformers.AutoTokenizer.from_pretrained(p) for p in (exported, place.model))
     chat = [{"role": "user", "content": "say"}]
     assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+
+
+def test_a_trace_of_the_steps(trained):
+    output, _, done = trained
+    (trace,) = (output / "profile").glob("plugins/profile/*/*.xplane.pb")
+    content = trace.read_bytes()
+    assert b"train_step" in content  # what was traced is the step
+    assert f"traced steps 2 to 3: tensorboard --logdir {output}/profile" in done.stderr
+
+
+def test_plots_of_a_run_that_is_finished_already(place):
+    settings = ("max_steps=2", "weights=entropy", "epochs=1")
+    place.train("drawn", *settings)
+    plots = place.path / "drawn" / "plots"
+    names = {"loss", "margins", "logps", "accuracy", "grad_norm", "lengths", "token_weights"}
+    before = {p.name: p.read_bytes() for p in plots.iterdir()}
+    assert before.keys() == {f"{name}.png" for name in names}
+    shutil.rmtree(plots)
+    place.train("drawn", *settings)
+    assert {p.name: p.read_bytes() for p in plots.iterdir()} == before
+
+
+def test_the_model_card(place, trained, exported):
+    output, metrics, _ = trained
+    card = ModelCard.load(exported / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("transformers", None)  # a directory is no base on the hub
+    assert {"musc", "dpo"} <= set(card.data.tags) and "lora" not in card.data.tags
+    evaluated = [r for r in metrics if "eval_loss" in r][-1]
+    last = steps(metrics)[-1]
+    assert f"| loss | {last['loss']:.4f} | {evaluated['eval_loss']:.4f} |" in card.text
+    line = next(line for line in card.text.splitlines() if line.startswith("python -m launch."))
+    flags = place.train_flags("run", f"eval_input={place.held_out}", "eval_every=2", "epochs=2", "profile=2:3")
+    assert shlex.split(line) == ["python", "-m", "launch.musc_train", *flags]
+    assert "\noptim.learning_rate = 0.001\n" in card.text and "transformers 5" in card.text
+    # The places that the user named, and no other of this machine
+    rest = card.text.replace("\\_", "_")
+    for given in (place.model, place.pairs, place.held_out, str(output)):
+        rest = rest.replace(given, "")
+    assert str(place.path) not in rest and str(Path.home()) not in rest and "/tmp" not in rest
+
+
+def test_no_upload_without_a_token(place, trained, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    output = place.path / "unsent"
+    line = fork(
+        "export_hf", *arguments("export_hf", f"model={trained[0]}", f"output={output}", "push_to_hub=a/b")
+    ).error()
+    assert "HF_TOKEN" in line and not output.exists()
 
 
 ROWS = [{"prompt": f"say {i}", "response": f"{i} cats sat on the mat, and {'the hat ' * i}"} for i in range(6)]

@@ -66,6 +66,7 @@ def computed(topology):
         "float32",
         mesh,
         num_steps=1,
+        seed=0,
     )
     batch = batch_shapes(BatchConfig(rows=2, row_length=64, microbatches=1, max_examples_per_row=2), mesh, VALUES)
 

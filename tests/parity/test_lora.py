@@ -16,7 +16,7 @@ from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.errors import UserError
 from lm_jax.hf_io import load_params
 from lm_jax.inference.scoring import packed_logprobs
-from lm_jax.models.lora import adapter_table, init_adapters, join, merge
+from lm_jax.models.lora import adapter_table, dropout_key, init_adapters, join, merge
 from lm_jax.models.registry import read_model_config
 from lm_jax.models.weights import flatten, nest
 from lm_jax.peft_io import export_peft
@@ -100,6 +100,58 @@ def peft_names(adapters, config, lora):
     return peft_tensors(jax.device_get(adapters), config, lora)
 
 
+class FixedMask(torch.nn.Module):
+    """In the place of PEFT's dropout: ours, [B, T, ...] of one sequence."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = torch.tensor(np.asarray(mask, np.float32).reshape(*mask.shape[:2], -1))
+
+    def forward(self, x):
+        return x * self.mask[:, : x.shape[1]]
+
+
+def test_dropout_where_peft_has_it(tmp_path):
+    """With our masks in the place of its own, PEFT's log-probs and gradients are ours."""
+    family, lora = "qwen2", LoraConfig(3, 7.0, "all-linear", False, dropout=0.4)
+    base = make_checkpoint(tmp_path / "base", family)
+    config = read_model_config(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    params, adapters = load_params(tmp_path / "base", config, None), drawn(config, lora)
+    export_peft(adapters, config, lora, tmp_path / "adapter", tmp_path / "base", str(tmp_path / "base"))
+    assert peft.LoraConfig.from_pretrained(tmp_path / "adapter").lora_dropout == 0.4
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    segment = batch()[0][1]
+    row, key = fill_rows([[0]], [(segment,)], 24, 1), dropout_key(0, 3, 1)
+    leaves, modules = flatten(join(params, adapters, lora, key)), dict(model.named_modules())
+    for spec in adapter_table(config, lora):
+        parent = spec.kernel.path.rpartition("/")[0]
+        shape = (1, 24, *leaves[f"{parent}/lora_a"].shape[1:-1])
+        for layer, name in enumerate(spec.kernel.hf_names(config)):
+            kept = jax.random.bernoulli(leaves[f"{parent}/lora_key"][layer], 0.6, shape)
+            module = modules[f"base_model.model.{name.removesuffix('.weight')}"]
+            assert module.lora_dropout["default"].p == 0.4
+            module.lora_dropout["default"] = FixedMask(kept / 0.6)
+    theirs = logprobs_of(model, segment)
+
+    def total(adapters, remat="full", key=key):
+        compute = dataclasses.replace(COMPUTE, remat=remat)
+        logprobs = packed_logprobs(join(params, adapters, lora, key), row, config, compute, with_entropy=False)[0]
+        logprobs = logprobs[np.asarray(row["loss_mask"]) > 0]
+        return jnp.sum(logprobs), logprobs
+
+    (_, ours), grads = jax.value_and_grad(total, has_aux=True)(adapters)
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=0, atol=TOLERANCE)
+    assert np.abs(ours - total(adapters, key=None)[1]).max() > 0.1  # the masks matter
+    theirs.sum().backward()
+    found = {n.replace(".default", ""): p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in peft_names(grads, config, lora).items():
+        np.testing.assert_allclose(gradient, found[name], rtol=1e-3, atol=1e-4 * np.abs(found[name]).max())
+    # What the backward pass computes again has the same masks
+    kept = jax.grad(lambda a: total(a, "none")[0])(adapters)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()), grads, kept)
+
+
 def test_adapters_begin_as_nothing(tmp_path):
     make_checkpoint(tmp_path, "llama")
     config, lora = read_model_config(tmp_path), CASES["llama"][1]
@@ -135,6 +187,7 @@ def test_the_exported_settings(tmp_path):
         ({"targets": ""}, "matches no module"),
         ({"rank": -1}, "config.lora.rank: must be at least 1"),
         ({"alpha": 0.0}, "config.lora.alpha: must be positive"),
+        ({"dropout": 1.0}, "config.lora.dropout: must lie in"),
     ],
 )
 def test_errors(lora, says, tmp_path):

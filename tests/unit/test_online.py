@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, ModelConfig, RopeConfig
+from lm_jax.config import BatchConfig, ComputeConfig, LoraConfig, MeshConfig, ModelConfig, RopeConfig
 from lm_jax.data.order import BatchIterator, Beside, plan_batches
 from lm_jax.data.packing import Segment, example_lengths, fill_rows
 from lm_jax.inference.contrast import contrast
 from lm_jax.models.decoder import Decoder
+from lm_jax.models.lora import dropout_key, init_adapters, join
 from lm_jax.sharding import make_mesh
 from musc_jax.losses import LossConfig
 from musc_jax.objective import preference_objective
@@ -104,6 +105,16 @@ def test_no_gradient_through_the_weights(rule):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), online, given)
     ones = gradient(preference_objective(MODEL, COMPUTE, LOSS), arrays | {"weights": arrays["loss_mask"]})
     assert abs(online[0] - ones[0]) > 1e-3
+
+
+def test_no_dropout_in_the_weights():
+    lora = LoraConfig(2, 4.0, "all-linear", False, dropout=0.5)
+    adapters = init_adapters(MODEL, lora, make_mesh(MeshConfig(1, 1, 1)), seed=0)
+    adapters = jax.tree.map(lambda x: x + 0.3, adapters)
+    weigh = jax.jit(online_weights("calibrated_entropy", MODEL, COMPUTE))
+    arrays, key = batch("calibrated_entropy"), dropout_key(0, 0, 0)
+    dropped = weigh(join(params(), adapters, lora, key), arrays)
+    np.testing.assert_array_equal(dropped, weigh(join(params(), adapters, lora), arrays))
 
 
 def test_what_belongs_together_shares_a_row():
