@@ -4,8 +4,8 @@
 
 Generation: 256 prompts of 20 to 200 tokens of real text, up to 128 new tokens at temperature 1, and a model that ends
 early: a share of the vocabulary counts as end tokens. transformers takes batches as the rows come, and also sorted.
-Scoring: log-probs of 1,000 real responses; transformers takes batches sorted by length, with the head on all tokens;
-ours with entropies, as `launch.score` has them, and without, as `launch.main_filter` does its passes.
+Scoring: log-probs of 1,000 real responses; transformers takes batches sorted by length and also as the rows come, with
+the head on all tokens; ours with entropies, as `launch.score` has them, and without, as `launch.main_filter` does its passes.
 Compilation is left out on our side (each measurement is the second of its kind in the process), as is loading on both.
 """
 
@@ -113,9 +113,9 @@ def their_scoring(model: str) -> Iterator[dict[str, Any]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rows = [(tokenizer(p)["input_ids"], tokenizer(r)["input_ids"] + [tokenizer.eos_token_id]) for p, r in responses()]
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    by_length = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
     tokens = sum(len(p) + len(r) for p, r in rows)
-    for batch in (8, 16, 32):
+    for (order, rows), batch in itertools.product((("sorted", by_length), ("as they come", rows)), (8, 16, 32)):
         begin, total = time.perf_counter(), 0.0
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
@@ -128,7 +128,8 @@ def their_scoring(model: str) -> Iterator[dict[str, Any]]:
                 logprobs = torch.log_softmax(network(torch.from_numpy(ids)).logits[:, :-1].float(), -1)
                 chosen = logprobs.gather(-1, torch.from_numpy(ids)[:, 1:, None])[..., 0]
             total += float(chosen[torch.from_numpy(wanted)[:, 1:]].sum())
-        yield {"batch": batch, "tokens": tokens, "seconds": time.perf_counter() - begin, "sum": total}
+        seconds = time.perf_counter() - begin
+        yield {"order": order, "batch": batch, "tokens": tokens, "seconds": seconds, "sum": total}
 
 
 def our_scoring(model: str) -> Iterator[dict[str, Any]]:
