@@ -5,7 +5,8 @@
 Generation: 256 prompts of 20 to 200 tokens of real text, up to 128 new tokens at temperature 1, and a model that ends
 early: a share of the vocabulary counts as end tokens. transformers takes batches as the rows come, and also sorted.
 Scoring: log-probs of 1,000 real responses; transformers takes batches sorted by length and also as the rows come, with
-the head on all tokens; ours with entropies, as `launch.score` has them, and without, as `launch.main_filter` does its passes.
+the head on all tokens; ours with entropies, as `launch.score` has them, and without, as `launch.main_filter` does its
+passes.
 Compilation is left out on our side (each measurement is the second of its kind in the process), as is loading on both.
 """
 
@@ -115,10 +116,10 @@ def their_scoring(model: str) -> Iterator[dict[str, Any]]:
     rows = [(tokenizer(p)["input_ids"], tokenizer(r)["input_ids"] + [tokenizer.eos_token_id]) for p, r in responses()]
     by_length = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
     tokens = sum(len(p) + len(r) for p, r in rows)
-    for (order, rows), batch in itertools.product((("sorted", by_length), ("as they come", rows)), (8, 16, 32)):
+    for (order, ordered), batch in itertools.product((("sorted", by_length), ("as they come", rows)), (8, 16, 32)):
         begin, total = time.perf_counter(), 0.0
         for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
+            part = ordered[start : start + batch]
             width = max(len(p) + len(r) for p, r in part)
             ids, wanted = np.zeros((len(part), width), np.int64), np.zeros((len(part), width), bool)
             for b, (p, r) in enumerate(part):
