@@ -1,22 +1,30 @@
 """What every entry point shares: `--config=FILE.py[:preset] --config.key=value`, and errors as one line."""
 
+import contextlib
 import os
 import re
 import signal
 import sys
+import time
+import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lm_jax.config import from_config_dict
+from lm_jax.distributed import stopping
+from lm_jax.distributed.start import Processes, start
+from lm_jax.distributed.wire import PERIOD
 from lm_jax.errors import UserError
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have it
 PIPE_CLOSED = 141  # that of one whose reader went away
+TERMINATED = 143  # that of one that SIGTERM ended before there was anything to save
 _GIVE = "give --config=configs/NAME.py[:preset]"
+_on_end: list[Callable[[str | None], None]] = []  # what lets the run's other processes know
 
 
 def run(
@@ -35,7 +43,10 @@ def run(
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started this wants it ignored
         signal.signal(signal.SIGINT, _interrupted)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupted)
     flag = config_flags.DEFINE_config_file("config", None, "settings file, with an optional :preset", lock_config=True)
+    _define_processes()
     if preview is not None:
         flags.DEFINE_integer("preview", None, "rows to print as the model sees them; nothing is trained", lower_bound=1)
 
@@ -60,20 +71,84 @@ def run(
             values = flag.value.to_dict()
             config = from_config_dict(read, values) if isinstance(read, (type, types.UnionType)) else read(values)
             rows = None if preview is None else flags.FLAGS.preview
-            if rows is None:
-                main(config)
-            else:
-                preview()(config, rows)
+            with _processes():
+                if rows is None:
+                    main(config)
+                else:
+                    preview()(config, rows)
             sys.stdout.flush()
         except UserError as e:
             _fail(str(e))
+        except stopping.Stopped as e:
+            print(e, file=sys.stderr, flush=True)
         except BrokenPipeError:  # who read the output, as `head`, has seen enough
             os._exit(PIPE_CLOSED)
         except OSError as e:  # what a command does not foresee of paths, access and space
-            where = f"{e.filename}: " if e.filename else ""
-            _fail(f"{where}{e.strerror or e}; check the path, its access and its free space")
+            _fail(_os_fault(e))
 
     app.run(call, flags_parser=parse)
+
+
+def _define_processes() -> None:
+    """The flags of a run of many processes; their defaults are the environment's."""
+
+    def number(name: str) -> int | None:
+        value = os.environ.get(name)
+        return int(value) if value and value.isdigit() else None
+
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    flags.DEFINE_string("coordinator_address", address, "HOST:PORT of process 0, in a run of many processes")
+    flags.DEFINE_integer("num_processes", number("JAX_NUM_PROCESSES"), "how many there are", lower_bound=1)
+    flags.DEFINE_integer("process_id", number("JAX_PROCESS_ID"), "which one this is, from 0", lower_bound=0)
+    flags.DEFINE_float("start_timeout", 300.0, "seconds until all of them must have started", lower_bound=1.0)
+    flags.DEFINE_float("process_timeout", 300.0, "seconds without a sign of one until all end", lower_bound=1.0)
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[None]:
+    """Within, the run's other processes are there; what ends one ends all."""
+    given = flags.FLAGS
+    done = start(
+        Processes(
+            given.coordinator_address, given.num_processes, given.process_id, given.start_timeout, given.process_timeout
+        ),
+        end=_lost,
+    )
+    if done is None:
+        yield
+        return
+    _on_end.append(done)
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except stopping.Stopped:
+        done(None)
+        raise
+    except Exception as e:
+        if _of_another(e):  # then the line that names it comes
+            time.sleep(given.process_timeout + 4 * PERIOD)
+        traceback.print_exc()
+        raise UserError(f"{type(e).__name__}: {str(e)[:300]}; its traceback is above") from e
+    done(None)
+
+
+def _of_another(error: Exception) -> bool:
+    """Whether it may come of another process's end or halt: a collective breaks then, or waits for too long."""
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+
+
+def _lost(line: str) -> NoReturn:
+    """Ends this process for another's sake, in whatever it is."""
+    _on_end.clear()
+    _end(line, 1)
+
+
+def _os_fault(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its access and its free space"
 
 
 def _flag_fault(error: Exception, argv: list[str]) -> str:
@@ -108,13 +183,19 @@ def _fail(line: str) -> NoReturn:
     _end(line, 1)
 
 
-def _interrupted(*_) -> NoReturn:
+def _interrupted(number: int, _) -> None:
+    if stopping.ask():
+        return  # it is heeded where everything is saved
     # No KeyboardInterrupt: raised inside a callback of the garbage collector, and JAX has one, it would be lost
-    _end("interrupted; the same command goes on from what was saved", INTERRUPTED)
+    line = "interrupted; the same command goes on from what was saved"
+    _end(line, INTERRUPTED if number == signal.SIGINT else TERMINATED)
 
 
 def _end(line: str, status: int) -> NoReturn:
     # No shutdown of the interpreter: threads of XLA and of the checkpointing may be at work, and at times crash under
     # it. What is on disk survives a SIGKILL, so it survives this.
-    os.write(2, f"error: {' '.join(line.split())}\n".encode())
+    line = " ".join(line.split())
+    for done in _on_end:
+        done(line)
+    os.write(2, f"error: {line}\n".encode())
     os._exit(status)

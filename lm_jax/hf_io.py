@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm_jax.config import ModelConfig
+from lm_jax.distributed.processes import barrier, everywhere, reached
 from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf, config_to_hf, read_json_object, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
@@ -242,9 +243,7 @@ def export_hf(
         raise UserError(f"export dtype {dtype!r}: not supported; use {', '.join(DTYPES)}")
     table, flat = weight_table(config), flatten(params)
     _check_params(flat, table, config)
-    # Every process must learn of it, or the others would wait in the first gather.
-    if multihost_utils.broadcast_one_to_all(np.int32(writer and _occupied(output))):
-        raise UserError(_OCCUPIED.format(output))
+    everywhere(lambda: check_output(output), "the check of the output")
     hf_config = {**_hf_config(config, source_dir), "dtype": dtype, "torch_dtype": dtype}
 
     origins = {name: (spec, i) for spec in table for i, name in enumerate(spec.hf_names(config))}
@@ -272,7 +271,7 @@ def export_hf(
             copy_side_files(source_dir, partial)
             write_card(card, partial)
             _write_json(partial / "config.json", hf_config)
-    multihost_utils.sync_global_devices("export_hf")
+    barrier("the end of the export")
 
 
 _OCCUPIED = "output {}: exists and is not empty; choose another directory or remove it"
@@ -316,6 +315,7 @@ def _gather(x: jax.Array, layer: int | None) -> np.ndarray:
     if layer is not None:
         x = _layer(x, layer)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        reached("the gathering of a tensor")
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from lm_jax.config import LoraConfig, ModelConfig
+from lm_jax.distributed.processes import barrier
 from lm_jax.hf_io import appears_whole, check_output, copy_side_files, write_card
 from lm_jax.models.lora import peft_config, peft_tensors
 from lm_jax.sharding import to_host
@@ -46,4 +46,4 @@ def export_peft(
             (partial / "adapter_config.json").write_text(settings, encoding="utf-8")
             copy_side_files(source_dir, partial)
             write_card(card, partial)
-    multihost_utils.sync_global_devices("export_peft")
+    barrier("the end of the export")

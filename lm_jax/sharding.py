@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.config import MeshConfig
+from lm_jax.distributed.processes import reached
 from lm_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -150,4 +151,5 @@ def to_host(arrays: Any) -> Any:
     """A pytree of arrays as NumPy arrays, whole on every process: what other processes hold is fetched from them."""
     if all(x.is_fully_addressable for x in jax.tree.leaves(arrays)):
         return jax.device_get(arrays)
+    reached("a gathering of arrays")
     return jax.tree.map(np.asarray, multihost_utils.process_allgather(arrays, tiled=True))

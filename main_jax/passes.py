@@ -103,7 +103,7 @@ def run_pass(
         if journal is not None and journal.damaged:
             say(f"{output}.partial: {journal.damaged} damaged lines; their texts are scored anew")
         missing = np.zeros(number, bool)
-        missing[missing_rows(journal, number)] = True
+        missing[missing_rows(journal)] = True
         if missing.any():
             done, begin, tokens = number - int(missing.sum()), time.monotonic(), 0
             progress = Progress(number, done, unit)

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 
 from lm_jax.commands.generate import generate_rows
-from lm_jax.commands.processes import everywhere
 from lm_jax.commands.rounds import begin_directory, do_parts, do_rounds
 from lm_jax.config import to_dict
 from lm_jax.data.journal import rows_fingerprint
@@ -30,6 +29,7 @@ from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.data.text import Text, TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator
 from lm_jax.training.metrics import say

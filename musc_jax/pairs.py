@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from lm_jax.commands.generator import Local, load_local, local_mesh, model_identity, open_endpoint, open_local
-from lm_jax.commands.processes import everywhere
 from lm_jax.config import to_dict
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.rows import check_not_input, write_jsonl
 from lm_jax.data.text import Text
 from lm_jax.data.tokenizers import takes_system
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request
 from lm_jax.training.metrics import say

@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.processes import everywhere
 from lm_jax.commands.rounds import NO_ENDPOINT, begin_directory, do_parts, do_rounds, naming, round_directory
 from lm_jax.config import from_config_dict, to_dict
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import write_jsonl
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator
 from lm_jax.training.metrics import say

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from lm_jax.commands.answers import answer_requests, missing_rows
-from lm_jax.commands.processes import everywhere
 from lm_jax.data.journal import Journal, rows_fingerprint
 from lm_jax.data.rows import read_rows
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request, SamplingConfig
 from lm_jax.training.metrics import say
@@ -58,7 +58,7 @@ class Stages:
         begin = time.monotonic()
         journal = None if jax.process_index() else self._journal(stage, requests, sampling, identity)
         try:
-            missing = missing_rows(journal, len(requests))
+            missing = missing_rows(journal)
             if missing:
                 self._generator = self._generator or self._open()
                 wanted = {number: requests[number] for number in missing}

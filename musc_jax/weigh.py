@@ -18,6 +18,7 @@ from lm_jax.data.rows import check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.text import Text, TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.errors import UserError
 from lm_jax.inference.contrast import Contrast, contrast
 from lm_jax.models.decoder import check_compute
@@ -101,7 +102,8 @@ def weigh_rows(config: WeighConfig) -> None:
     key = store_key(pairs, perturbed, rules, config, source, tokenizer)
     fields = (*rules, *(_score_fields(contexts) if config.keep_scores else ()))
     where = config.store or f"{config.output.removesuffix('.jsonl')}.weights"
-    store = ScoreStore.create_or_open(where, key, [len(e[0].response) for e in examples], fields)
+    lengths = [len(e[0].response) for e in examples]
+    store = process_0_first(lambda: ScoreStore.create_or_open(where, key, lengths, fields), "the store of weights")
     _fill(store, pairs, examples, contexts, rules, config, source, mesh)
     if jax.process_index() == 0:
         write_jsonl(config.output, _rows(pairs, store, rules[0], config.output))
@@ -214,7 +216,7 @@ def response_scores(
 def _fill(store, pairs, examples, contexts, rules, config, source, mesh) -> None:
     """Weighs what the store lacks, batch by batch."""
     missing = np.zeros(len(examples), bool)
-    missing[store.missing()] = True
+    missing[everywhere(lambda: store.missing().tolist())] = True
     if missing.any():
         done = len(examples) - int(missing.sum())
         progress = Progress(len(examples), done, "response")
@@ -238,10 +240,7 @@ def _fill(store, pairs, examples, contexts, rules, config, source, mesh) -> None
             done += int(missing[rows].sum())
             progress.update(done, {})
         progress.close()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("weights written")
+    barrier("the end of weighing")
 
 
 def _weights(scores: ResponseScores, rules: Sequence[str], name: str) -> dict[str, np.ndarray]:

@@ -6,10 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from lm_jax.data.journal import Journal
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Completion, Generator, Request, SamplingConfig
 from lm_jax.training.metrics import Progress
@@ -17,16 +15,9 @@ from lm_jax.training.metrics import Progress
 _SHOWN = 300  # characters of a row's error in the run's
 
 
-def missing_rows(journal: Journal | None, num_rows: int) -> list[int]:
+def missing_rows(journal: Journal | None) -> list[int]:
     """The rows that are still to do, the same in every process; only process 0 has a journal."""
-    mask = np.zeros(num_rows, np.int32)
-    if journal is not None:
-        mask[journal.missing()] = 1
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        mask = multihost_utils.broadcast_one_to_all(mask)
-    return np.flatnonzero(mask).tolist()
+    return everywhere(lambda: journal.missing().tolist())
 
 
 def answer_requests(

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from lm_jax.commands.judged import JudgedConfig, evaluate_judged
-from lm_jax.commands.processes import everywhere
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, split_names
 from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, replacing, write_jsonl
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.evaluation.ifeval import read_prompts, score_responses
 from lm_jax.evaluation.lm_eval_setup import require_lm_eval

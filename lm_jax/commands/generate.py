@@ -20,10 +20,10 @@ from lm_jax.commands.generator import (
     open_endpoint,
     open_local,
 )
-from lm_jax.commands.processes import everywhere
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.rows import read_rows
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.inference.requests import Generator, Request, SamplingConfig
 
@@ -98,7 +98,7 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
             print(f"{config.output}: finished already, with these settings{without}", file=sys.stderr)
             _report(config, len(rows), failed, 0, begin)
             return
-        missing, failed, tokens = missing_rows(journal, len(rows)), 0, 0
+        missing, failed, tokens = missing_rows(journal), 0, 0
         if missing:
             asked = {number: rows[number] for number in missing}
             failed, tokens = answer_requests(

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax.commands.processes import everywhere
 from lm_jax.data.rows import write_jsonl
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.training.metrics import say
 from lm_jax.training.runs import check_same_settings, write_settings

@@ -102,32 +102,35 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
         values: Sequence[str] = (),
         beside: Beside | None = None,
     ):
-        batch, processes = plan.batch, jax.process_count()
+        batch = plan.batch
         check_batch(batch, mesh)
-        micro_rows = batch.rows // batch.microbatches
-        share = micro_rows // processes
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        self._sharding = batch_sharding(mesh, leading=1)
+        self._micro_rows = batch.rows // batch.microbatches
+        self._mine = mine = _own_rows(self._micro_rows, mesh)
 
         def fill(step: int) -> dict[str, np.ndarray]:
             rows = plan[step]
-            micro = [rows[m * micro_rows : (m + 1) * micro_rows][mine] for m in range(batch.microbatches)]
-            flat_rows = [r for m in micro for r in m]
+            flat_rows = [rows[m * self._micro_rows + r] for m in range(batch.microbatches) for r in mine]
             flat = fill_rows(flat_rows, examples, batch.row_length, batch.max_examples_per_row, values)
             if beside is not None:
                 flat |= beside.fill(flat_rows, batch.max_examples_per_row)
-            return {k: v.reshape(batch.microbatches, share, *v.shape[1:]) for k, v in flat.items()}
+            return {k: v.reshape(batch.microbatches, len(mine), *v.shape[1:]) for k, v in flat.items()}
 
         dataset = grain.MapDataset.source(range(len(plan))).map(fill)
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
-        self._sharding = batch_sharding(mesh, leading=1)
-        self._micro_rows = micro_rows
 
     def __next__(self) -> dict[str, jax.Array]:
-        local = next(self._iterator)
-        return {
-            k: jax.make_array_from_process_local_data(self._sharding, v, (v.shape[0], self._micro_rows, *v.shape[2:]))
-            for k, v in local.items()
-        }
+        return {name: self._global(local) for name, local in next(self._iterator).items()}
+
+    def _global(self, local: np.ndarray) -> jax.Array:
+        shape = (local.shape[0], self._micro_rows, *local.shape[2:])
+
+        def of_device(index):
+            begin, end, _ = index[1].indices(self._micro_rows)
+            start = int(np.searchsorted(self._mine, begin))
+            return local[:, start : start + end - begin]
+
+        return jax.make_array_from_callback(shape, self._sharding, of_device)
 
     def get_state(self) -> dict:
         """The position, for a checkpoint."""
@@ -136,6 +139,12 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
     def set_state(self, state: dict) -> None:
         """Continues where `get_state` was called."""
         self._iterator.set_state(state)
+
+
+def _own_rows(rows: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """[n] which of `rows` this process's devices hold, ascending."""
+    of_devices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique([row for (part,) in of_devices for row in range(*part.indices(rows))])
 
 
 def batch_shapes(

@@ -9,6 +9,7 @@ import numpy as np
 
 from lm_jax.data.packing import Segment
 from lm_jax.data.score_store import ScoreStore
+from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.inference.scoring import TokenScores
 
 FIELDS = ("logprobs", "entropies")
@@ -48,8 +49,9 @@ def cached_scores(
     """
     name = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()[:16]
     lengths = [len(segment.response) for segment in segments]
-    store = ScoreStore.create_or_open(f"{directory}/{name}", key, lengths, FIELDS)
-    missing = store.missing()
+    path = f"{directory}/{name}"
+    store = process_0_first(lambda: ScoreStore.create_or_open(path, key, lengths, FIELDS), "the store of scores")
+    missing = np.array(everywhere(lambda: store.missing().tolist()), np.int64)
     if missing.size:
         done = len(segments) - missing.size
         for batch in scorer([segments[i] for i in missing]):
@@ -57,8 +59,5 @@ def cached_scores(
                 store.write([int(missing[s.row]) for s in batch], {f: [getattr(s, f) for s in batch] for f in FIELDS})
             done += len(batch)
             progress(done, len(segments))
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("scores written")
+    barrier("the end of scoring")
     return store.read(np.arange(len(segments)))

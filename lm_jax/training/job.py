@@ -13,6 +13,8 @@ from lm_jax.data.order import BatchIterator, Beside, check_batch, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
+from lm_jax.distributed.processes import stops_before
+from lm_jax.distributed.stopping import Stopped, deferred
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.models.lora import adapter_specs, init_adapters
@@ -135,6 +137,7 @@ def run_job(job: Job, task: Task) -> None:
 
     Raises:
       UserError: non-finite loss or gradient, a failed or damaged checkpoint.
+      Stopped: asked to stop before the end.
     """
     config, mesh = job.config, job.mesh
     lengths = _lengths(task.examples, task.beside, config.batch)
@@ -145,7 +148,8 @@ def run_job(job: Job, task: Task) -> None:
     model, dtype = job.policy.config, config.compute.dtype
     program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps, config.seed)
     batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
-    with jax.set_mesh(mesh), Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep) as checkpoints:
+    checkpointing = Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep)
+    with deferred(), jax.set_mesh(mesh), checkpointing as checkpoints:
         frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
         state = _start_state(job, program, checkpoints, batches)
         if done := int(state.step):
@@ -178,6 +182,8 @@ def run_job(job: Job, task: Task) -> None:
         records = training_records(config.output)
         plot_run(f"{config.output}/plots", records, task.examples, task.sides)
         _say_summary(config.output, records, task.shown, num_steps, time.monotonic() - job.began)
+    if stops_before("the end of training"):
+        raise Stopped(f"{config.output}: all {num_steps} steps are done; stopped, as asked")
 
 
 def _lengths(examples: Sequence[Example], beside: Beside | None, batch: BatchConfig) -> np.ndarray:

@@ -11,6 +11,8 @@ import numpy as np
 
 from lm_jax.config import CheckpointConfig
 from lm_jax.data.order import BatchIterator
+from lm_jax.distributed.processes import stops_before
+from lm_jax.distributed.stopping import Stopped
 from lm_jax.errors import UserError
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import peak_flops
@@ -65,14 +67,24 @@ def fit(run: Run) -> TrainState:
 
     Raises:
       UserError: non-finite loss or gradient (names the step and the row), or a failed checkpoint.
+      Stopped: the run was asked to stop, and is saved as far as it came.
     """
     state = run.state
     first, last = int(state.step), len(run.costs)
+    saved = first
     progress = Progress(last, first, "step")
     pending: _Pending | None = None
     num_tokens, num_flops = (np.cumsum([getattr(c, n) for c in run.costs]) for n in ("tokens", "flops"))
     clock = time.perf_counter()
     for step in range(first, last):
+        if stops_before(f"step {step + 1}"):
+            if pending is not None:
+                _finish(run, pending, clock, progress)
+            if step > saved:
+                run.checkpoints.save(step, checkpoint_items(state, {"data": run.batches.get_state()}))
+            progress.close()
+            run.checkpoints.wait()
+            raise Stopped(f"stopped after step {step} of {last}, as asked; all is saved: the same command goes on")
         done = step + 1
         if run.tracer.begins(done) and pending is not None:
             clock, pending = _finish(run, pending, clock, progress), None
@@ -95,6 +107,7 @@ def fit(run: Run) -> TrainState:
                 run.metrics.write(done, {f"eval_{k}": v for k, v in values.items()})
             if saving:
                 run.checkpoints.save(done, checkpoint_items(state, {"data": run.batches.get_state()}))
+                saved = done
             clock = time.perf_counter()  # neither belongs to a training step
     progress.close()
     run.checkpoints.wait()

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from lm_jax.distributed.processes import worked
+
 Log = Callable[[int, dict[str, float]], None]  # step, metrics
 
 
@@ -91,6 +93,7 @@ class Progress:
 
     def update(self, done: int, shown: dict[str, str]) -> None:
         """Shows that `done` of the total are done, with a few named values."""
+        worked()
         if self._silent:
             return
         if self._bar is not None:

@@ -13,13 +13,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from lm_jax import hf_io
 from lm_jax.config import LoraConfig, ModelConfig, from_config_dict
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.models.lora import abstract_adapters, merge
 from lm_jax.models.registry import read_model_config, weight_table
@@ -193,13 +192,7 @@ def begin_run(
         "origin": origin(config["model"], source.directory, config["input"], before),
         "made_with": made_with(),
     }
-    fault = ""
-    if jax.process_index() == 0:
-        try:
-            _begin_run(root, description, source)
-        except UserError as e:
-            fault = str(e)
-    _raise_everywhere(fault)
+    everywhere(lambda: _begin_run(root, description, source), "the run directory")
 
 
 def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSource) -> None:
@@ -227,15 +220,6 @@ def write_settings(path: epath.Path, description: dict[str, Any]) -> None:
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
     temporary.replace(path)
-
-
-def _raise_everywhere(fault: str) -> None:
-    """Process 0 looked; the others must stop with it instead of waiting for it."""
-    if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.int32(bool(fault)))
-        fault = fault or ("process 0 refused the run directory; its error says why" if failed else "")
-    if fault:
-        raise UserError(fault)
 
 
 def check_same_settings(path: epath.Path, description: dict[str, Any], may_change: Collection[str]) -> None:

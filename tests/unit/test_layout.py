@@ -14,6 +14,7 @@ PACKAGES = ("lm_jax", "musc_jax", "main_jax", "launch")
 LAYERS = (
     ("lm_jax.errors",),
     ("lm_jax.config",),
+    ("lm_jax.distributed",),
     ("lm_jax.sharding",),
     ("lm_jax.models",),
     ("lm_jax.hf_io",),
