@@ -84,13 +84,15 @@ _FORKS.set_forkserver_preload(
 class Fork:
     """`start` without the imports: the same code, exit status and signals, forked from a process that has them.
 
-    `name` may also be a module of the tests that runs as a launcher does.
+    `name` may also be a module of the tests that runs as a launcher does. `cache`: where compiled programs are kept,
+    for runs that nothing kills.
     """
 
-    def __init__(self, name: str, *flags: str, devices: int = 1):
+    def __init__(self, name: str, *flags: str, devices: int = 1, cache: Path | None = None):
         self._directory = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._directory.name) / n for n in ("out", "err"))
-        self.process = _FORKS.Process(target=_forked, args=(name, flags, devices, str(self._out), str(self._err)))
+        arguments = (name, flags, devices, cache, str(self._out), str(self._err))
+        self.process = _FORKS.Process(target=_forked, args=arguments)
         self.process.start()
 
     def wait(self) -> Done:
@@ -104,11 +106,16 @@ def fork(name: str, *flags: str, devices: int = 1) -> Done:
     return Fork(name, *flags, devices=devices).wait()
 
 
-def _forked(name, flags, devices, out, err):
+def _forked(name, flags, devices, cache, out, err):
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if cache is not None:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     module = name if name.startswith("tests.") else f"launch.{name}"
     sys.argv = [f"{module.replace('.', '/')}.py", *flags]  # as Python has it
     runpy.run_module(module, run_name="__main__")

@@ -1,0 +1,74 @@
+"""Training on several processes: equal to one, stopped on request, resumed on as many or on others."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import common
+from tests.e2e.common import arguments
+from tests.multi_process.common import Group, assert_close, assert_same, copy_run, logged, newest
+
+STEPS = 12
+
+
+class Runs:
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.model = common.make_model(directory / "model")
+        self.pairs = common.make_pairs(directory / "pairs.jsonl", 40)
+        self.held_out = common.make_pairs(directory / "held_out.jsonl", 4)
+
+    def start(self, name: str, processes: int, devices: int, *settings: str) -> Group:
+        given = (f"model={self.model}", f"input={self.pairs}", f"eval_input={self.held_out}")
+        given += (f"output={self.directory / name}", f"reference_cache={self.directory}/reference")
+        given += ("max_length=64", "batch.row_length=128", "batch.rows=4", "weights=entropy", "seed=7", "epochs=9")
+        given += (f"max_steps={STEPS}", "checkpoints.every=5", f"eval_every={STEPS}", *settings)
+        flags = arguments("musc_train", *given, preset="tiny")
+        return Group("musc_train", *flags, processes=processes, devices=devices, cache=self.directory / "cache")
+
+    def finish(self, name: str, processes: int, devices: int, *settings: str) -> Path:
+        self.start(name, processes, devices, *settings).ok()
+        return self.directory / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def two(runs) -> Path:
+    return runs.finish("two", 2, 2)
+
+
+@pytest.fixture(scope="module")
+def stopped(runs, two) -> Path:
+    """A run of two processes of which one was asked to stop."""
+    output = runs.directory / "stopped"
+    group = runs.start("stopped", 2, 2)
+    group.until(lambda: logged(output) > 1)
+    os.kill(group.pids()[1], signal.SIGTERM)
+    done = group.ok()
+    step, _ = newest(output)
+    assert 2 < step < STEPS
+    for i in (0, 1):
+        assert f"stopped after step {step} of {STEPS}, as asked" in done[i].stderr
+    return output
+
+
+def test_two_processes_equal_one(runs, two):
+    assert_close(two, runs.finish("one", 1, 4))
+
+
+def test_stopped_and_resumed_is_bit_equal(runs, two, stopped):
+    copy_run(stopped, runs.directory / "resumed")
+    assert_same(runs.finish("resumed", 2, 2), two)
+
+
+def test_resumed_on_another_number_of_processes(runs, two, stopped):
+    copy_run(stopped, runs.directory / "elastic")
+    assert_close(runs.finish("elastic", 1, 2, "mesh.tensor=2", "mesh.fsdp=1"), two)
+    shutil.rmtree(runs.directory / "elastic")
