@@ -134,10 +134,8 @@ def _processes() -> Iterator[None]:
 
 
 def _of_another(error: Exception) -> bool:
-    """Whether it may come of another process's end or halt: a collective breaks then, or waits for too long."""
-    import jax
-
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    """Whether it may come of another process's end or halt: a collective breaks then, or gives up waiting."""
+    return re.search(r"Gloo|NCCL|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL): ", str(error)) is not None
 
 
 def _lost(line: str) -> NoReturn:

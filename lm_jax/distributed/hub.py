@@ -183,7 +183,7 @@ class Hub:
         """Tells all but process 0, which hears of it last: with it goes the connection of the others."""
         self._fault, self._parted = fault, time.monotonic() + _PARTING
         for process in self._connected:
-            if process.number != 0:
+            if process.number != 0 and not process.finished:
                 process.lines.send({"kind": "fault", "line": fault})
 
     def _part(self, now: float) -> None:

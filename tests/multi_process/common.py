@@ -36,9 +36,8 @@ class Group:
     ):
         one_run = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={processes}"]
         one_run += [f"--start_timeout={TIMEOUT}", f"--process_timeout={TIMEOUT}"]
-        own = [*one_run] if processes > 1 else []
         self.members = {
-            i: Fork(name, *flags, *own, *([f"--process_id={i}"] if own else []), devices=devices, cache=cache)
+            i: Fork(name, *one_run, f"--process_id={i}", *flags, devices=devices, cache=cache)
             for i in range(processes)
             if i not in absent
         }
