@@ -13,6 +13,7 @@ import numpy as np
 
 from lm_jax.data.rows import stream_rows, write_jsonl
 from lm_jax.data.similarity import near_duplicates
+from lm_jax.distributed.processes import everywhere, worked
 from lm_jax.errors import UserError
 from main_jax.segments import LineFault, SegmentConfig, SegmentFault, cut, line_key
 
@@ -48,6 +49,10 @@ def prepare(config: PrepareConfig) -> None:
     Raises:
       UserError: anything the user can mend, naming file or row; no segment is left.
     """
+    everywhere(lambda: _prepare(config), "the end of the preparation")
+
+
+def _prepare(config: PrepareConfig) -> None:
     sorting = _Sorting(config)
     dropped = f"{config.output}.dropped.jsonl"
     write_jsonl(dropped, sorting.dropped())
@@ -77,6 +82,7 @@ class _Sorting:
         """What is left out, as it is found; near-duplicates, which can only be seen among all, last."""
         repeated = _repeated_lines(self._config)
         for name, text in _documents(self._config):
+            worked()
             self._documents += 1
             pieces = cut(text, self._config.segments, lambda key: _hash(key) in repeated, self._lines)
             for number, piece in enumerate(pieces):

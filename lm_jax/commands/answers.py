@@ -46,6 +46,18 @@ def answer_requests(
     Raises:
       UserError: more than `max_failed_share` of all rows without answer; what the generator raises.
     """
+    if getattr(generator, "collective", False):
+        return _answer(generator, requests, sampling, journal, num_rows, max_failed_share, unit)
+    # What answers by itself, as a server does, is asked by process 0 alone
+    return tuple(
+        everywhere(
+            lambda: _answer(generator, requests, sampling, journal, num_rows, max_failed_share, unit),
+            f"the last {unit}",
+        )
+    )
+
+
+def _answer(generator, requests, sampling, journal, num_rows, max_failed_share, unit) -> tuple[int, int]:
     numbers = {request.id: number for number, request in requests.items()}
     done, tokens, reasons = num_rows - len(requests), 0, collections.Counter()
     progress, begin = Progress(num_rows, done, unit), time.monotonic()

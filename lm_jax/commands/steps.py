@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lm_jax import hf_io
 from lm_jax.config import ComputeConfig, ModelConfig
+from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import Decoder
 
@@ -39,8 +40,11 @@ def run_step(module: str, *arguments: str) -> None:
     """Prints the command line and runs it; see `logged`. It holds the locks of `alone_in` too.
 
     Raises:
-      UserError: it failed; its own error stands above, or is the last line of its log.
+      UserError: it failed; its own error stands above, or is the last line of its log. Of a run of many processes none
+        can start others in the same way.
     """
+    if processes.link is not None:
+        raise UserError(f"this command runs python -m {module} and others; start it in one process")
     shown = f"$ python -m {module} \\\n    " + " \\\n    ".join(map(shlex.quote, arguments))
     command, log = [sys.executable, "-m", module, *arguments], _LOG.get()
     inherited = tuple(_LOCKS)

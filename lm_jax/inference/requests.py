@@ -98,7 +98,11 @@ class Completion:
 
 
 class Generator(Protocol):
-    """Answers requests; see `sampling.LocalGenerator` and `endpoints.EndpointGenerator`."""
+    """Answers requests; see `sampling.LocalGenerator` and `endpoints.EndpointGenerator`.
+
+    One with an attribute `collective` that is true takes all processes of a run, which make the same calls; of another
+    one process 0 alone has need.
+    """
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[list[Completion]]:
         """Every request's completion exactly once, in lists, as they finish and in any order.

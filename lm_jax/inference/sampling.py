@@ -71,6 +71,8 @@ class LocalGenerator:
       mesh: rows are cut over its data and fsdp axes, heads over tensor.
     """
 
+    collective = True
+
     def __init__(
         self,
         params: dict,

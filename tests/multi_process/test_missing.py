@@ -1,4 +1,4 @@
-"""A process that does not start, dies, halts, hangs or fails ends the run of all, with its name and within the time-out.
+"""A process that does not start, dies, halts, hangs or fails ends the run of all, with its name and in time.
 
 The steps gather over the devices, where the others wait without end or break, as they would in training.
 """

@@ -1,0 +1,112 @@
+"""The commands that write rows and models: two processes write what one does, each file once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lm_jax.data.score_store import ScoreStore
+from musc_jax.token_weights import DEFAULT_RULE
+from tests.e2e import common
+from tests.e2e.common import arguments
+from tests.e2e.test_main_filter import candidate
+from tests.multi_process.common import Group
+from tests.unit.test_pairs import instructions
+
+SMALL = ("batch.rows=2", "mesh.fsdp=2")
+
+
+class Place:
+    """The inputs, and the same outputs in a directory for each number of processes."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.model = common.make_model(directory / "model", max_position_embeddings=256)
+        self.other = common.make_model(directory / "other", max_position_embeddings=256, seed=1)
+        self.pairs = common.make_pairs(directory / "pairs.jsonl", perturbed_prompt=lambda i: f"say that {i}")
+        self.prompts = common.write_rows(directory / "prompts.jsonl", [{"prompt": f"say {i} cats"} for i in range(9)])
+        rows = [{"prompt": f"say that {i}", "response": "9 cats sat on the mat"[: 4 + i]} for i in range(9)]
+        self.responses = common.write_rows(directory / "responses.jsonl", rows)
+        self.candidates = common.write_rows(directory / "candidates.jsonl", [candidate(i) for i in range(12)])
+        self.tasks = common.write_rows(directory / "tasks.jsonl", instructions()[:6])
+
+    def flags(self, out: Path) -> list[tuple[str, list[str]]]:
+        model = f"model={self.model}"
+        scored = ("max_length=64", "batch.row_length=192", *SMALL)
+        sampled = ("max_new_tokens=12", "decode.slots=4", "decode.max_length=64", "temperature=1.0", "num_samples=2")
+        filtered = ("max_length=200", "batch.row_length=256", *SMALL, f"forward={self.model}", f"reverse={self.other}")
+        return [
+            ("score", [model, f"input={self.responses}", f"output={out}/scores.jsonl", *scored]),
+            ("generate", [model, f"input={self.prompts}", f"output={out}/texts.jsonl", "mesh.fsdp=2", *sampled]),
+            ("musc_token_weights", [model, f"input={self.pairs}", f"output={out}/weighed.jsonl", *scored]),
+            ("main_filter", [f"input={self.candidates}", f"output={out}/kept.jsonl", *filtered]),
+            ("export_hf", [model, f"output={out}/hf", "mesh.fsdp=2"]),
+            ("musc_pairs", [f"input={self.tasks}", f"output={out}/made.jsonl"]),
+        ]
+
+    def run(self, name: str, processes: int, devices: int) -> Path:
+        out = self.directory / name
+        commands = [
+            [command, arguments(command, *settings, preset="tiny" if command == "main_filter" else "")]
+            for command, settings in self.flags(out)
+        ]
+        file = common.write_rows(self.directory / f"{name}.commands", commands)
+        script = "tests.multi_process.scripted_commands"
+        flags = [*arguments("export_hf", "model=x", "output=y"), f"--commands={file}"]
+        group = Group(script, *flags, processes=processes, devices=devices)
+        group.ok()
+        return out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def both(place) -> tuple[Path, Path]:
+    return place.run("one", 1, 2), place.run("two", 2, 1)
+
+
+def files(out: Path) -> list[str]:
+    return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and p.suffix != ".png")
+
+
+def test_the_files_are_the_same(both):
+    one, two = map(files, both)
+    assert one == two and {"scores.jsonl", "texts.jsonl", "weighed.jsonl", "kept.jsonl", "made.jsonl"} <= {*one}
+
+
+@pytest.mark.parametrize("file", ["texts.jsonl", "made.jsonl", "made.jsonl.counts.json", "kept.jsonl"])
+def test_rows_are_equal_to_the_byte(both, file):
+    one, two = ((out / file).read_bytes() for out in both)
+    assert one and one == two
+
+
+@pytest.mark.parametrize("file", ["scores.jsonl", "kept.jsonl.candidates.jsonl"])
+def test_scores_are_equal_but_for_rounding(both, file):
+    def close(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+        if isinstance(a, list):
+            return len(a) == len(b) and all(map(close, a, b))
+        return abs(a - b) < 1e-4 * max(1, abs(a)) if isinstance(a, float) else a == b
+
+    one, two = (common.read_rows(out / file) for out in both)
+    assert close(one, two)
+
+
+def test_weights_are_equal_but_for_rounding(both):
+    one, two = (ScoreStore.open(str(out / "weighed.weights")) for out in both)
+    rows = np.arange(len(one.lengths))
+    for a, b in zip(one.read(rows)[DEFAULT_RULE], two.read(rows)[DEFAULT_RULE], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    one, two = (common.read_rows(out / "weighed.jsonl") for out in both)
+    assert json.dumps(one) == json.dumps(two)
+
+
+def test_exports_are_equal(both):
+    one, two = (load_file(out / "hf" / "model.safetensors") for out in both)
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
