@@ -1,12 +1,21 @@
 """Checkpoints of a run: asynchronous, atomic, the newest few kept. The only file that imports orbax."""
 
 import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from lm_jax.distributed.processes import everywhere, reached
 from lm_jax.errors import UserError
+from lm_jax.training.checksums import damage, write_checksums
+
+_APPEARS = 60.0  # seconds until a checkpoint that all have written has its name
 
 
 class Checkpoints:
@@ -29,7 +38,8 @@ class Checkpoints:
             # What a killed save left behind. A reader leaves it alone: it may be a save under way in another process.
             cleanup_tmp_directories=keep is not None,
         )
-        self._saving = None
+        self._saving = self._whole = None
+        self._finisher = ThreadPoolExecutor(1, "checksums")
 
     def __enter__(self):
         return self
@@ -38,6 +48,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self._finisher.shutdown(wait=False)
             self._checkpointer.close()
 
     def latest_step(self) -> int | None:
@@ -60,7 +71,22 @@ class Checkpoints:
           UserError: the save before this one failed.
         """
         self.wait()
-        self._saving = step, self._checkpointer.save_checkpointables_async(step, items, force=True)
+        response = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        self._saving = step, self._finisher.submit(self._finish, step, response)
+
+    def _finish(self, step: int, response: Any) -> None:
+        response.result()
+        root, deadline = epath.Path(self._directory) / str(step), time.monotonic() + _APPEARS
+        while not root.exists():  # process 0 gives it its name
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{root} did not appear")
+            time.sleep(0.1)
+        write_checksums(root, jax.process_index())
+
+    def check(self) -> None:
+        """Raises UserError where the save under way has failed by now; does not wait."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
 
     def wait(self) -> None:
         """Waits for the save under way.
@@ -70,14 +96,35 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        (step, response), self._saving = self._saving, None
+        (step, saved), self._saving = self._saving, None
         try:
-            response.result()
+            saved.result()
         except Exception as e:
             raise UserError(
-                f"{self._directory}: checkpoint of step {step} could not be written ({e}); the one before it is "
-                f"intact: free space or mend the storage and start again to resume"
+                f"{self._directory}: checkpoint of step {step} could not be written ({_first_cause(e)}); the one "
+                f"before it is intact: free space or mend the storage and start again to resume"
             ) from e
+
+    def whole_step(self) -> int | None:
+        """The newest step that is whole, or None where there is none at all; damaged ones are moved away, and named.
+
+        Raises:
+          UserError: there are some, and all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = epath.Path(self._directory) / str(step)
+            if (fault := _damage(path)) is None:
+                self._whole = step
+                return step
+            everywhere(lambda path=path, fault=fault: _move_away(path, fault), "the damaged checkpoint")
+            self._checkpointer.reload()
+        if steps:
+            raise UserError(
+                f"{self._directory}: every checkpoint ({', '.join(map(str, steps))}) is damaged; restore one from a "
+                "copy, or give another config.output to start anew"
+            )
+        return None
 
     def restore(self, abstract_items: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         """The named items of a step, the newest by default.
@@ -93,6 +140,9 @@ class Checkpoints:
         step = steps[-1] if step is None and steps else step
         if step not in steps:
             raise UserError(f"{self._directory}: no checkpoint of step {step}; there are {steps or 'none'}")
+        path = epath.Path(self._directory) / str(step)
+        if step != self._whole and (fault := _damage(path)):
+            raise UserError(f"{path}: damaged: {fault}; delete that step to fall back to an older one")
         try:
             return self._checkpointer.load_checkpointables(step, abstract_items)
         except Exception as e:
@@ -101,6 +151,28 @@ class Checkpoints:
                 f"({_first_cause(e)}); "
                 f"use the model and optimiser it was written with, or delete that step to fall back to an older one"
             ) from e
+
+
+def _damage(path: epath.Path) -> str | None:
+    """What is wrong with a checkpoint; each process looks at a part of it."""
+    fault = damage(path, jax.process_index(), jax.process_count())
+    if jax.process_count() == 1:
+        return fault
+    from jax.experimental import multihost_utils
+
+    reached("the look at a checkpoint")
+    found = np.flatnonzero(multihost_utils.process_allgather(np.int32(fault is not None)))
+    return fault or (f"process {found[0]} says which file" if found.size else None)
+
+
+def _move_away(path: epath.Path, fault: str) -> None:
+    """Out of the way of the step's next save, and of every reader."""
+    target = path.parent.parent / "damaged" / path.name
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():
+        target.rmtree()
+    path.rename(target)
+    print(f"{path}: damaged: {fault}; moved to {target}, going on from an older one", file=sys.stderr, flush=True)
 
 
 def _first_cause(error: BaseException) -> str:

@@ -205,8 +205,8 @@ def _evaluation(job: Job, task: Task, frozen):
 
 def _start_state(job: Job, program: StepProgram, checkpoints: Checkpoints, batches: BatchIterator) -> TrainState:
     """The state to go on from, its data iterator positioned."""
-    if checkpoints.latest_step() is not None:
-        state, position = resume(checkpoints, program.state)
+    if (step := checkpoints.whole_step()) is not None:
+        state, position = resume(checkpoints, program.state, step)
         batches.set_state(position)
         return state
     policy, mesh, lora = job.policy, job.mesh, job.config.lora

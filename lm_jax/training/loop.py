@@ -77,6 +77,7 @@ def fit(run: Run) -> TrainState:
     num_tokens, num_flops = (np.cumsum([getattr(c, n) for c in run.costs]) for n in ("tokens", "flops"))
     clock = time.perf_counter()
     for step in range(first, last):
+        run.checkpoints.check()
         if stops_before(f"step {step + 1}"):
             if pending is not None:
                 _finish(run, pending, clock, progress)
@@ -127,9 +128,9 @@ def checkpoint_items(state: TrainState, progress: Any) -> dict[str, Any]:
     return items | ({"objective": state.carried} if jax.tree.leaves(state.carried) else {})
 
 
-def resume(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, dict]:
-    """The newest checkpoint as (state, data position)."""
-    items = checkpoints.restore(checkpoint_items(abstract, None))
+def resume(checkpoints: Checkpoints, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+    """A checkpoint, the newest by default, as (state, data position)."""
+    items = checkpoints.restore(checkpoint_items(abstract, None), step)
     optimizer = items["optimizer"]
     state = TrainState(
         optimizer["step"], items["params"], optimizer["opt_state"], items.get("objective", abstract.carried)

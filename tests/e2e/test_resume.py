@@ -5,6 +5,7 @@ and every metric that is no timing.
 """
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -186,7 +187,28 @@ def test_what_may_change_between_a_run_and_its_continuation(runs, undisturbed):
     fork("musc_train", *runs.flags("undisturbed", "checkpoints.every=7", "compute.logprob_chunk=32")).ok()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_on_request(runs, undisturbed, number):
+    name = f"stopped_{number}"
+    run = Fork("musc_train", *runs.flags(name))
+    while logged(runs.directory / name) < 130:
+        assert run.process.is_alive(), run.wait().stderr[-2000:]
+        time.sleep(0.0005)
+    os.kill(run.process.pid, number)
+    done = run.wait().ok()
+    step = saved_steps(runs.directory / name)[-1]
+    assert 100 < step < STEPS
+    assert f"stopped after step {step} of {STEPS}, as asked; all is saved" in done.stderr
+    assert_same(runs.finish(name), undisturbed)  # with as many checkpoints: the newest are kept
+
+
 def damage(step_directory: Path, how: str) -> None:
+    if how == "flipped":
+        data = max((step_directory / "optimizer").rglob("d/*"), key=lambda p: p.stat().st_size)
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+        return
     data = max((step_directory / "params").rglob("d/*"), key=lambda p: p.stat().st_size)
     if how == "cut short":
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
@@ -196,22 +218,46 @@ def damage(step_directory: Path, how: str) -> None:
         (step_directory / "optimizer" / "_METADATA").write_text("{")
 
 
-@pytest.mark.parametrize("how", ["cut short", "gone", "no metadata"])
-def test_a_damaged_checkpoint_is_named(runs, undisturbed, how):
+@pytest.mark.parametrize("how", ["cut short", "gone", "no metadata", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_never_trained_on(runs, undisturbed, how):
     name = f"damaged {how}".replace(" ", "_")
-    output = shutil.copytree(undisturbed, runs.directory / name)
+    output = copy_of(undisturbed, name)
+    damage(output / "checkpoints" / str(STEPS), how)
+    what = {"cut short": "bytes instead of", "gone": "is gone", "no metadata": "_METADATA has 1 bytes"}
+    export = arguments("export_hf", f"model={output}", f"output={output}-hf")
+    line = fork("export_hf", *export).error()
+    assert f"{output}/checkpoints/{STEPS}: damaged: " in line and "delete" in line, line
+    assert what.get(how, "changed") in line, line
+    assert not Path(f"{output}-hf").exists()
+    done = fork("musc_train", *runs.flags(name)).ok()
+    assert f"{output}/checkpoints/{STEPS}: damaged: " in done.stderr and what.get(how, "changed") in done.stderr
+    assert f"continuing {output} after step {saved_steps(undisturbed)[-2]}" in done.stderr
+    assert (output / "damaged" / str(STEPS)).is_dir()
+    assert_same(output, undisturbed)
+
+
+def test_no_whole_checkpoint_is_left(runs, undisturbed):
+    output = copy_of(undisturbed, "all_damaged")
+    for step in saved_steps(output):
+        damage(output / "checkpoints" / str(step), "flipped")
+    line = fork("musc_train", *runs.flags("all_damaged")).error()
+    assert "every checkpoint (" in line and "damaged" in line, line
+
+
+def test_a_checkpoint_from_before_there_were_checksums(runs, undisturbed):
+    """It is read, and what does not fit or cannot be read is told as it is."""
+    output = copy_of(undisturbed, "unsummed")
+    for file in output.glob("checkpoints/*/checksums.*"):
+        file.unlink()
+    damage(output / "checkpoints" / str(STEPS), "cut short")
+    line = fork("musc_train", *runs.flags("unsummed")).error(noise=True)  # of reads that outlive the failed load
+    assert f"{output}/checkpoints/{STEPS}" in line and "damaged" in line and "delete" in line, line
+    assert "handler" not in line, line  # what orbax wraps the cause in
+
+
+def copy_of(run: Path, name: str) -> Path:
+    output = shutil.copytree(run, run.parent / name)
     description = json.loads((output / "config.json").read_text())
     description["config"]["output"] = str(output)
     (output / "config.json").write_text(json.dumps(description))
-    damage(output / "checkpoints" / str(STEPS), how)
-    line = fork("musc_train", *runs.flags(name)).error(noise=True)  # of reads that outlive the failed load
-    assert f"{output}/checkpoints/{STEPS}" in line and "damaged" in line and "delete" in line, line
-    assert "handler" not in line, line  # what orbax wraps the cause in
-    if how != "no metadata":  # the export reads the parameters alone
-        export = arguments("export_hf", f"model={output}", f"output={output}-hf")
-        assert f"checkpoints/{STEPS}" in fork("export_hf", *export).error(noise=True)
-        assert not Path(f"{output}-hf").exists()
-    # The cure that the line names
-    shutil.rmtree(output / "checkpoints" / str(STEPS))
-    fork("musc_train", *runs.flags(name)).ok()
-    assert_same(output, undisturbed)
+    return output

@@ -1,0 +1,72 @@
+"""Checksums of a checkpoint's files: orbax and tensorstore read a flipped bit of an array as another number.
+
+Each process sums what it wrote, when the checkpoint is whole, into `checksums.PROCESS.json` beside it.
+"""
+
+import json
+import re
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+from etils import epath
+
+_BLOCK = 1 << 24  # bytes read at a time
+_THREADS = 8
+_OWN = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")  # the directory in which one process writes
+
+
+def write_checksums(checkpoint: epath.Path, process: int) -> None:
+    """Sums the files that this process wrote; process 0 those that belong to nobody, too."""
+    files = [f for f in _files(checkpoint) if int((_OWN.search(f) or [None, 0])[1]) == process]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = dict(zip(files, pool.map(lambda f: _sum(checkpoint / f), files), strict=True))
+    temporary = checkpoint / f".checksums.{process}.tmp"
+    temporary.write_text(json.dumps({"crc32": sums}) + "\n")
+    temporary.rename(checkpoint / f"checksums.{process}.json")
+
+
+def damage(checkpoint: epath.Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with the checkpoint, with the file's name; None where nothing is, or nothing was summed.
+
+    Args:
+      share, shares: which part of the files to look at, of how many parts.
+    """
+    sums: dict[str, list[int]] = {}
+    for file in sorted(checkpoint.glob("checksums.*.json")):
+        try:
+            sums |= json.loads(file.read_text())["crc32"]
+        except (ValueError, KeyError, TypeError):
+            return f"{file.name} cannot be read"
+    names = sorted(sums)[share::shares]
+
+    def look(name: str) -> str | None:
+        path = checkpoint / name
+        if not path.exists():
+            return f"{name} is gone"
+        found, expected = _sum(path), sums[name]
+        if found == expected:
+            return None
+        return f"{name} has {found[0]} bytes instead of {expected[0]}" if found[0] != expected[0] else f"{name} changed"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return next(filter(None, pool.map(look, names)), None)
+
+
+def _files(checkpoint: epath.Path) -> list[str]:
+    found, left = [], [checkpoint]
+    while left:
+        for path in left.pop().iterdir():
+            if path.is_dir():
+                left.append(path)
+            elif not re.match(r"\.?checksums\.", path.name):
+                found.append(str(path.relative_to(checkpoint)))
+    return sorted(found)
+
+
+def _sum(path: epath.Path) -> list[int]:
+    """[bytes, crc32]"""
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
