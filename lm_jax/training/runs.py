@@ -25,6 +25,7 @@ from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
 from lm_jax.sharding import param_spec
 from lm_jax.training.checkpoints import Checkpoints
+from lm_jax.training.lock import NAME, lock
 from lm_jax.training.provenance import Method, made_with, origin
 
 # Where a run lies and on what it computes may change between a run and its continuation; what it learns may not.
@@ -178,7 +179,7 @@ def begin_run(
       method: what the run will have done.
 
     Raises:
-      UserError: the directory holds something else, or a run with other settings.
+      UserError: the directory holds something else, a run with other settings, or one that another process is at.
     """
     root = epath.Path(output)
     description = {"command": command, "config": config}
@@ -199,10 +200,12 @@ def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSourc
     path = root / "config.json"
     if path.exists():
         check_same_settings(path, description, _MAY_CHANGE)
+        lock(root)
         return
     # What a start that was killed leaves behind is no reason to refuse.
-    if root.exists() and {p.name for p in root.iterdir()} - {"model", "config.json.tmp"}:
+    if root.exists() and {p.name for p in root.iterdir()} - {"model", "config.json.tmp", NAME}:
         raise UserError(f"{root}: not empty and not a run directory; give another config.output")
+    lock(root)
     if (root / "model").exists():
         shutil.rmtree(root / "model")
     (root / "model").mkdir(parents=True)

@@ -202,6 +202,20 @@ def test_stopped_on_request(runs, undisturbed, number):
     assert_same(runs.finish(name), undisturbed)  # with as many checkpoints: the newest are kept
 
 
+def test_two_runs_stay_out_of_one_directory(runs, undisturbed):
+    run = Fork("musc_train", *runs.flags("locked"))
+    while logged(runs.directory / "locked") < 1:
+        assert run.process.is_alive(), run.wait().stderr[-2000:]
+        time.sleep(0.0005)
+    os.kill(run.process.pid, signal.SIGSTOP)
+    try:
+        line = fork("musc_train", *runs.flags("locked")).error()
+        assert "locked: another process is training there" in line, line
+    finally:
+        os.kill(run.process.pid, signal.SIGCONT)
+    run.wait().ok()
+
+
 def damage(step_directory: Path, how: str) -> None:
     if how == "flipped":
         data = max((step_directory / "optimizer").rglob("d/*"), key=lambda p: p.stat().st_size)

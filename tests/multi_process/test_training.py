@@ -68,6 +68,17 @@ def test_stopped_and_resumed_is_bit_equal(runs, two, stopped):
     assert_same(runs.finish("resumed", 2, 2), two)
 
 
+@pytest.mark.parametrize("killed", [1, 0])
+def test_killed_and_resumed_is_bit_equal(runs, two, killed):
+    name = f"killed_{killed}"
+    group = runs.start(name, 2, 2)
+    group.until(lambda: logged(runs.directory / name) > 6)
+    group.members[killed].process.kill()
+    line = group.members[1 - killed].wait().error(noise=True)
+    assert f"process {killed} is gone" in line, line
+    assert_same(runs.finish(name, 2, 2), two)
+
+
 def test_resumed_on_another_number_of_processes(runs, two, stopped):
     copy_run(stopped, runs.directory / "elastic")
     assert_close(runs.finish("elastic", 1, 2, "mesh.tensor=2", "mesh.fsdp=1"), two)
