@@ -1,13 +1,14 @@
-# Two commands do everything on a machine with Python and make:
+# These commands do everything on a machine with Python and make:
 #   make quickstart   the main job on an embedded default, in a few minutes on two cores (about a minute once installed)
 #   make test         ruff and every test
+#   make faults       breaks real runs on purpose and counts what held
 # Choose the interpreter with PYTHON=python3.12. Both share .venv and install only when pyproject.toml changed.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint faults
 .NOTPARALLEL:  # two installations into one environment would break each other
 
 # The environment holds no accelerator's JAX, and with the tests' libtpu in it JAX would look for a TPU first
@@ -18,6 +19,11 @@ quickstart: $(VENV)/.installed
 # A process for each of two cores; what shares a fixture stays together
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults.py lists: TIMES of each
+TIMES ?= 3
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m tests.faults --times=$(TIMES)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

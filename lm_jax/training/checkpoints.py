@@ -44,7 +44,9 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, *_):
+        if kind is not None and jax.process_count() > 1:
+            return  # the other processes may not come to what closing waits for, and this one ends
         try:
             self.wait()
         finally:
@@ -75,7 +77,8 @@ class Checkpoints:
         self._saving = step, self._finisher.submit(self._finish, step, response)
 
     def _finish(self, step: int, response: Any) -> None:
-        response.result()
+        self._checkpointer.wait()  # a response alone does not come back from every failure
+        response.result()  # ends its thread
         root, deadline = epath.Path(self._directory) / str(step), time.monotonic() + _APPEARS
         while not root.exists():  # process 0 gives it its name
             if time.monotonic() > deadline:

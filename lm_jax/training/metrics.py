@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from lm_jax.distributed.processes import worked
+from lm_jax.errors import UserError
 
 Log = Callable[[int, dict[str, float]], None]  # step, metrics
 
@@ -31,7 +32,7 @@ class MetricsWriter:
             return
         from tensorboardX import SummaryWriter
 
-        path = epath.Path(directory) / "metrics.jsonl"
+        path = self._path = epath.Path(directory) / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
             temporary = path.parent / "metrics.jsonl.tmp"
@@ -51,8 +52,14 @@ class MetricsWriter:
         if self._file is None:
             return
         metrics = {k: v for k, v in metrics.items() if v is not None and (v == v or k.endswith("loss"))}
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as e:
+            raise UserError(
+                f"{self._path}: {e.strerror or e}; the last checkpoint is intact: make room or mend the access, and "
+                "start again to resume"
+            ) from e
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         for log in self._loggers:
