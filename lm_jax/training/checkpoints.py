@@ -70,10 +70,13 @@ class Checkpoints:
           items: name -> pytree of arrays, ints, floats and strings. What is restored apart is saved apart.
 
         Raises:
-          UserError: the save before this one failed.
+          UserError: the save before this one failed, or this one could not begin.
         """
         self.wait()
-        response = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        try:
+            response = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        except Exception as e:
+            raise self._not_written(step, e) from e
         self._saving = step, self._finisher.submit(self._finish, step, response)
 
     def _finish(self, step: int, response: Any) -> None:
@@ -103,10 +106,13 @@ class Checkpoints:
         try:
             saved.result()
         except Exception as e:
-            raise UserError(
-                f"{self._directory}: checkpoint of step {step} could not be written ({_first_cause(e)}); the one "
-                f"before it is intact: free space or mend the storage and start again to resume"
-            ) from e
+            raise self._not_written(step, e) from e
+
+    def _not_written(self, step: int, error: Exception) -> UserError:
+        return UserError(
+            f"{self._directory}: checkpoint of step {step} could not be written ({_first_cause(error)}); the one "
+            f"before it is intact: free space or mend the storage and start again to resume"
+        )
 
     def whole_step(self) -> int | None:
         """The newest step that is whole, or None where there is none at all; damaged ones are moved away, and named.
