@@ -22,9 +22,9 @@ import jax
 
 from lm_jax.commands.generate import GenerateConfig, generate_rows
 from lm_jax.commands.generator import EndpointConfig, check_one_model, local_mesh, open_endpoint, open_local
-from lm_jax.distributed.processes import everywhere
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.rows import read_rows, replacing, write_jsonl
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.evaluation.cfbench import CFBench
 from lm_jax.evaluation.complexbench import ComplexBench
