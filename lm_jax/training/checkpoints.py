@@ -15,6 +15,7 @@ from lm_jax.distributed.processes import everywhere, reached
 from lm_jax.errors import UserError
 from lm_jax.training.checksums import damage, write_checksums
 
+_FAULT_BYTES = 256  # of what a process found
 _APPEARS = 60.0  # seconds until a checkpoint that all have written has its name
 
 
@@ -170,8 +171,9 @@ def _damage(path: epath.Path) -> str | None:
     from jax.experimental import multihost_utils
 
     reached("the look at a checkpoint")
-    found = np.flatnonzero(multihost_utils.process_allgather(np.int32(fault is not None)))
-    return fault or (f"process {found[0]} says which file" if found.size else None)
+    text = np.frombuffer((fault or "").encode()[:_FAULT_BYTES].ljust(_FAULT_BYTES, b"\0"), np.uint8)
+    told = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(text))
+    return next(filter(None, told), None)
 
 
 def _move_away(path: epath.Path, fault: str) -> None:
