@@ -19,6 +19,7 @@ from lm_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+_FEW = 64  # entries that may lie on every device without a rule
 
 PARAM_RULES: Mapping[str, str | None] = {
     "layers": None,  # scanned over
@@ -92,7 +93,8 @@ def param_spec(path: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: M
 def state_shardings(state: Any, param_specs: Mapping[str, PartitionSpec], mesh: Mesh) -> Any:
     """Shardings for a whole state (parameters, optimiser moments, counters) from the parameters' specs.
 
-    A leaf whose path ends with a parameter's path takes that parameter's spec; a scalar is replicated.
+    A leaf whose path ends with a parameter's path takes that parameter's spec; a scalar, or a handful of coefficients
+    as Muon's state has them, is replicated.
 
     Args:
       state: any pytree of arrays or ShapeDtypeStructs.
@@ -107,7 +109,7 @@ def state_shardings(state: Any, param_specs: Mapping[str, PartitionSpec], mesh: 
         for start in range(len(keys)):
             if (spec := param_specs.get("/".join(keys[start:]))) is not None:
                 return NamedSharding(mesh, spec)
-        if np.ndim(leaf) == 0:
+        if leaf.size <= _FEW:
             return NamedSharding(mesh, PartitionSpec())
         raise UserError(f"parameter {'/'.join(keys)} of shape {tuple(leaf.shape)}: no sharding rule matches its path")
 
