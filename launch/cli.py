@@ -23,6 +23,7 @@ from lm_jax.errors import UserError
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have it
 PIPE_CLOSED = 141  # that of one whose reader went away
 TERMINATED = 143  # that of one that SIGTERM ended before there was anything to save
+_SHOWN = 900  # characters of an error
 _GIVE = "give --config=configs/NAME.py[:preset]"
 _on_end: list[Callable[[str | None], None]] = []  # what lets the run's other processes know
 
@@ -181,6 +182,12 @@ def _fail(line: str) -> NoReturn:
     _end(line, 1)
 
 
+def _printable(line: str) -> str:
+    """One line of at most `_SHOWN` characters. It may quote what others wrote, and so may move no cursor."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(line.split()))
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN // 2]} ... {line[-_SHOWN // 2 :]}"  # the cure stands last
+
+
 def _interrupted(number: int, _) -> None:
     if stopping.ask():
         return  # it is heeded where everything is saved
@@ -192,7 +199,7 @@ def _interrupted(number: int, _) -> None:
 def _end(line: str, status: int) -> NoReturn:
     # No shutdown of the interpreter: threads of XLA and of the checkpointing may be at work, and at times crash under
     # it. What is on disk survives a SIGKILL, so it survives this.
-    line = " ".join(line.split())
+    line = _printable(line)
     for done in _on_end:
         done(line)
     os.write(2, f"error: {line}\n".encode())

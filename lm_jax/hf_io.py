@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm_jax.config import ModelConfig
@@ -26,8 +25,8 @@ from lm_jax.distributed.processes import barrier, everywhere, reached
 from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf, config_to_hf, read_json_object, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
+from lm_jax.weight_files import INDEX_FILE, check_finite, listed, open_checkpoint
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 SAFETENSORS_DTYPES = ("F32", "BF16", "F16")
 # Rotary tables that old Llama checkpoints carry; they follow from config.json.
@@ -86,20 +85,23 @@ def load_params(
 
     Raises:
       UserError: a file that is missing, corrupt or outside the directory; names that are unknown, missing, doubled or
-        mis-shaped; a dtype that is no float; a tied output embedding that differs from the input embedding.
+        mis-shaped; a dtype that is no float; NaN or infinity; a tied output embedding that differs from the input one.
     """
     table = weight_table(config)
     flat = None if shardings is None else flatten(shardings)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with contextlib.ExitStack() as stack:
-        tensors = _open_checkpoint(Path(model_dir), stack)
+        tensors = open_checkpoint(Path(model_dir), stack)
         _check_names(Path(model_dir), tensors, table, config)
         _check_tied(Path(model_dir), tensors, config)
-        params = {s.path: _load(s, tensors, config, default if flat is None else flat[s.path], dtype) for s in table}
+        where = dict.fromkeys((spec.path for spec in table), default) if flat is None else flat
+        params = {s.path: _load(s, tensors, config, where[s.path], dtype, model_dir) for s in table}
     return nest(params)
 
 
-def _load(spec: WeightSpec, tensors: Mapping[str, Any], config: ModelConfig, sharding, dtype: str) -> jax.Array:
+def _load(
+    spec: WeightSpec, tensors: Mapping[str, Any], config: ModelConfig, sharding, dtype: str, model_dir: str | Path
+) -> jax.Array:
     names, shape = spec.hf_names(config), spec.shape(config)
     slices: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one host array
 
@@ -111,59 +113,14 @@ def _load(spec: WeightSpec, tensors: Mapping[str, Any], config: ModelConfig, sha
             if spec.stacked:
                 for i, layer in enumerate(ranges[0]):
                     out[i] = spec.read_slice(tensors[names[layer]], index[1:], config)
+                    check_finite(out[i], names[layer], model_dir)
             else:
                 out[...] = spec.read_slice(tensors[names[0]], index, config)
+                check_finite(out, names[0], model_dir)
         return slices[key]
 
     # Waiting keeps the next tensor's host memory from piling up on this one's.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
-
-
-def _open_checkpoint(model_dir: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Every tensor of the checkpoint by name, lazily read; `stack` closes the files."""
-    tensors: dict[str, Any] = {}
-    doubled = []
-    for file in _weight_files(model_dir):
-        try:
-            handle = stack.enter_context(safe_open(file, framework="np"))
-        except FileNotFoundError:
-            raise UserError(f"{file}: this weight file is missing; download the checkpoint again") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file}: truncated or no safetensors file ({error}); download it again (with git-lfs if it was cloned)"
-            ) from error
-        for name in handle.keys():
-            if name in tensors:
-                doubled.append(name)
-            tensors[name] = handle.get_slice(name)
-    if doubled:
-        raise UserError(f"{model_dir}: {_listed(doubled)} in more than one weight file; remove the stale file")
-    return tensors
-
-
-def _weight_files(model_dir: Path) -> list[Path]:
-    single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
-    if single.exists() and index.exists():
-        raise UserError(f"{model_dir}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one")
-    if single.exists():
-        return [single]
-    if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: has no weight_map; download it again")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-                raise UserError(f"{index}: weight_map names {name!r}, no safetensors file beside it; correct the index")
-        return [model_dir / name for name in names]
-    if any(model_dir.glob("*.safetensors")):
-        raise UserError(f"{model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} among its safetensors; download it again")
-    if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt")) or any(model_dir.glob("*.pth")):
-        raise UserError(
-            f"{model_dir}: has PyTorch pickles only, which are never read; convert them to safetensors "
-            "(in transformers: from_pretrained, then save_pretrained)"
-        )
-    raise UserError(f"{model_dir}: has no {SINGLE_FILE} and no {INDEX_FILE}; give a directory in Hugging Face format")
 
 
 def _check_names(model_dir: Path, tensors: Mapping[str, Any], table: Sequence[WeightSpec], config: ModelConfig) -> None:
@@ -171,17 +128,17 @@ def _check_names(model_dir: Path, tensors: Mapping[str, Any], table: Sequence[We
     allowed = {"lm_head.weight"} if config.tie_embeddings else set()
     if missing := [name for name in expected if name not in tensors]:
         hint = " (or set tie_word_embeddings in config.json)" if missing == ["lm_head.weight"] else ""
-        raise UserError(f"{model_dir}: {_listed(missing)} missing from the weights; download them again{hint}")
+        raise UserError(f"{model_dir}: {listed(missing)} missing from the weights; download them again{hint}")
     unknown = [n for n in tensors if n not in expected and n not in allowed and not IGNORED_TENSORS.fullmatch(n)]
     if unknown:
-        raise UserError(f"{model_dir}: {_listed(unknown)} unknown for this config.json; is it of another checkpoint?")
+        raise UserError(f"{model_dir}: {listed(unknown)} unknown for this config.json; is it of another checkpoint?")
     shapes = [
         f"{name} {tuple(tensors[name].get_shape())}, expected {shape}"
         for name, shape in expected.items()
         if tuple(tensors[name].get_shape()) != shape
     ]
     if shapes:
-        raise UserError(f"{model_dir}: {_listed(shapes)} of another shape than config.json gives; correct config.json")
+        raise UserError(f"{model_dir}: {listed(shapes)} of another shape than config.json gives; correct config.json")
     dtypes = [
         f"{name} ({tensors[name].get_dtype()})"
         for name in (*expected, *(allowed & tensors.keys()))
@@ -189,7 +146,7 @@ def _check_names(model_dir: Path, tensors: Mapping[str, Any], table: Sequence[We
     ]
     if dtypes:
         raise UserError(
-            f"{model_dir}: {_listed(dtypes)} of an unsupported dtype; use weights in {', '.join(SAFETENSORS_DTYPES)}"
+            f"{model_dir}: {listed(dtypes)} of an unsupported dtype; use weights in {', '.join(SAFETENSORS_DTYPES)}"
         )
 
 
@@ -206,11 +163,6 @@ def _check_tied(model_dir: Path, tensors: Mapping[str, Any], config: ModelConfig
             f"{model_dir}: lm_head.weight differs from model.embed_tokens.weight although config.json ties them; "
             "set tie_word_embeddings to false in config.json"
         )
-
-
-def _listed(names: Sequence[str], shown: int = 4) -> str:
-    more = f", ... ({len(names)} tensors)" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def export_hf(
@@ -293,7 +245,7 @@ def _check_params(flat: Mapping[str, Any], table: Sequence[WeightSpec], config: 
     if wrong := sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p)):
         path = wrong[0]
         raise UserError(
-            f"parameters do not fit the model config: {_listed(wrong)}; "
+            f"parameters do not fit the model config: {listed(wrong)}; "
             f"{path} has shape {found.get(path)}, expected {expected.get(path)}"
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data.chat import render_chat
 from lm_jax.data.tokenizers import first_line
 from lm_jax.errors import UserError
 
@@ -202,8 +203,8 @@ class TextEncoder:
                 "chat_template in tokenizer_config.json"
             )
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DAY
+            return render_chat(
+                self._tokenizer, messages, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DAY
             )
         except Exception as error:  # a template can raise anything
             roles = ", ".join(message["role"] for message in messages)
@@ -262,7 +263,7 @@ class TextEncoder:
         # A template may set white space after the end token; anything else there means that the end token is an earlier
         # turn's, or the text's own
         if end == 0 or self._tokenizer.decode(ids[end:]).strip():
-            named = ", ".join(self._tokenizer.convert_ids_to_tokens(sorted(self._end_ids)))
+            named = ", ".join(map(str, self._tokenizer.convert_ids_to_tokens(sorted(self._end_ids))))
             raise UserError(
                 f"{where}: end token not trained: the response ends with {self._tokenizer.decode(ids[-8:])!r} and no "
                 f"end token ({named}) after it; mend the chat template so that it emits one, or name the one that it "

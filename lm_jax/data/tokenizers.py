@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from lm_jax.data.chat import render_chat
 from lm_jax.errors import UserError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -28,7 +29,10 @@ def load_tokenizer(model_dir: str, vocab_size: int | None = None) -> Any:
         raise UserError(f"{model_dir}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds, none of its own
+        tokenizer("a")  # some faults show only now
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # many kinds, none of the library's own; a panic of its Rust part is no Exception
         raise UserError(
             f"{model_dir}: its tokenizer cannot be loaded ({first_line(error)}); check the path, and that "
             "tokenizer.json and tokenizer_config.json are whole"
@@ -51,7 +55,7 @@ def end_token_ids(model_dir: str, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a response: the tokenizer's eos first, then those of generation_config.json where there is one.
 
     Raises:
-      UserError: generation_config.json is broken.
+      UserError: generation_config.json is broken, or names an end token that can be none.
     """
     ids = [tokenizer.eos_token_id]
     path = epath.Path(model_dir) / "generation_config.json"
@@ -59,8 +63,10 @@ def end_token_ids(model_dir: str, tokenizer: Any) -> tuple[int, ...]:
         try:
             found = json.loads(path.read_text()).get("eos_token_id")
             ids += [int(i) for i in (found if isinstance(found, list) else [found] if found is not None else [])]
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: eos_token_id cannot be read ({first_line(error)}); mend the file") from error
+        if wrong := [i for i in ids if not 0 <= i < 2**31]:
+            raise UserError(f"{path}: eos_token_id {wrong[0]} is no token id; mend the file")
     return tuple(dict.fromkeys(ids))
 
 
@@ -78,8 +84,8 @@ def takes_system(tokenizer: Any) -> bool:
     """Whether the chat template shows a system message; some refuse it, some leave it out."""
     task = "The task."
     try:
-        shown = tokenizer.apply_chat_template(
-            [{"role": "system", "content": task}, {"role": "user", "content": "A question."}], tokenize=False
+        shown = render_chat(
+            tokenizer, [{"role": "system", "content": task}, {"role": "user", "content": "A question."}]
         )
     except Exception:  # a template can raise anything
         return False

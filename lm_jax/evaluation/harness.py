@@ -15,6 +15,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig
+from lm_jax.data.chat import render_chat
 from lm_jax.data.packing import Segment
 from lm_jax.data.text import TEMPLATE_DAY
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
@@ -101,16 +102,15 @@ class JaxLM(TemplateLM):
                 "for a base model"
             )
         options = {
-            "tokenize": False,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
             "date_string": TEMPLATE_DAY,
         }
         try:
-            return self.tokenizer.apply_chat_template(chat_history, **options)
+            return render_chat(self.tokenizer, chat_history, **options)
         except jinja2.exceptions.TemplateError:
             others = [message for message in chat_history if message["role"] != "system"]
-            return self.tokenizer.apply_chat_template(others, **options)
+            return render_chat(self.tokenizer, others, **options)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-prob of each whole text in nats, in windows of `max_length` tokens."""

@@ -119,6 +119,8 @@ def read_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
 
 _NULLABLE = ("num_key_value_heads", "sliding_window")
+# Above these a number is damage or malice, and would be met as an overflow or as terabytes
+_LARGEST, _MOST = 2**31 - 1, {"num_hidden_layers": 10_000}
 _TYPES_OF_NONE = {"layer_types": list}  # every other field whose default is null is a size
 
 
@@ -129,8 +131,10 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     accepted = (int, float) if expected is float else expected
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         raise UserError(f"{key}={value!r}: expected {expected.__name__}; correct config.json")
-    if expected in (int, float) and not 0 < value < float("inf") and key != "max_window_layers":
-        raise UserError(f"{key}={value!r}: expected a positive number; correct config.json")
+    if expected in (int, float) and key != "max_window_layers":
+        most = _MOST.get(key, _LARGEST)
+        if not 0 < value <= most:
+            raise UserError(f"{key}={value!r}: expected a positive number, at most {most}; correct config.json")
 
 
 def decoder_config(family: str, hf: Mapping[str, Any], fields: Mapping[str, Any], **flags: Any) -> ModelConfig:

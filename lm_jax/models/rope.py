@@ -17,6 +17,7 @@ from lm_jax.config import RopeConfig
 from lm_jax.errors import UserError
 
 DEFAULT_THETA = 10_000.0
+_LARGEST = 1e30  # of any number here: fp32 holds its square root times any position
 
 # Fields of each kind in config.json, besides rope_theta and rope_type: our name, required.
 _FIELDS = {
@@ -165,7 +166,7 @@ def rope_from_hf(hf: Mapping[str, Any], max_position: int) -> RopeConfig:
 def _read_spelling(fields: Any, where: str, top_theta: float | None, max_position: int) -> RopeConfig:
     if not isinstance(fields, Mapping):
         raise UserError(f"{where}={fields!r}: expected an object with a rope_type")
-    kinds = {fields[key] for key in ("rope_type", "type") if fields.get(key) is not None} or {"default"}
+    kinds = {str(fields[key]) for key in ("rope_type", "type") if fields.get(key) is not None} or {"default"}
     kind = kinds.pop()
     if kinds or kind not in _FIELDS:
         given = {key: fields[key] for key in ("rope_type", "type") if key in fields}
@@ -202,7 +203,7 @@ def _read_spelling(fields: Any, where: str, top_theta: float | None, max_positio
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
         raise UserError(f"{where}={value!r}: expected a positive number")
     return float(value)
 

@@ -15,14 +15,14 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lm_jax import hf_io
+from lm_jax import hf_io, weight_files
 from lm_jax.errors import UserError
 from lm_jax.hf_io import export_hf, load_params, resolve_model_dir
 from lm_jax.models.registry import config_from_hf, read_model_config, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from tests.checkpoints import edit_config, make_checkpoint, make_tokenizer
 
-FILE, INDEX = hf_io.SINGLE_FILE, hf_io.INDEX_FILE
+FILE, INDEX = weight_files.SINGLE_FILE, weight_files.INDEX_FILE
 NORM = "model.norm.weight"
 
 
