@@ -10,6 +10,7 @@ A row is done when none of its values is NaN. So no flag can disagree with the v
 by a kill reads as missing, and many processes may write disjoint rows at once: tensorstore replaces a chunk file
 atomically, and merges anew when another writer replaced it first. <digest> names key, fields and lengths, so processes
 that create the same store at once write the same bytes, and leavings of a killed creation are never picked up.
+Every chunk carries a CRC-32C, so a bit that flips on disk is an error and not another weight.
 """
 
 import contextlib
@@ -26,9 +27,11 @@ import tensorstore as ts
 from lm_jax.errors import UserError
 
 _META = "store.json"
+_META_TYPES = {"key": dict, "fields": list, "data": str, "lengths_sha256": str}
 _FORMAT = 1
 _CHUNK = 1 << 16  # values a chunk file: few files for long data, yet cheap to rewrite for a batch of scattered rows
 _SCAN = 1 << 22  # values looked at together by missing(): 16 MiB
+_CHECKSUM = "crc32c"  # stores of before there was one are read as they are
 _CACHE_BYTES = 64 << 20  # chunks kept decoded, so that scattered rows of one chunk decode it once; always revalidated
 
 
@@ -69,14 +72,15 @@ class ScoreStore:
         lengths = np.asarray(lengths, np.int64)
         if lengths.ndim != 1 or (lengths < 0).any():
             raise ValueError(f"lengths must be [rows] of numbers >= 0, got shape {lengths.shape}")
-        if not fields or len(set(fields)) < len(fields) or not all(re.fullmatch(r"\w+", f, re.ASCII) for f in fields):
+        if not fields or len(set(fields)) < len(fields) or not _are_names(fields):
             raise ValueError(f"fields must be distinct names of letters, digits and underscores, got {list(fields)}")
         meta = {
             "format": _FORMAT,
             "key": json.loads(json.dumps(key, allow_nan=False)),
             "fields": sorted(fields),
             "chunk": _CHUNK,
-            "lengths_sha256": hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
+            "checksum": _CHECKSUM,
+            "lengths_sha256": _lengths_digest(lengths),
         }
         with _storage(path):
             found, generation = _read_meta(path)
@@ -112,6 +116,8 @@ class ScoreStore:
     @classmethod
     def _attach(cls, path: str, meta: Mapping[str, Any]) -> "ScoreStore":
         lengths = _array(path, f"{meta['data']}/lengths").read().result().astype(np.int64)
+        if _lengths_digest(lengths) != meta["lengths_sha256"]:
+            raise UserError(f"score store {path}: its lengths are damaged; delete it and score anew")
         return cls(path, meta, lengths, {f: _array(path, f"{meta['data']}/{f}") for f in meta["fields"]})
 
     def _check_same(self, meta: Mapping[str, Any], lengths: np.ndarray) -> None:
@@ -229,6 +235,14 @@ class ScoreStore:
         return checked
 
 
+def _are_names(fields: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"\w+", f, re.ASCII) for f in fields)
+
+
+def _lengths_digest(lengths: np.ndarray) -> str:
+    return hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest()
+
+
 def _kvstore(path: str, inner: str = "") -> dict[str, str]:
     if path.startswith("gs://"):
         bucket, _, prefix = path.removeprefix("gs://").partition("/")
@@ -250,7 +264,10 @@ def _storage(path: str) -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         # Behind its message tensorstore repeats the whole request
         said = str(error).splitlines()[0].split(" [tensorstore_spec")[0].split(" [source locations")[0]
-        raise UserError(f"score store {path}: {said}; check the path, its access and its free space") from error
+        raise UserError(
+            f"score store {path}: {said}; check the path, its access and its free space, or delete a damaged store and "
+            "score anew"
+        ) from error
 
 
 def _read_meta(path: str) -> tuple[dict[str, Any] | None, bytes]:
@@ -260,7 +277,9 @@ def _read_meta(path: str) -> tuple[dict[str, Any] | None, bytes]:
         return None, result.stamp.generation
     try:
         meta = json.loads(result.value)
-        known = meta["format"] == _FORMAT
+        known = meta["format"] == _FORMAT and all(type(meta[name]) is kind for name, kind in _META_TYPES.items())
+        # Both become names of directories
+        known = known and re.fullmatch("[0-9a-f]{16}", meta["data"]) and _are_names(meta["fields"])
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
@@ -284,6 +303,7 @@ def _array(path: str, inner: str, dtype: str | None = None, fill: Any = None, si
             "codecs": [
                 {"name": "bytes", "configuration": {"endian": "little"}},
                 {"name": "zstd", "configuration": {"level": 1}},
+                {"name": _CHECKSUM},
             ],
         }
     return ts.open(spec, open=True, create=dtype is not None).result()
