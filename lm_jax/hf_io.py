@@ -23,8 +23,9 @@ from safetensors.numpy import save_file
 from lm_jax.config import ModelConfig
 from lm_jax.distributed.processes import barrier, everywhere, reached
 from lm_jax.errors import UserError
-from lm_jax.models.registry import config_from_hf, config_to_hf, read_json_object, weight_table
+from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
+from lm_jax.strict_json import read_json_object
 from lm_jax.weight_files import INDEX_FILE, check_finite, listed, open_checkpoint
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}

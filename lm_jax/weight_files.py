@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lm_jax.errors import UserError
-from lm_jax.models.registry import no_doubled_keys, read_json_object
+from lm_jax.strict_json import no_doubled_keys, read_json_object
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 

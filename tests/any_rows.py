@@ -291,6 +291,12 @@ def leaves(tree: dict, prefix: tuple = ()):
             yield from leaves(value, (*prefix, key))
 
 
+def like(value):
+    """Values of the same kind."""
+    kinds = {bool: st.booleans(), int: st.integers(-1, 300), float: st.floats(-0.1, 1.1) | numbers, str: texts}
+    return kinds.get(type(value), values)
+
+
 @st.composite
 def changed_settings(draw):
     name = draw(st.sampled_from(sorted(launchers())))
@@ -299,7 +305,7 @@ def changed_settings(draw):
         *parents, key = path
         try:
             node = functools.reduce(lambda at, k: at[k], parents, tree)
-            node[key] = draw(st.one_of(values, st.integers(-2, 3), st.floats(0, 1)))
+            node[key] = draw(st.one_of(like(node[key]), like(node[key]), values))
         except (KeyError, TypeError, IndexError):
             continue  # a parent was changed before
     return name, tree

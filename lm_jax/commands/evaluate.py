@@ -221,7 +221,12 @@ def _read(config: HarnessConfig, name: str, task: str, source: ModelSource) -> d
 
 
 def _path(config: HarnessConfig, name: str, task: str) -> Path:
-    return Path(config.output) / name.strip("/").replace("/", "__") / f"{task.strip('/').replace('/', '__')}.json"
+    return Path(config.output) / _file_name(name) / f"{_file_name(task)}.json"
+
+
+def _file_name(given: str) -> str:
+    """A model's or task's name, which may be a path, as one part of a path that leads nowhere else."""
+    return (given if given.strip("./") else str(Path(given).absolute())).strip("/").replace("/", "__")
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
+from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows, write_jsonl
@@ -69,6 +70,7 @@ def score_rows(config: ScoreConfig) -> None:
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     rows = read_rows(config.input, ("prompt", "response"))
     where = os.path.basename(config.input.rstrip("/"))
+    rows_fingerprint(rows, where)  # finds what JSON cannot hold before the scoring, not after it
     several = [_is_several(row["response"], f"{where} row {i}") for i, row in enumerate(rows)]
     responses = [(i, r) for i, row in enumerate(rows) for r in (row["response"] if several[i] else [row["response"]])]
     # launch.generate records rows without an answer, and a model may end at once; elsewhere that is a fault of the data

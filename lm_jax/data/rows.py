@@ -11,9 +11,12 @@ import numpy as np
 from etils import epath
 
 from lm_jax.errors import UserError
+from lm_jax.strict_json import no_doubled_keys
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _ROWS = 1024  # of a Parquet file that are held at once
+_LINE = 64 << 20  # bytes of a .jsonl row: a hundred times the longest context
+_UNPACKED, _RATIO = 4 << 30, 100  # of a Parquet file's row groups: bytes, and times what they take on disk
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -121,7 +124,9 @@ def _from_file(file: epath.Path) -> Iterator[Any]:
 
         try:
             with file.open("rb") as source:
-                for batch in pq.ParquetFile(source).iter_batches(batch_size=_ROWS):
+                parquet = pq.ParquetFile(source)
+                _check_unpacked(file, parquet.metadata)
+                for batch in parquet.iter_batches(batch_size=_ROWS):
                     yield from batch.to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file}: no readable Parquet file ({_first_line(error)}); write it anew") from error
@@ -135,18 +140,38 @@ def _from_file(file: epath.Path) -> Iterator[Any]:
         yield from rows
         return
     empty = True
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in enumerate(_lines(file, _LINE), 1):
         if line.strip():
             empty = False
             yield _parse(line.rstrip("\n"), file, number)
     _check_not_empty(file, empty)
 
 
-def _lines(file: epath.Path) -> Iterator[str]:
-    """Cut at newlines alone: U+2028 and its like may stand unescaped inside a JSON string."""
+def _check_unpacked(file: epath.Path, metadata: Any) -> None:
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        columns = [group.column(j) for j in range(group.num_columns)]
+        unpacked = sum(c.total_uncompressed_size for c in columns)
+        if unpacked > max(_UNPACKED, _RATIO * sum(c.total_compressed_size for c in columns)):
+            raise UserError(
+                f"{file}: row group {i} unpacks to {unpacked / 1e9:.1f} GB, over {_RATIO} times what it takes on disk; "
+                "write it anew in smaller row groups if that is no accident"
+            )
+
+
+def _lines(file: epath.Path, longest: int = -2) -> Iterator[str]:
+    """Cut at newlines alone: U+2028 and its like may stand unescaped inside a JSON string.
+
+    Args:
+      longest: bytes of a line that are still taken; -2: any number.
+    """
     offset = 0
     with file.open("rb") as source:
-        for number, line in enumerate(source, 1):
+        for number, line in enumerate(iter(lambda: source.readline(longest + 1), b""), 1):
+            if 0 < longest < len(line):
+                raise UserError(
+                    f"{file}:{number}: a line of more than {longest >> 20} MiB; cut the row, or the file into lines"
+                )
             try:
                 # utf-8-sig: a byte order mark, which some editors write, is no part of the first row
                 yield line.decode("utf-8" if offset else "utf-8-sig")
@@ -169,7 +194,7 @@ def _refuse_constant(name: str) -> None:
     raise _NotJson(name)
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=no_doubled_keys)
 
 
 def _parse(text: str, file: epath.Path, first_line: int) -> Any:
@@ -184,6 +209,8 @@ def _parse(text: str, file: epath.Path, first_line: int) -> Any:
         raise UserError(f"{file}:{line}: broken JSON at column {error.colno}: {error.msg}; mend the line") from error
     except RecursionError as error:
         raise UserError(f"{file}:{first_line}: JSON nested too deeply; flatten the row") from error
+    except ValueError as error:  # a key that stands twice, a whole number of thousands of digits
+        raise UserError(f"{file}:{first_line}: {_first_line(error).split(';')[0]}; mend the row") from error
 
 
 def _constant_position(text: str, name: str) -> int:

@@ -1,6 +1,5 @@
 """Which model families exist, and the way from a config.json to the family that reads it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.models import llama, mistral, qwen
 from lm_jax.models.weights import WeightSpec
+from lm_jax.strict_json import read_json_object
 
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
 ARCHITECTURES = {"llama": llama.ARCHITECTURE, "mistral": mistral.ARCHITECTURE, **qwen.ARCHITECTURES}
@@ -26,36 +26,6 @@ def read_model_config(model_dir: str | Path) -> ModelConfig:
         return config_from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
-
-    Raises:
-      UserError: the file is missing, no JSON, or another JSON value; a key stands twice.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_doubled_keys)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a directory in Hugging Face format") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download or export it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}; download or export it again")
-    return value
-
-
-def no_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object_pairs_hook of json: readers differ in which of two equal keys counts.
-
-    Raises:
-      ValueError: a key stands twice.
-    """
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return value
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:

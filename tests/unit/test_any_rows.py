@@ -1,7 +1,9 @@
 """Rows and settings that nobody would write; `python -m tests.any_rows 10000` tries many more of them."""
 
 import pytest
+from hypothesis import strategies as st
 
+from lm_jax.errors import UserError
 from tests import any_rows
 
 
@@ -13,12 +15,9 @@ def test_an_error_of_ours_or_a_right_result(kind):
 
 
 def test_another_error_is_seen(monkeypatch):
-    """Of a check that raises what is not ours."""
+    def check(number):
+        raise KeyError("zz") if number > 3 else UserError("too small")
 
-    def check(rows):
-        if "zz" in rows[0]:
-            raise KeyError("zz")
-
-    monkeypatch.setitem(any_rows.KINDS, "preference", (any_rows.PREFERENCE, check))
+    monkeypatch.setitem(any_rows.KINDS, "preference", (st.integers(), check))
     with pytest.raises(KeyError):
         any_rows.attempt("preference", 100)
