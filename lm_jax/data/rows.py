@@ -14,9 +14,9 @@ from lm_jax.errors import UserError
 from lm_jax.strict_json import no_doubled_keys
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
-_ROWS = 1024  # of a Parquet file that are held at once
+_ROWS = 64  # of a Parquet file that are held at once
 _LINE = 64 << 20  # bytes of a .jsonl row: a hundred times the longest context
-_UNPACKED, _RATIO = 4 << 30, 100  # of a Parquet file's row groups: bytes, and times what they take on disk
+_UNPACKED, _RATIO = 4 << 30, 100  # bytes that a Parquet file may unpack to, or times its own size, whichever is more
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -125,8 +125,12 @@ def _from_file(file: epath.Path) -> Iterator[Any]:
         try:
             with file.open("rb") as source:
                 parquet = pq.ParquetFile(source)
-                _check_unpacked(file, parquet.metadata)
+                for i in range(parquet.metadata.num_row_groups):
+                    _check_unpacked(file, parquet.metadata.row_group(i).total_byte_size)
+                unpacked = 0  # a value that stands once there may stand in every row
                 for batch in parquet.iter_batches(batch_size=_ROWS):
+                    unpacked += batch.nbytes
+                    _check_unpacked(file, unpacked)
                     yield from batch.to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file}: no readable Parquet file ({_first_line(error)}); write it anew") from error
@@ -147,16 +151,12 @@ def _from_file(file: epath.Path) -> Iterator[Any]:
     _check_not_empty(file, empty)
 
 
-def _check_unpacked(file: epath.Path, metadata: Any) -> None:
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        columns = [group.column(j) for j in range(group.num_columns)]
-        unpacked = sum(c.total_uncompressed_size for c in columns)
-        if unpacked > max(_UNPACKED, _RATIO * sum(c.total_compressed_size for c in columns)):
-            raise UserError(
-                f"{file}: row group {i} unpacks to {unpacked / 1e9:.1f} GB, over {_RATIO} times what it takes on disk; "
-                "write it anew in smaller row groups if that is no accident"
-            )
+def _check_unpacked(file: epath.Path, unpacked: int) -> None:
+    if unpacked > max(_UNPACKED, _RATIO * file.stat().length):
+        raise UserError(
+            f"{file}: unpacks to {unpacked / 1e9:.1f} GB and more, over {_RATIO} times its size, as no real rows do; "
+            "write it as .jsonl if that is no accident"
+        )
 
 
 def _lines(file: epath.Path, longest: int = -2) -> Iterator[str]:
