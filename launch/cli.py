@@ -18,12 +18,13 @@ from lm_jax.config import from_config_dict
 from lm_jax.distributed import stopping
 from lm_jax.distributed.start import Processes, start
 from lm_jax.distributed.wire import PERIOD
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, without_passwords
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have it
 PIPE_CLOSED = 141  # that of one whose reader went away
 TERMINATED = 143  # that of one that SIGTERM ended before there was anything to save
 _SHOWN = 900  # characters of an error
+_SECRET_LENGTH = 8  # characters; what is shorter is no secret, and a word that errors use
 _GIVE = "give --config=configs/NAME.py[:preset]"
 _on_end: list[Callable[[str | None], None]] = []  # what lets the run's other processes know
 
@@ -183,7 +184,11 @@ def _fail(line: str) -> NoReturn:
 
 
 def _printable(line: str) -> str:
-    """One line of at most `_SHOWN` characters. It may quote what others wrote, and so may move no cursor."""
+    """One line of at most `_SHOWN` characters, without secrets. It may quote what others wrote: it moves no cursor."""
+    for name, value in os.environ.items():
+        if len(value) >= _SECRET_LENGTH and re.search("(KEY|TOKEN|PASSWORD|SECRET)$", name):
+            line = line.replace(value, f"<{name}>")
+    line = without_passwords(line)
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(line.split()))
     return line if len(line) <= _SHOWN else f"{line[: _SHOWN // 2]} ... {line[-_SHOWN // 2 :]}"  # the cure stands last
 

@@ -14,6 +14,8 @@ import jax
 from etils import epath
 from huggingface_hub import ModelCard
 
+from lm_jax.errors import without_passwords
+
 _PACKAGES = ("lm-jax", "jax", "flax", "optax", "transformers")
 _LICENSE = ("license", "license_name", "license_link")
 
@@ -36,7 +38,7 @@ def made_with() -> dict[str, Any]:
     line = shlex.join(["python", "-m", f"launch.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     devices = jax.devices()
     return {
-        "command_line": re.sub(r"://[^/@\s]+@", "://", line),  # a password in an address
+        "command_line": without_passwords(line),
         "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))},
         "devices": f"{len(devices)} x {devices[0].device_kind}",
     }

@@ -154,6 +154,13 @@ def test_error_lines_move_no_cursor(line, shown):
     cli._printable(line).encode()
 
 
+def test_error_lines_hold_no_secret(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    monkeypatch.setenv("A_KEY", "row")  # no secret: a word
+    line = cli._printable("row 1: hf_0123456789 refused by https://me:pw@host/x, mail a@b")
+    assert line == "row 1: <HF_TOKEN> refused by https://host/x, mail a@b"
+
+
 def test_error_lines_have_an_end():
     line = cli._printable("row 3: " + "x" * 10**6 + "; drop the row")
     assert len(line) < 1000 and line.startswith("row 3: x") and line.endswith("x; drop the row")
