@@ -327,15 +327,18 @@ def test_what_the_sandbox_answers_with_nothing(model, harmless):
     ("attack", "part"),
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
-        ("{% set n = namespace(x='ab') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "memory"),
         ("{{ 'x' * 3000000 }}", "3,000,0"),
     ],
 )
 def test_templates_without_end(model, attack, part, monkeypatch):
     monkeypatch.setattr(chat, "_SECONDS", 1.0)
-    monkeypatch.setattr(chat, "_BYTES", 200 << 20)
-    monkeypatch.setattr(chat, "_TICK", 0.01)
-    refused(lambda: encode(model, attack + TURNS), "rows.jsonl row 0", "Unbounded" if not part else part)
+    refused(lambda: encode(model, attack + TURNS), "rows.jsonl row 0", part)
+
+
+def test_templates_that_fill_the_memory(model, monkeypatch):
+    monkeypatch.setattr(chat, "_peak_bytes", iter(range(0, 2**40, 2**30)).__next__)  # 1 GiB more at each look
+    attack = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    refused(lambda: encode(model, attack + TURNS), "rows.jsonl row 0", "more than 2 GiB of memory")
 
 
 def test_a_long_conversation_is_not_too_long():
