@@ -16,6 +16,7 @@ from lm_jax.errors import UserError
 T = TypeVar("T")
 
 OPTIMIZERS = ("adamw", "muon")
+_LARGEST = 10**300  # of whole numbers where a float is expected
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -229,6 +230,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             item = typing.get_args(option)[0]
             return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
         if option is float and isinstance(value, int) and not isinstance(value, bool):
+            if abs(value) > _LARGEST:
+                raise UserError(f"{where}: a number of {value.bit_length()} bits is beyond every float; give a smaller one")
             return float(value)
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value

@@ -29,7 +29,8 @@ def load_tokenizer(model_dir: str, vocab_size: int | None = None) -> Any:
         raise UserError(f"{model_dir}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        tokenizer("a")  # some faults show only now
+        if tokenizer.is_fast:
+            tokenizer("a")  # some faults show only now
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # many kinds, none of the library's own; a panic of its Rust part is no Exception
