@@ -231,7 +231,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             if abs(value) > _LARGEST:
-                raise UserError(f"{where}: a number of {value.bit_length()} bits is beyond every float; give a smaller one")
+                raise UserError(f"{where}: too large for a float ({value.bit_length()} bits); give a smaller number")
             return float(value)
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value
