@@ -69,6 +69,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.lora.targets = "all-linear"  # or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
     c.lora.rslora = False  # scale by alpha / sqrt(rank), for large ranks
     c.lora.dropout = 0.0  # 0.05 to 0.1 where few rows are gone over many times; the masks take time
+    c.lora.base = "full"  # nf4 keeps the frozen projections in 4 bits (QLoRA; needs qwix): a quarter of bf16's memory
 
     c.mesh = ConfigDict()
     c.mesh.data = 1  # replicate only when fsdp's gathers cross slow links

@@ -18,6 +18,7 @@ T = TypeVar("T")
 OPTIMIZERS = ("adamw", "muon")
 _LARGEST = 10**300  # of whole numbers where a float is expected
 SCHEDULES = ("cosine", "linear", "constant")
+FULL, NF4 = BASES = ("full", "nf4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +172,7 @@ class LoraConfig:
     targets: str  # all-linear, or comma-separated module names of PEFT's with wildcards: q_proj,v_proj
     rslora: bool  # scale by alpha / sqrt(rank) (arXiv 2312.03732), which keeps large ranks learning
     dropout: float = 0.0  # share of an adapter's input that a training step leaves out; never elsewhere
+    base: str = FULL  # the frozen projections: full, in the run's dtype; nf4, in 4 bits (QLoRA, arXiv 2305.14314)
 
     def __post_init__(self):
         if self.rank < 0:
@@ -179,6 +181,13 @@ class LoraConfig:
             raise UserError(f"config.lora.alpha: must be positive, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"config.lora.dropout: must lie in [0, 1), got {self.dropout}")
+        if self.base not in BASES:
+            raise UserError(f"config.lora.base: unknown {self.base!r}; choose from {', '.join(BASES)}")
+        if self.base == NF4 and not self.rank:
+            raise UserError(
+                "config.lora.base=nf4: a quantised model cannot be trained itself, only adapters on it; give "
+                "config.lora.rank, as 16, or leave it out"
+            )
 
     @property
     def scale(self) -> float:

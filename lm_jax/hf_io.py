@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,11 @@ def resolve_model_dir(model: str) -> Path:
 
 
 def load_params(
-    model_dir: str | Path, config: ModelConfig, shardings: Mapping[str, Any] | None, dtype: str = "float32"
+    model_dir: str | Path,
+    config: ModelConfig,
+    shardings: Mapping[str, Any] | None,
+    dtype: str = "float32",
+    replace: Callable[[WeightSpec, jax.Array], Mapping[str, jax.Array]] | None = None,
 ) -> dict[str, Any]:
     """Reads the parameters of a Hugging Face directory, each device only its slice.
 
@@ -80,6 +84,7 @@ def load_params(
       config: of that directory; gives every name and shape.
       shardings: nested dict of `jax.sharding.Sharding` shaped like the parameters; None: the default device.
       dtype: of the result: float32 | bfloat16 | float16.
+      replace: given each parameter as it comes, in fp32 then, returns by path what is kept in its place.
 
     Returns:
       The parameters, a nested dict. Host memory while loading: the local slices of one stacked tensor.
@@ -95,8 +100,11 @@ def load_params(
         tensors = open_checkpoint(Path(model_dir), stack)
         _check_names(Path(model_dir), tensors, table, config)
         _check_tied(Path(model_dir), tensors, config)
-        where = dict.fromkeys((spec.path for spec in table), default) if flat is None else flat
-        params = {s.path: _load(s, tensors, config, where[s.path], dtype, model_dir) for s in table}
+        params = {}
+        for spec in table:
+            sharding = default if flat is None else flat[spec.path]
+            x = _load(spec, tensors, config, sharding, dtype if replace is None else "float32", model_dir)
+            params |= {spec.path: x} if replace is None else replace(spec, x)
     return nest(params)
 
 

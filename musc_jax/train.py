@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from lm_jax.config import ModelConfig
+from lm_jax.config import FULL, ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, score_program, train_program
 from lm_jax.training.job import Job, Task, TrainConfig, begin_job, open_job, run_job
@@ -104,12 +104,13 @@ def musc_programs(config: MuscTrainConfig, model: ModelConfig, mesh: jax.shardin
     """What `train` compiles: the step and, for a loss that reads a reference, its pass."""
     programs = [train_program(config, model, step_spec(config, model, config.weights), mesh)]
     if config.loss.needs_reference:
-        programs.append(score_program(config.batch, config.compute, config.max_length, model, mesh))
+        precision = FULL if config.reference else config.lora.base
+        programs.append(score_program(config.batch, config.compute, config.max_length, model, mesh, precision))
     return programs
 
 
 def open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:
-    """The frozen model: `config.reference`, else the policy where it starts.
+    """The frozen model: `config.reference`, else the policy where it starts, on a base in nf4 if the policy's is.
 
     Raises:
       UserError: none there, or one that reads other tokens or does not fit the mesh.
@@ -117,6 +118,8 @@ def open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:
     if not config.reference:
         return job.policy
     reference = open_model(config.reference)
+    if job.policy.precision != FULL and reference.identity() == job.policy.identity():
+        return job.policy  # named or not, it is the base below the adapters
     ours, its = job.policy.config.vocab_size, reference.config.vocab_size
     if its != ours:
         raise UserError(

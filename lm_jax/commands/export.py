@@ -38,7 +38,8 @@ class ExportConfig:
 def export(config: ExportConfig) -> None:
     """Writes the newest (or the given) checkpoint of a run, with the starting model's tokenizer and templates.
 
-    Adapters are merged into the model, or written alone in PEFT's format. What is whole may go to the hub then.
+    Adapters are merged into the model, or written alone in PEFT's format. Those of a base in nf4 are merged into the
+    full one, as a line says: the model is not exactly the one that was trained. What is whole may go to the hub then.
 
     Raises:
       UserError: no such run or step, an output that exists, no adapters where they were asked for, an upload that

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm_jax.models.nf4 import CODES, SCALES, dequantize
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("num_axes", "out_dtype"))
 def contract(x: jax.Array, weight: jax.Array, num_axes: int = 1, out_dtype=None) -> jax.Array:
@@ -74,6 +76,29 @@ def _dot(a, b, contracted, dtype):
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnames=("num_axes",))
+def contract_nf4(x: jax.Array, codes: jax.Array, scales: jax.Array, num_axes: int = 1) -> jax.Array:
+    """As `contract`, with a frozen weight in nf4. Each pass dequantises it, so that only codes are kept."""
+    return contract(x, dequantize(codes, scales, num_axes, x.dtype), num_axes)
+
+
+def _nf4_forward(x, codes, scales, num_axes):
+    # As in `_forward`: a remat policy must see the matmul.
+    contracted = range(x.ndim - num_axes, x.ndim), range(num_axes)
+    return _dot(x, dequantize(codes, scales, num_axes, x.dtype), contracted, x.dtype), (codes, scales)
+
+
+def _nf4_backward(num_axes, residuals, grad):
+    codes, scales = residuals
+    weight = dequantize(codes, scales, num_axes, grad.dtype)
+    features = range(num_axes, weight.ndim)
+    d_x = _dot(grad, weight, (range(grad.ndim - len(features), grad.ndim), features), grad.dtype)
+    return d_x, None, None
+
+
+contract_nf4.defvjp(_nf4_forward, _nf4_backward)
+
+
 LORA_A, LORA_B = "lora_a", "lora_b"
 LORA_KEY, LORA_KEEP = "lora_key", "lora_keep"
 
@@ -81,6 +106,7 @@ LORA_KEY, LORA_KEEP = "lora_key", "lora_keep"
 class Linear(nn.Module):
     """y = x W + b over the last `num_axes` axes of x. Parameters: kernel [*C, *F] and, with a bias, bias [*F]; fp32.
 
+    In the place of `kernel` may stand `kernel_codes` and `kernel_scales`, frozen; see `lm_jax.models.nf4`.
     Where the parameters hold `lora_a` [*C, r] and `lora_b` [r, *F] too, (x A) B is added; see `lm_jax.models.lora`.
     With `lora_key` and `lora_keep`, scalars, each element of that x stays with the probability `lora_keep`.
     """
@@ -91,10 +117,14 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = x.shape[x.ndim - self.num_axes :] + self.features
-        fan_in = math.prod(shape[: self.num_axes])
-        kernel = self.param("kernel", nn.initializers.normal(fan_in**-0.5), shape, jnp.float32)
-        y = contract(x, kernel, self.num_axes)
+        if self.has_variable("params", CODES):
+            codes, scales = (self.get_variable("params", name) for name in (CODES, SCALES))
+            y = contract_nf4(x, codes, scales, self.num_axes)
+        else:
+            shape = x.shape[x.ndim - self.num_axes :] + self.features
+            fan_in = math.prod(shape[: self.num_axes])
+            kernel = self.param("kernel", nn.initializers.normal(fan_in**-0.5), shape, jnp.float32)
+            y = contract(x, kernel, self.num_axes)
         if self.has_variable("params", LORA_A):
             a, b = (self.get_variable("params", name) for name in (LORA_A, LORA_B))
             y = y + contract(contract(self._kept(x), a, self.num_axes), b)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, ModelConfig
+from lm_jax.config import FULL, BatchConfig, ComputeConfig, DecodeConfig, ModelConfig
 from lm_jax.data.order import batch_shapes, check_batch
 from lm_jax.inference import decoding
 from lm_jax.inference.requests import SamplingConfig
@@ -79,12 +79,17 @@ def score_program(
     max_length: int,
     model: ModelConfig,
     mesh: jax.sharding.Mesh,
+    precision: str = FULL,
 ) -> Program:
-    """The scoring pass over one batch, entropies included, of a model in fp32; raises as `train_program` does."""
+    """The scoring pass over one batch, entropies included, of a model in fp32; raises as `train_program` does.
+
+    Args:
+      precision: of its projections, as `ModelSource` has it.
+    """
     check_batch(batch, mesh)
     check_compute(compute)
     batch, compute = scoring_pass(batch, compute)
-    params = abstract_params(model, mesh, "float32")
+    params = abstract_params(model, mesh, "float32", precision)
     sharding = batch_sharding(mesh)
     arrays = {
         name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)

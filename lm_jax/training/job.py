@@ -18,6 +18,7 @@ from lm_jax.distributed.stopping import Stopped, deferred
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.models.lora import adapter_specs, init_adapters
+from lm_jax.models.quantized import check_quantizer
 from lm_jax.sharding import make_mesh
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import forward_flops, train_flops
@@ -118,8 +119,9 @@ def open_job(config: TrainConfig) -> Job:
     mesh = make_mesh(config.mesh)
     check_batch(config.batch, mesh)
     check_compute(config.compute)
-    policy = open_model(config.model)
-    param_specs(policy.config, mesh)
+    check_quantizer(config.lora.base)
+    policy = dataclasses.replace(open_model(config.model), precision=config.lora.base)
+    param_specs(policy.config, mesh, policy.precision)
     if config.lora.rank:
         adapter_specs(policy.config, config.lora, mesh)
     tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)

@@ -78,7 +78,7 @@ def step_program(
 
     if lora.rank:
         specs, trained = adapter_specs(model, lora, mesh), abstract_adapters(model, lora, mesh)
-        frozen = abstract_params(model, mesh, frozen_dtype)
+        frozen = abstract_params(model, mesh, frozen_dtype, lora.base)
     else:
         specs, trained, frozen = param_specs(model, mesh), abstract_params(model, mesh, "float32"), None
     abstract = jax.eval_shape(begin, trained)

@@ -17,15 +17,17 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from lm_jax import hf_io
-from lm_jax.config import LoraConfig, ModelConfig, from_config_dict
+from lm_jax.config import FULL, NF4, LoraConfig, ModelConfig, from_config_dict
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.models.lora import abstract_adapters, merge
+from lm_jax.models.quantized import is_quantized, leaf_specs, leaves, quantize_params, replacement
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
 from lm_jax.sharding import param_spec
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.lock import NAME, lock
+from lm_jax.training.metrics import say
 from lm_jax.training.provenance import Method, made_with, origin
 
 # Where a run lies and on what it computes may change between a run and its continuation; what it learns may not.
@@ -43,6 +45,7 @@ class ModelSource:
       step: the run's checkpoint, or None.
       base: of a run that trained adapters: the model that they belong to.
       lora: how they are joined with it.
+      precision: how `load_params` gives the projections: full, or nf4.
     """
 
     directory: str
@@ -51,16 +54,28 @@ class ModelSource:
     step: int | None = None
     base: "ModelSource | None" = None
     lora: LoraConfig | None = None
+    precision: str = FULL
 
     def load_params(self, mesh: jax.sharding.Mesh, dtype: str) -> dict:
         """Parameters born sharded on `mesh` in `dtype`, adapters merged into them.
+
+        Adapters that were trained on a base in nf4 are merged into the full one, so that the model is not exactly the
+        one that was trained. Projections in nf4 are quantised one after the other as they are read; those of a run only
+        once its model lies on the devices whole.
 
         Raises:
           UserError: files that are missing, damaged or do not fit the config or the mesh.
         """
         if self.run is None:
-            return hf_io.load_params(self.directory, self.config, param_shardings(self.config, mesh), dtype)
+            replace = replacement(self.config, mesh, dtype) if self.precision == NF4 else None
+            shardings = param_shardings(self.config, mesh)
+            return hf_io.load_params(self.directory, self.config, shardings, dtype, replace)
+        if self.precision == NF4:
+            whole = dataclasses.replace(self, precision=FULL).load_params(mesh, "float32")
+            return quantize_params(whole, self.config, mesh, dtype)
         if self.base is not None:
+            if self.lora.base == NF4:
+                say(f"{self.run}: adapters of a base in nf4, merged into the full one: not exactly what was trained")
             return merge(self.base.load_params(mesh, dtype), self.load_adapters(mesh), self.lora)
         return self._restore(abstract_params(self.config, mesh, dtype))
 
@@ -73,15 +88,16 @@ class ModelSource:
             return checkpoints.restore({"params": abstract}, self.step)["params"]
 
     def fingerprint(self) -> str:
-        """sha256 (hex) that changes when the weights do, without reading all of them.
+        """sha256 (hex) that changes when the weights do, as `load_params` gives them, without reading all of them.
 
         Of a Hugging Face directory: config.json, and each weight file's name, size, time of change and samples of its
         bytes. Of a run: its settings and step.
         """
-        return self._digest(lambda stat: f" {stat.mtime}", str(self.run))
+        files = self._digest(lambda stat: f" {stat.mtime}", str(self.run))
+        return files if self.precision == FULL else f"{files} {self.precision}"
 
     def identity(self) -> str:
-        """As `fingerprint`, and the same for a copy elsewhere."""
+        """As `fingerprint`, and the same for a copy elsewhere and in any precision."""
         return self._digest(lambda stat: "", "")
 
     def _digest(self, time_of: Callable[[Any], str], place: str) -> str:
@@ -143,9 +159,17 @@ def _base_of(root: epath.Path) -> tuple[ModelSource | None, LoraConfig | None]:
     return source, from_config_dict(LoraConfig, settings["config"]["lora"])
 
 
-def param_specs(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.PartitionSpec]:
-    """Parameter path -> PartitionSpec, for every parameter of the family's weight table."""
-    return {s.path: param_spec(s.path, s.axes, s.shape(config), mesh) for s in weight_table(config)}
+def param_specs(
+    config: ModelConfig, mesh: jax.sharding.Mesh, precision: str = FULL
+) -> dict[str, jax.sharding.PartitionSpec]:
+    """Parameter path -> PartitionSpec, for every parameter of the family's weight table, its kernels in `precision`."""
+    specs = {}
+    for s in weight_table(config):
+        if precision == NF4 and is_quantized(s):
+            specs |= leaf_specs(s, config, mesh)
+        else:
+            specs[s.path] = param_spec(s.path, s.axes, s.shape(config), mesh)
+    return specs
 
 
 def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
@@ -153,15 +177,14 @@ def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
     return nest({p: NamedSharding(mesh, spec) for p, spec in param_specs(config, mesh).items()})
 
 
-def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> dict:
-    """ShapeDtypeStructs of the parameters with their shardings, and no array."""
-    specs = param_specs(config, mesh)
-    return nest(
-        {
-            s.path: jax.ShapeDtypeStruct(s.shape(config), dtype, sharding=NamedSharding(mesh, specs[s.path]))
-            for s in weight_table(config)
-        }
-    )
+def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str, precision: str = FULL) -> dict:
+    """ShapeDtypeStructs of the parameters with their shardings, and no array; `precision` as `ModelSource` has it."""
+    specs, flat = param_specs(config, mesh, precision), {}
+    for s in weight_table(config):
+        kept = leaves(s, config) if precision == NF4 and is_quantized(s) else {s.path: (s.axes, s.shape(config), dtype)}
+        for path, (_, shape, kind) in kept.items():
+            flat[path] = jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, specs[path]))
+    return nest(flat)
 
 
 def begin_run(
