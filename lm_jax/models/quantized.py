@@ -64,7 +64,7 @@ def leaf_specs(spec: WeightSpec, config: ModelConfig, mesh: Mesh) -> dict[str, P
         except UserError as e:
             if path.endswith(CODES):
                 raise
-            raise UserError(f"{e}: config.lora.base=nf4 has one scale for {_block(spec, config)} weights") from e
+            raise UserError(f"{e}; config.lora.base=nf4 has one scale for {_block(spec, config)} weights") from e
     return specs
 
 

@@ -68,6 +68,20 @@ def test_a_training_command_on_this_machine(model, tmp_path):
     assert score["recompute_factor"] == 1
 
 
+def test_adapters_on_a_base_in_nf4(model, tmp_path):
+    """Half a byte a weight of the projections and 4 for 32 (the blocks of so small a model; 16 before `down`)."""
+    output = tmp_path / "plan.json"
+    flags = (*SMALL, "lora.rank=1", "lora.targets=q_proj", f"--output={output}")
+    plan("musc_train", f"model={model}", *flags, "lora.base=nf4", preset="tiny").ok()
+    found = json.loads(output.read_text())["programs"]
+    kernels, down = 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48), 2 * 32 * 48
+    scales = (kernels - down) // 32 + down // 16
+    frozen, adapters, batch = kernels // 2 + 4 * (scales + PARAMETERS - kernels), 2 * 2 * 32, 4 * 2 * (7 * 32 + 2)
+    expected = frozen + 12 * adapters + batch
+    assert expected <= found["train"]["argument_bytes"] <= expected + 256
+    assert frozen <= found["score"]["argument_bytes"] <= frozen + batch
+
+
 def test_full_remat_repeats_the_layers(model, tmp_path):
     output = tmp_path / "plan.json"
     flags = (*SMALL, "train_on=last", "compute.remat=full", "compute.scan_unroll=1", f"--output={output}")

@@ -10,7 +10,7 @@ from lm_jax.training.checkpoints import Checkpoints
 from tests.e2e import common
 from tests.e2e.common import SMALL_SCORE, SMALL_TRAIN, TIMING, arguments, fork
 
-SETTINGS = ("lora.rank=3", "lora.alpha=6", "optim.learning_rate=1e-2", "checkpoints.every=2", "max_steps=4")
+SETTINGS = ("lora.rank=3", "lora.alpha=6", "optim.learning_rate=1e-2", "checkpoints.every=2", "epochs=4", "max_steps=4")
 
 
 class Place:
