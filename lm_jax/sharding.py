@@ -30,6 +30,7 @@ PARAM_RULES: Mapping[str, str | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "rank": None,  # of adapters: small
+    "block": None,  # of quantised weights: those of one scale stay together
 }
 ACTIVATION_RULES: Mapping[str, Any] = {
     "batch": BATCH_AXES,

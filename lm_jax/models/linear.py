@@ -79,19 +79,19 @@ def _dot(a, b, contracted, dtype):
 @functools.partial(jax.custom_vjp, nondiff_argnames=("num_axes",))
 def contract_nf4(x: jax.Array, codes: jax.Array, scales: jax.Array, num_axes: int = 1) -> jax.Array:
     """As `contract`, with a frozen weight in nf4. Each pass dequantises it, so that only codes are kept."""
-    return contract(x, dequantize(codes, scales, num_axes, x.dtype), num_axes)
+    return _nf4_forward(x, codes, scales, num_axes)[0]
 
 
 def _nf4_forward(x, codes, scales, num_axes):
-    # As in `_forward`: a remat policy must see the matmul.
+    shape = (*x.shape[x.ndim - num_axes :], *scales.shape[1:])
     contracted = range(x.ndim - num_axes, x.ndim), range(num_axes)
-    return _dot(x, dequantize(codes, scales, num_axes, x.dtype), contracted, x.dtype), (codes, scales)
+    return _dot(x, dequantize(codes, scales, shape, x.dtype), contracted, x.dtype), (codes, scales, shape)
 
 
 def _nf4_backward(num_axes, residuals, grad):
-    codes, scales = residuals
-    weight = dequantize(codes, scales, num_axes, grad.dtype)
-    features = range(num_axes, weight.ndim)
+    codes, scales, shape = residuals
+    features = range(num_axes, len(shape))
+    weight = dequantize(codes, scales, shape, grad.dtype)
     d_x = _dot(grad, weight, (range(grad.ndim - len(features), grad.ndim), features), grad.dtype)
     return d_x, None, None
 

@@ -1,10 +1,10 @@
 """The 4-bit NormalFloat of QLoRA (nf4, arXiv 2305.14314, section 3) and the way back from it.
 
-A projection's `kernel` [*C, *F] is kept as `kernel_codes` uint4 [*C, *F], indices into the 16 values, and
-`kernel_scales` float32 [blocks, *F]; `lm_jax.models.quantized` makes them.
+A projection's `kernel` [*C, *F] is kept in blocks of the contracted axes, C flattened, as `kernel_codes` uint8
+[blocks, block / 2, *F] and `kernel_scales` float32 [blocks, *F]. A code is an index into the 16 values; in a byte's low
+half is one of the block's first half, in its high half one of the second. Packed here, because XLA slices no 4-bit
+arrays on CPU: it widened those of all layers for every step. `lm_jax.models.quantized` makes them.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,24 @@ NF4 = (
 )
 
 
-def dequantize(codes: jax.Array, scales: jax.Array, num_axes: int, dtype) -> jax.Array:
-    """The weight that nf4 codes stand for, multiplied in fp32 and returned in `dtype`.
+def pack(codes: jax.Array) -> jax.Array:
+    """[blocks, block, F] of 0 .. 15, an even number a block -> [blocks, block / 2, F] uint8."""
+    low, high = jnp.split(codes.astype(jnp.uint8), 2, axis=1)
+    return low | high << 4
+
+
+def dequantize(packed: jax.Array, scales: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """The weight that nf4 codes stand for, multiplied in fp32, as `shape` in `dtype`.
 
     Args:
-      codes: [*C, *F] uint4.
-      scales: [blocks, *F] float32, each of prod(C) / blocks codes that follow each other along C flattened.
-      num_axes: how many axes C has.
+      packed: [blocks, block / 2, *F] uint8, as `pack` has it.
+      scales: [blocks, *F] float32.
     """
-    wide, values = codes.astype(jnp.int32), [jnp.float32(v) for v in NF4]
-    for i in range(4):  # selects, one a bit of the code: a lookup in a table is slow on TPU and no vector code on CPU
-        bit = (wide >> i) & 1 == 1
+    # Tied to the codes, which change from layer to layer: else XLA spreads each value out to a weight's shape, once
+    # before the scan over layers, and keeps all 16 of them.
+    packed, table = jax.lax.optimization_barrier((packed, jnp.array(NF4, jnp.float32)))
+    codes, values = jnp.concatenate([packed & 15, packed >> 4], axis=1), list(table)
+    for i in range(4):  # selects, one a bit of the code: from a table a TPU gathers each value by itself
+        bit = (codes >> i) & 1 == 1
         values = [jnp.where(bit, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    blocks, *features = scales.shape
-    block = math.prod(codes.shape[:num_axes]) // blocks
-    weight = values[0].reshape(blocks, block, *features) * scales[:, None]
-    return weight.reshape(codes.shape).astype(dtype)
+    return (values[0] * scales[:, None]).reshape(shape).astype(dtype)

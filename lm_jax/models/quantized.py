@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lm_jax.config import NF4, ModelConfig
 from lm_jax.errors import UserError
-from lm_jax.models.nf4 import CODES, SCALES
+from lm_jax.models.nf4 import CODES, SCALES, pack
 from lm_jax.models.registry import weight_table
 from lm_jax.models.weights import WeightSpec, axis_sizes, flatten, nest
 from lm_jax.sharding import param_spec
@@ -36,19 +36,22 @@ def leaves(spec: WeightSpec, config: ModelConfig) -> dict[str, tuple[tuple[str, 
     """path -> (axes, shape, dtype) of what stands for one kernel; the axis of blocks has the name of what it cuts."""
     sizes = axis_sizes(config)
     produced, contracted = spec.hf_groups
-    blocks = math.prod(sizes[a] for a in contracted) // _block(spec, config)
-    axes = ("layers", contracted[0], *produced)
-    shape = (config.num_layers, blocks, *(sizes[a] for a in produced))
+    block, features = _block(spec, config), tuple(sizes[a] for a in produced)
+    before = (config.num_layers, math.prod(sizes[a] for a in contracted) // block)
+    axes = ("layers", contracted[0])
     parent = spec.path.rpartition("/")[0]
     return {
-        f"{parent}/{CODES}": (spec.axes, spec.shape(config), jnp.uint4),
-        f"{parent}/{SCALES}": (axes, shape, jnp.float32),
+        f"{parent}/{CODES}": ((*axes, "block", *produced), (*before, block // 2, *features), jnp.uint8),
+        f"{parent}/{SCALES}": ((*axes, *produced), (*before, *features), jnp.float32),
     }
 
 
 def _block(spec: WeightSpec, config: ModelConfig) -> int:
     # Of the model alone, never of the mesh: a run may go on on another one.
-    return math.gcd(BLOCK, math.prod(axis_sizes(config)[a] for a in spec.hf_groups[1]))
+    size = math.prod(axis_sizes(config)[a] for a in spec.hf_groups[1])
+    if size % 2:
+        raise UserError(f"parameter {spec.path}: config.lora.base=nf4 packs pairs of weights, {size} is odd; use full")
+    return math.gcd(BLOCK, size)
 
 
 def leaf_specs(spec: WeightSpec, config: ModelConfig, mesh: Mesh) -> dict[str, PartitionSpec]:
@@ -57,15 +60,10 @@ def leaf_specs(spec: WeightSpec, config: ModelConfig, mesh: Mesh) -> dict[str, P
     Raises:
       UserError: a mesh that would cut a block in two.
     """
-    specs = {}
-    for path, (axes, shape, _) in leaves(spec, config).items():
-        try:
-            specs[path] = param_spec(path, axes, shape, mesh)
-        except UserError as e:
-            if path.endswith(CODES):
-                raise
-            raise UserError(f"{e}; config.lora.base=nf4 has one scale for {_block(spec, config)} weights") from e
-    return specs
+    try:
+        return {path: param_spec(path, axes, shape, mesh) for path, (axes, shape, _) in leaves(spec, config).items()}
+    except UserError as e:
+        raise UserError(f"{e}; config.lora.base=nf4 cuts between blocks of {_block(spec, config)} weights only") from e
 
 
 def check_quantizer(base: str) -> None:
@@ -87,13 +85,14 @@ def quantize(kernel: jax.Array, spec: WeightSpec, config: ModelConfig, mesh: Mes
 
     def one(weight):
         made = qwix.quantize(weight, "nf4", channelwise_axes=(1,), tiled_axes={0: block})
-        return made.qvalue, made.scale
+        return pack(made.qvalue.reshape(-1, block, weight.shape[1])), made.scale
 
     def local(kernel):
         features = kernel.shape[1 + contracted :]
         flat = kernel.astype(jnp.float32).reshape(len(kernel), -1, math.prod(features))
         codes, scales = jax.lax.map(one, flat)  # layer by layer: it compares every weight with all 16 values
-        return dict(zip(specs, (codes.reshape(kernel.shape), scales.reshape(len(kernel), -1, *features)), strict=True))
+        made = (x.reshape(*x.shape[:-1], *features) for x in (codes, scales))
+        return dict(zip(specs, made, strict=True))
 
     whole = param_spec(spec.path, spec.axes, kernel.shape, mesh)
     made = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=whole, out_specs=specs))(kernel)

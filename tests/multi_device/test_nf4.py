@@ -84,7 +84,7 @@ def test_two_devices_are_one(run_python, tmp_path):
         assert found[name]["same_codes"] and found[name]["share"] == 0.5
         differences = found[name]["differences"]
         assert len(differences) == 1 + 14 and max(differences.values()) < 1e-5, differences
-    assert "one scale for 64 weights" in found["refused"]
+    assert "cuts between blocks of 64 weights only" in found["refused"]
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import pytest
 import qwix
 from scipy.stats import norm
 
-from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig, from_config_dict
+from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig, ModelConfig, RopeConfig, from_config_dict
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.errors import UserError
 from lm_jax.inference.scoring import packed_logprobs
 from lm_jax.models import quantized
 from lm_jax.models.linear import contract_nf4
-from lm_jax.models.lora import init_adapters, join
+from lm_jax.models.lora import abstract_adapters, init_adapters, join
 from lm_jax.models.nf4 import NF4, dequantize
 from lm_jax.models.weights import flatten, nest
 from lm_jax.sharding import make_mesh
@@ -34,7 +34,13 @@ def by_hand(kernel, num_axes, block):
     blocks = kernel.reshape(-1, block, *kernel.shape[num_axes:])
     scales = np.abs(blocks).max(1)
     codes = np.abs((blocks / scales[:, None])[..., None] - values).argmin(-1)
-    return codes.reshape(kernel.shape), scales, (values[codes] * scales[:, None]).reshape(kernel.shape)
+    return codes, scales, (values[codes] * scales[:, None]).reshape(kernel.shape)
+
+
+def packed(codes):
+    """Two codes in a byte: the first half of a block low, the second high."""
+    half = codes.shape[1] // 2
+    return (codes[:, :half] + 16 * codes[:, half:]).astype(np.uint8)
 
 
 def load(path, precision, dtype="float32", mesh=None):
@@ -75,7 +81,7 @@ def test_dequantised_as_qwix_and_numpy_do(shape, num_axes, block):
     kernel = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     codes, scales, expected = by_hand(kernel, num_axes, block)
     assert set(np.unique(codes)) == set(range(16))
-    ours = dequantize(jnp.asarray(codes, jnp.uint4), jnp.asarray(scales), num_axes, jnp.float32)
+    ours = dequantize(jnp.asarray(packed(codes)), jnp.asarray(scales), shape, jnp.float32)
     np.testing.assert_array_equal(ours, expected)
     flat = kernel.reshape(math.prod(shape[:num_axes]), -1)
     theirs = qwix.quantize(jnp.asarray(flat), "nf4", channelwise_axes=(1,), tiled_axes={0: block})
@@ -93,8 +99,8 @@ def test_loaded_codes_are_numpys(path, plain):
         projection = name.split("/")[2]
         made = [by_hand(layer, PROJECTIONS[projection], 32 if projection == "down" else 64) for layer in x]
         codes, scales = flat.pop(f"{parent}/kernel_codes"), flat.pop(f"{parent}/kernel_scales")
-        assert codes.dtype == jnp.uint4 and scales.dtype == np.float32
-        np.testing.assert_array_equal(codes.astype(int), np.stack([m[0] for m in made]))
+        assert codes.dtype == np.uint8 and scales.dtype == np.float32
+        np.testing.assert_array_equal(codes, np.stack([packed(m[0]) for m in made]))
         np.testing.assert_array_equal(scales, np.stack([m[1] for m in made]))
     assert not flat
     abstract = abstract_params(source.config, make_mesh(MeshConfig(1, 1, 1)), "bfloat16", "nf4")
@@ -125,21 +131,38 @@ def test_forward_and_gradients_are_those_of_the_plain_model(path, plain):
 
 
 def test_only_codes_are_kept_for_the_backward_pass():
-    codes, scales = jnp.ones((64, 8), jnp.uint4), jnp.ones((1, 8))
+    codes, scales = jnp.ones((1, 32, 8), jnp.uint8), jnp.ones((1, 8))
     kept = jax.tree.leaves(jax.vjp(lambda x: contract_nf4(x, codes, scales), jnp.ones((3, 64)))[1])
-    assert {x.dtype for x in kept if x.shape == codes.shape} <= {jnp.dtype(jnp.uint4)}
+    assert max(getattr(x, "nbytes", 0) for x in kept) == codes.nbytes
 
 
 def test_bytes(path, plain):
-    """Two codes lie in a byte on the device, which `nbytes` does not show."""
-    params = load(path, "nf4", "bfloat16")[0]
-    compiled = jax.jit(lambda p: jax.tree.map(lambda x: x, p), keep_unused=True).lower(params).compile()
-    full = plain[0]
+    params, full = load(path, "nf4", "bfloat16")[0], plain[0]
     projections = {n: x.size for n, x in full.items() if n.startswith("layers/") and n.endswith("/kernel")}
     scales = sum(size // (32 if "/down/" in n else 64) for n, size in projections.items())
     others = sum(x.size for n, x in full.items() if n not in projections)
     expected = sum(projections.values()) / 2 + 4 * scales + 2 * others
-    assert compiled.memory_analysis().argument_size_in_bytes == expected
+    assert sum(x.nbytes for x in jax.tree.leaves(params)) == expected
+
+
+def test_no_more_than_a_layer_is_full_at_a_time(optimized):
+    """The step needs no more memory beside its arguments than that of a full base; see the comments in nf4.py."""
+    config = ModelConfig("llama", 64, 8, 128, 256, 4, 4, 32, RopeConfig(1e4), 1e-5, 64)
+    mesh, ones = make_mesh(MeshConfig(1, 1, 1)), np.ones(2, np.int32)
+    batch = fill_rows([[0]], [(Segment(ones, ones),)], 8, 1)
+
+    def temporaries(base):
+        lora = dataclasses.replace(LORA, base=base)
+
+        def total(adapters, params):
+            return jnp.sum(packed_logprobs(join(params, adapters, lora), batch, config, COMPUTE, with_entropy=False)[0])
+
+        shapes = abstract_adapters(config, lora, mesh), abstract_params(config, mesh, "float32", base)
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.grad(total)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    layer = 4 * (4 * 128 * 128 + 3 * 128 * 256)
+    assert temporaries("nf4") < temporaries("full") + layer
 
 
 def test_refused(monkeypatch):
