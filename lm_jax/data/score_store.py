@@ -14,11 +14,13 @@ Every chunk carries a CRC-32C, so a bit that flips on disk is an error and not a
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,7 @@ class ScoreStore:
         }
         with _storage(path):
             found, generation = _read_meta(path)
+            _clear_locks(path)
             if found is None:
                 digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
                 meta["data"] = digest
@@ -250,6 +253,21 @@ def _kvstore(path: str, inner: str = "") -> dict[str, str]:
     if "://" in path:
         raise UserError(f"score store {path}: neither a local directory nor gs://bucket/directory; give one of these")
     return {"driver": "file", "path": f"{os.path.abspath(os.path.expanduser(path))}/{inner}"}
+
+
+def _clear_locks(path: str) -> None:
+    """Removes what killed writers left, if nobody holds it.
+
+    tensorstore writes a chunk into its lock file and renames that. One that is there already it neither refuses nor
+    cuts, so a shorter chunk would keep the tail of what was killed, and could not be read.
+    """
+    if "://" in path:
+        return
+    for lock in Path(path).expanduser().rglob("*.__lock"):
+        with contextlib.suppress(OSError), lock.open("r+b") as file:  # OSError: held, or gone meanwhile
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.unlink()
 
 
 def _root(path: str) -> ts.KvStore:

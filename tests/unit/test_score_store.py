@@ -1,5 +1,6 @@
 """The score store: rows come back as written, survive kills and many writers, and never serve another key."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -98,6 +99,27 @@ def test_a_damaged_chunk_is_named(tmp_path):
     for use in (store.missing, lambda: store.read([1]), lambda: write(store, [2])):
         with pytest.raises(UserError, match=f"score store {tmp_path}: .*; check the path"):
             use()
+
+
+def test_what_a_killed_writer_left_is_not_written_into(tmp_path):
+    """A chunk is written into its lock file: of one that is longer the tail would stay."""
+    create(tmp_path)
+    for field in FIELDS:
+        left = next(tmp_path.glob(f"*/{field}")) / "c"
+        left.mkdir()
+        (left / "0.__lock").write_bytes(b"x" * 100_000)
+    store = create(tmp_path)
+    write(store, [1, 2])
+    assert_right(create(tmp_path), [1, 2])
+
+
+def test_a_lock_that_is_held_stays(tmp_path):
+    create(tmp_path)
+    held = tmp_path / "chunk.__lock"
+    with held.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        create(tmp_path)
+        assert held.exists()
 
 
 def test_half_a_row_is_missing(tmp_path, monkeypatch):
@@ -229,7 +251,7 @@ def test_many_processes_write_interleaved_rows(tmp_path, chunk):
     rows, shares = 240, 4
     processes = [start_writer(tmp_path, share, shares, rows, chunk) for share in range(shares)]
     for process in processes:
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         assert process.returncode == 0
     store = create(tmp_path, rows)  # every process created it; all of them agreed
     assert store.missing().size == 0
@@ -259,7 +281,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path):
         partial += 0 < len(missing) < (store.lengths > 0).sum()
     assert partial >= 3  # else the kills came too early or too late to show anything
     process = start_writer(tmp_path, 0, 1, rows, chunk)
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
     assert process.returncode == 0
     store = create(tmp_path, rows)
     assert store.missing().size == 0
