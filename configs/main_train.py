@@ -52,7 +52,6 @@ def get_config(preset: str = "") -> ConfigDict:
     c.batch.max_examples_per_row = 64  # sequences in a row; more would be tiny
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"  # or muon, with which models fitted from nothing need fewer tokens
     c.optim.learning_rate = 1e-5  # full fine-tuning of a 7B-class model; adapters take ten times as much
     c.optim.schedule = "cosine"
     c.optim.warmup_ratio = 0.03  # the losses of a model that can already write are tame

@@ -55,7 +55,6 @@ def get_config(preset: str = "") -> ConfigDict:
     c.batch.max_examples_per_row = 16  # pairs in a row; more would be tiny
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"  # or muon, with which models fitted from nothing need fewer tokens
     c.optim.learning_rate = 5e-7  # full fine-tuning of a 7B-class model; 5e-6 is the authors' for adapters
     c.optim.schedule = "cosine"
     c.optim.warmup_ratio = 0.1  # the authors' setting

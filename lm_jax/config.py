@@ -15,7 +15,6 @@ from lm_jax.errors import UserError
 
 T = TypeVar("T")
 
-OPTIMIZERS = ("adamw", "muon")
 _LARGEST = 10**300  # of whole numbers where a float is expected
 SCHEDULES = ("cosine", "linear", "constant")
 FULL, NF4 = BASES = ("full", "nf4")
@@ -145,11 +144,8 @@ class OptimConfig:
     eps: float
     weight_decay: float  # AdamW, on matrices only
     clip_norm: float  # global gradient norm; 0 turns clipping off
-    name: str = "adamw"  # adamw | muon: that for the matrices of the layers, AdamW for the rest
 
     def __post_init__(self):
-        if self.name not in OPTIMIZERS:
-            raise UserError(f"config.optim.name: unknown {self.name!r}; choose from {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"config.optim.schedule: unknown {self.schedule!r}; choose from {', '.join(SCHEDULES)}")
         for name in ("warmup_ratio", "final_ratio"):

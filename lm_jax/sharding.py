@@ -19,7 +19,6 @@ from lm_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-_FEW = 64  # entries that may lie on every device without a rule
 
 PARAM_RULES: Mapping[str, str | None] = {
     "layers": None,  # scanned over
@@ -94,8 +93,7 @@ def param_spec(path: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: M
 def state_shardings(state: Any, param_specs: Mapping[str, PartitionSpec], mesh: Mesh) -> Any:
     """Shardings for a whole state (parameters, optimiser moments, counters) from the parameters' specs.
 
-    A leaf whose path ends with a parameter's path takes that parameter's spec; a scalar, or a handful of coefficients
-    as Muon's state has them, is replicated.
+    A leaf whose path ends with a parameter's path takes that parameter's spec; a scalar is replicated.
 
     Args:
       state: any pytree of arrays or ShapeDtypeStructs.
@@ -110,7 +108,7 @@ def state_shardings(state: Any, param_specs: Mapping[str, PartitionSpec], mesh: 
         for start in range(len(keys)):
             if (spec := param_specs.get("/".join(keys[start:]))) is not None:
                 return NamedSharding(mesh, spec)
-        if leaf.size <= _FEW:
+        if np.ndim(leaf) == 0:
             return NamedSharding(mesh, PartitionSpec())
         raise UserError(f"parameter {'/'.join(keys)} of shape {tuple(leaf.shape)}: no sharding rule matches its path")
 

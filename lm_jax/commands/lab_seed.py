@@ -118,7 +118,6 @@ def _fit(config: LabSeedConfig, model: Path, rows: Path, output: Path, last: boo
         f"--config.max_length={config.max_length}",
         f"--config.batch.rows={config.batch_rows}",
         f"--config.batch.row_length={2 * config.max_length}",
-        "--config.optim.name=muon",  # AdamW needs twice the tokens
         f"--config.optim.learning_rate={config.learning_rate}",
         f"--config.optim.schedule={'cosine' if last else 'constant'}",
         "--config.optim.beta2=0.98",

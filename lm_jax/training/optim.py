@@ -1,20 +1,15 @@
 """Learning-rate schedule and optimiser chain, from an OptimConfig."""
 
-import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 from lm_jax.config import OptimConfig
 from lm_jax.models.linear import LORA_A, LORA_B
-from lm_jax.models.weights import WeightSpec
 
 _MATRICES = ("kernel", "embedding", LORA_A, LORA_B)
-_ADAM_RMS = 0.4  # of an entry of AdamW's update over the learning rate, which lies between 0.2 and this
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -39,18 +34,12 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, table: Sequence[WeightSpec] = ()
-) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or Muon, with decay on matrices only, adapters' among them (not norms or biases).
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with decay on matrices only, adapters' among them (not on norms or biases).
 
-    Moments are kept in the parameters' dtype, fp32 for fp32 master weights. Muon's updates are scaled to AdamW's size
-    (arXiv 2502.16982, section 2.2), so that one learning rate does for both.
-
-    Args:
-      table: of the model's weights; muon reads from it which axes of a kernel are its rows and columns.
+    Moments are kept in the parameters' dtype, fp32 for fp32 master weights.
     """
-    chosen = optax.adamw(
+    adamw = optax.adamw(
         schedule,
         b1=config.beta1,
         b2=config.beta2,
@@ -58,37 +47,7 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=_is_matrix,
     )
-    if config.name == "muon":
-        dimensions = functools.partial(_rows_and_columns, table=table)
-        on_kernels = muon(
-            schedule,
-            weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=dimensions,
-            consistent_rms=_ADAM_RMS,
-        )
-        labels = lambda params: jax.tree.map(  # noqa: E731
-            lambda x: "adamw" if x is None else "muon", dimensions(params), is_leaf=lambda x: x is None or _is_dims(x)
-        )
-        chosen = optax.partition({"muon": on_kernels, "adamw": chosen}, labels)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen) if config.clip_norm else chosen
-
-
-def _is_dims(x) -> bool:
-    return isinstance(x, MuonDimensionNumbers)
-
-
-def _rows_and_columns(params, table: Sequence[WeightSpec]):
-    """Of each layer's kernel, layers apart; None for what AdamW takes."""
-    kernels = {spec.path: spec for spec in table if spec.stacked and spec.path.endswith("/kernel")}
-
-    def dimensions(path, _):
-        spec = kernels.get("/".join(part.key for part in path))
-        if spec is None:
-            return None
-        columns, rows = (tuple(spec.axes.index(axis) for axis in group) for group in spec.hf_groups)
-        return MuonDimensionNumbers(reduction_axis=rows, output_axis=columns)
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 
 
 def _is_matrix(params):

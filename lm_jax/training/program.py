@@ -9,9 +9,7 @@ import jax.numpy as jnp
 
 from lm_jax.config import LoraConfig, ModelConfig, OptimConfig
 from lm_jax.data.order import Beside
-from lm_jax.errors import UserError
 from lm_jax.models.lora import abstract_adapters, adapter_specs, dropout_key, join
-from lm_jax.models.registry import weight_table
 from lm_jax.sharding import state_shardings
 from lm_jax.training.checkpoints import abstract_like
 from lm_jax.training.optim import make_optimizer, make_schedule
@@ -66,12 +64,10 @@ def step_program(
       seed: of the adapters' dropout.
 
     Raises:
-      UserError: a model or adapters that the mesh does not fit; adapters with another optimiser than AdamW.
+      UserError: a model or adapters that the mesh does not fit.
     """
     schedule = make_schedule(optim, num_steps)
-    if lora.rank and optim.name != "adamw":
-        raise UserError(f"config.optim.name={optim.name}: adapters are trained by adamw; leave config.optim.name at it")
-    optimizer = make_optimizer(optim, schedule, weight_table(model))
+    optimizer = make_optimizer(optim, schedule)
 
     def begin(trained):
         return TrainState.create(trained, optimizer, jax.tree.map(jnp.float32, objective.carry.initial))

@@ -14,7 +14,6 @@ from transformers import optimization
 from lm_jax.config import ComputeConfig, ModelConfig, OptimConfig, RopeConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.models.decoder import Decoder
-from lm_jax.models.registry import weight_table
 from lm_jax.models.weights import flatten
 from lm_jax.training.optim import make_optimizer, make_schedule
 from lm_jax.training.step import Objective, TrainState, make_evaluate, make_train_step
@@ -252,48 +251,6 @@ def test_optimizer_equals_torch(clip_norm):
     for name, parameter in theirs.items():
         np.testing.assert_allclose(ours[name], parameter.detach(), rtol=2e-6, atol=1e-6, err_msg=name)
     assert np.abs(ours["bias"] - start["bias"]).max() > 1e-3
-
-
-def orthogonal(matrix):
-    """Five Newton-Schulz iterations with Muon's coefficients (K. Jordan, 2024), from Frobenius norm 1."""
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / np.linalg.norm(x)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
-
-
-def test_muon_by_hand():
-    """Two steps: every layer's kernels by momentum, orthogonalised as [contracted, produced]; the rest as AdamW."""
-    config = dataclasses.replace(OPTIM, name="muon", clip_norm=0.0)
-    adamw = make_optimizer(dataclasses.replace(config, name="adamw"), lambda step: 0.1)
-    optimizer = make_optimizer(config, lambda step: 0.1, weight_table(MODEL))
-    rng = np.random.default_rng(0)
-    grads = [jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)), params()) for _ in range(2)]
-
-    def updates(optimizer):
-        state = optimizer.init(params())
-        _, state = optimizer.update(grads[0], state, params())
-        return flatten(optimizer.update(grads[1], state, params())[0])
-
-    ours, plain = updates(optimizer), updates(adamw)
-    first, second = (jax.tree.map(np.float64, flatten(g)) for g in grads)
-    contracted = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
-    kernels = {f"layers/{'attn' if name in 'qkvo' else 'mlp'}/{name}/kernel": n for name, n in contracted.items()}
-    for path, update in ours.items():
-        if path not in kernels:
-            np.testing.assert_array_equal(update, plain[path], err_msg=path)
-            continue
-        # Nesterov's momentum, 0.95, with Adam's corrections of its start: of the next step's mean and of this gradient
-        mean = 0.05 * (0.95 * first[path] + second[path])
-        moved = 0.95 * mean / (1 - 0.95**3) + 0.05 * second[path] / (1 - 0.95**2)
-        start = flatten(params())[path]
-        for layer, (matrix, kernel) in enumerate(zip(moved, start, strict=True)):
-            shape = int(np.prod(matrix.shape[: kernels[path]])), -1
-            flat = orthogonal(matrix.reshape(shape))
-            expected = -0.1 * (0.4 * max(flat.shape) ** 0.5 * flat.reshape(matrix.shape) + 0.1 * kernel)
-            np.testing.assert_allclose(update[layer], expected, rtol=1e-3, atol=2e-4, err_msg=path)
 
 
 def test_clipping_and_what_is_reported():
