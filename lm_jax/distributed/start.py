@@ -4,6 +4,7 @@ By flags or JAX's environment variables, or as found on a TPU pod, on GKE, under
 run of many: then nothing here touches JAX.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -91,7 +92,9 @@ def _settled(settings: Processes) -> tuple[str | None, int | None, int | None, l
     given = settings.coordinator_address, settings.num_processes, settings.process_id
     if settings.num_processes == 1:
         return *given, None
-    place = launchers.find(os.environ, settings.start_timeout if None in given else None)
+    place = None
+    with contextlib.suppress(*() if None in given else (UserError,)):  # what is given is the cure
+        place = launchers.find(os.environ, settings.start_timeout if None in given else None)
     if place is not None:
         found = place.address, place.number, place.process
         return *(f if g is None else g for g, f in zip(given, found, strict=True)), place.local_devices

@@ -4,6 +4,7 @@ import pytest
 
 from lm_jax.distributed import launchers
 from lm_jax.distributed.launchers import Place
+from lm_jax.distributed.start import Processes, _settled
 from lm_jax.errors import UserError
 
 # What sbatch gives the batch script of a job of 4 nodes
@@ -107,3 +108,14 @@ def test_open_mpi_5_does_not():
     assert here == Place(f"localhost:{65536 - 4096 + 12341 % 4096}", 8, 5, [1])
     assert find({**BATCH, **MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).address == f"gpu07:{PORT}"
     assert find(MPI, OMPI_COMM_WORLD_SIZE="1") is None
+
+
+def test_what_is_given_counts(monkeypatch):
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_PROCID")  # so that the launcher's own answer is an error
+    assert _settled(Processes("a:1", 3, 1, 9, 9)) == ("a:1", 3, 1, None)
+    with pytest.raises(UserError, match="no 'SLURM_PROCID'"):
+        _settled(Processes("a:1", None, None, 9, 9))
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    assert _settled(Processes("a:1", None, None, 9, 9)) == ("a:1", 4, 2, None)
