@@ -35,7 +35,8 @@ def run(
 ) -> None:
     """Parses the flags, builds the command's config strictly and makes the one call `main(config)`.
 
-    Exits with 0 on success and 1 on an error of the user's, whose one line is the last on stderr.
+    Exits with 0 on success, with --stopped_status where it was asked to stop and saved, and with 1 on an error of the
+    user's, whose one line is the last on stderr.
 
     Args:
       command: () -> (config class, or several as A | B, main). It imports them, so that --help and a mistyped flag are
@@ -65,7 +66,7 @@ def run(
             _fail(f"unexpected argument {rest[1]!r}; settings are given as --config.key=value")
         return rest
 
-    def call(_: list[str]) -> None:
+    def call(_: list[str]) -> int:
         # Checkpointing logs pages at INFO, and the traceback of every thread where a write fails; what fails is raised.
         logging.set_verbosity(logging.FATAL)
         try:
@@ -83,10 +84,12 @@ def run(
             _fail(str(e))
         except stopping.Stopped as e:
             print(e, file=sys.stderr, flush=True)
+            return flags.FLAGS.stopped_status
         except BrokenPipeError:  # who read the output, as `head`, has seen enough
             os._exit(PIPE_CLOSED)
         except OSError as e:  # what a command does not foresee of paths, access and space
             _fail(_os_fault(e))
+        return 0
 
     app.run(call, flags_parser=parse)
 
@@ -104,6 +107,8 @@ def _define_processes() -> None:
     flags.DEFINE_integer("process_id", number("JAX_PROCESS_ID"), "which one this is, from 0", lower_bound=0)
     flags.DEFINE_float("start_timeout", 300.0, "seconds until all of them must have started", lower_bound=1.0)
     flags.DEFINE_float("process_timeout", 300.0, "seconds without a sign of one until all end", lower_bound=1.0)
+    # What restarts a preempted run takes 0 for its end
+    flags.DEFINE_integer("stopped_status", 0, "exit status when asked to stop, with all saved", 0, 255)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ By flags or JAX's environment variables, or as found on a TPU pod, on GKE, under
 run of many: then nothing here touches JAX.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -12,11 +13,11 @@ import socket
 import time
 from collections.abc import Callable
 
+from lm_jax.distributed import launchers
 from lm_jax.distributed.hub import Hub
+from lm_jax.distributed.launchers import CURE
 from lm_jax.distributed.link import Link
 from lm_jax.errors import UserError
-
-_CURE = "give every process the same --coordinator_address=HOST:PORT and --num_processes, and its own --process_id"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,14 @@ def start(settings: Processes, end: Callable[[str], None]) -> Callable[[str | No
     address, number, process, local_devices = _settled(settings)
     if number is None or number == 1:
         return None
-    if None in (address, process):
-        raise UserError(f"--num_processes={number} needs --coordinator_address and --process_id too; {_CURE}")
+    needed = {"--coordinator_address": address, "--process_id": process}
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise UserError(f"--num_processes={number} needs {' and '.join(missing)} too; {CURE}")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"--coordinator_address={address!r}: not of the form HOST:PORT; {_CURE}")
+        raise UserError(f"--coordinator_address={address!r}: not of the form HOST:PORT; {CURE}")
     if not 0 <= process < number:
-        raise UserError(f"--process_id={process}: must lie between 0 and --num_processes - 1 = {number - 1}; {_CURE}")
+        raise UserError(f"--process_id={process}: must lie between 0 and --num_processes - 1 = {number - 1}; {CURE}")
     begin = time.monotonic()
     if process == 0:
         Hub(_listen(int(port)), number, settings.start_timeout, settings.timeout)
@@ -86,31 +88,19 @@ def start(settings: Processes, end: Callable[[str], None]) -> Callable[[str | No
 
 
 def _settled(settings: Processes) -> tuple[str | None, int | None, int | None, list[int] | None]:
+    """What was given; what was not, as the launcher has it."""
     given = settings.coordinator_address, settings.num_processes, settings.process_id
-    if any(value is not None for value in given):
-        if settings.num_processes is None:
-            raise UserError(f"--num_processes: not set, but --coordinator_address or --process_id is; {_CURE}")
+    if settings.num_processes == 1:
         return *given, None
-    if not _in_a_cluster():
-        return None, None, None, None
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() calls; it has no public form
-
-    timeout = int(settings.start_timeout)
-    try:
-        return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"this cluster's environment does not say which process this is ({error}); {_CURE}") from error
-
-
-def _in_a_cluster() -> bool:
-    """Whether the environment looks like a run of many, so that a run of one asks nobody."""
-    many = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(os.environ.get(name, "1") != "1" for name in many):
-        return True
-    on_tpu = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
-    return on_tpu and any(os.path.exists(f"/dev/{name}") for name in ("accel0", "vfio/0")) or (
-        "JOBSET_NAME" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-    )
+    place = None
+    with contextlib.suppress(*() if None in given else (UserError,)):  # what is given is the cure
+        place = launchers.find(os.environ, settings.start_timeout if None in given else None)
+    if place is not None:
+        found = place.address, place.number, place.process
+        return *(f if g is None else g for g, f in zip(given, found, strict=True)), place.local_devices
+    if settings.num_processes is None and given != (None, None, None):
+        raise UserError(f"--num_processes: not set, but --coordinator_address or --process_id is; {CURE}")
+    return *given, None
 
 
 def _listen(port: int) -> socket.socket:
@@ -150,6 +140,7 @@ def _initialize(address: str, number: int, process: int, local_devices: list[int
             number,
             process,
             local_devices,
+            cluster_detection_method="deactivate",  # else JAX gives one GPU to a process that is alone on its host
             initialization_timeout=max(10, int(timeout)),
             shutdown_timeout_seconds=60,
         )
