@@ -2,6 +2,8 @@ r"""Tunes a model on supervised rows; seed and synthetic ones are weighed agains
 
     python -m launch.main_train --config=configs/main_train.py --config.model=DIR --config.input=rows.jsonl \
         --config.output=runs/main
+
+With --preview=5 it prints the first 5 rows as the model would see them, and trains and writes nothing.
 """
 
 from launch import cli
@@ -13,5 +15,11 @@ def command():
     return MainTrainConfig, train
 
 
+def preview():
+    from main_jax.preview import preview
+
+    return preview
+
+
 if __name__ == "__main__":
-    cli.run(command)
+    cli.run(command, preview)

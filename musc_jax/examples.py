@@ -10,7 +10,7 @@ import numpy as np
 from lm_jax.data.packing import Segment
 from lm_jax.data.preference import PreferenceRow, check_weight_lengths, preference_rows
 from lm_jax.data.rows import read_rows
-from lm_jax.data.text import EncodedResponse, Text, TextEncoder, messages_fault
+from lm_jax.data.text import TOOLS, EncodedResponse, Text, TextEncoder, messages_fault
 from lm_jax.errors import UserError
 from musc_jax.stored_weights import COLUMN, pair_fingerprint, stored_fields
 from musc_jax.token_weights import AUTO, CHOSEN, FROM_COLUMNS, FROM_STORE, REJECTED
@@ -151,9 +151,12 @@ def perturbed_prompt(prompt: Text, value: Any, name: str) -> Text:
                 f"{name}: prompt and perturbed_prompt must both be strings or both be messages; make them alike"
             )
         return [{**m, "content": value} if m is users[-1] else m for m in prompt]
-    if not isinstance(value, str) and (fault := messages_fault(value)):
+    if isinstance(value, str):
+        return value
+    if fault := messages_fault(value):
         raise UserError(f"{name}: perturbed_prompt {fault}; give a string or a list of messages")
-    return value
+    tools = [m for m in prompt[:1] if m["role"] == TOOLS]
+    return [*tools, *value] if value[0]["role"] != TOOLS else value
 
 
 def rule_for(weights: str, rows: Sequence[PreferenceRow], columns: Sequence[Mapping[str, Any]]) -> str:

@@ -22,6 +22,7 @@ from lm_jax.commands.generator import (
 )
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
+from lm_jax.data.layouts import prompt_with_tools
 from lm_jax.data.rows import read_rows
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
@@ -103,7 +104,7 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
             asked = {number: rows[number] for number in missing}
             failed, tokens = answer_requests(
                 generator or load_local(config, local),
-                {n: Request(str(r["id"]), r["prompt"], r.get("max_new_tokens")) for n, r in asked.items()},
+                {n: _request(row, f"{config.input} row {n}") for n, row in asked.items()},
                 config.sampling,
                 journal,
                 len(rows),
@@ -120,6 +121,10 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
 def _report(config: GenerateConfig, rows: int, failed: int, tokens: int, begin: float) -> None:
     seconds = round(time.monotonic() - begin, 1)
     print(json.dumps({"rows": rows, "failed": failed, "tokens": tokens, "seconds": seconds, "output": config.output}))
+
+
+def _request(row: dict[str, Any], at: str) -> Request:
+    return Request(str(row["id"]), prompt_with_tools(row, at), row.get("max_new_tokens"))
 
 
 def _read(config: GenerateConfig) -> list[dict[str, Any]]:
@@ -141,6 +146,7 @@ def _read(config: GenerateConfig) -> list[dict[str, Any]]:
                 f"{at}: has the same id {row['id']!r} as row {before} (a row without one is called by its number); "
                 "ids decide the random draws and must differ"
             )
+        prompt_with_tools(row, at)  # raises now rather than when other rows were answered
         limit = row.get("max_new_tokens")
         if limit is not None and (type(limit) is not int or not 1 <= limit <= config.max_new_tokens):
             raise UserError(

@@ -10,6 +10,7 @@ from etils import epath
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.journal import rows_fingerprint
+from lm_jax.data.layouts import prompt_with_tools
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows, write_jsonl
@@ -77,7 +78,7 @@ def score_rows(config: ScoreConfig) -> None:
     wanted = [j for j, (i, r) in enumerate(responses) if not (r in (None, "") and "finish_reason" in rows[i])]
     items = [responses[j] for j in wanted]
     encoded = encoder.encode_many(
-        [rows[i]["prompt"] for i, _ in items],
+        [prompt_with_tools(rows[i], f"{where} row {i}") for i, _ in items],
         [response for _, response in items],
         [f"{where} row {i}" for i, _ in items],
     )

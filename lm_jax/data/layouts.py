@@ -1,10 +1,17 @@
-"""What the layouts of rows share: messages, LLaMA-Factory's alpaca columns, and one layout a file."""
+"""What the layouts of rows share: messages, ShareGPT's turns, LLaMA-Factory's alpaca columns, and one layout a file."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from lm_jax.data.text import Message, messages_fault
+from lm_jax.data.text import TOOLS, Message, messages_fault, tidy_message, without_nulls
 from lm_jax.errors import UserError
+
+# Of ShareGPT and LLaMA-Factory, and those of chat templates
+_CALL = "function_call"
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", _CALL: "assistant"} | {
+    role: role for role in ("user", "assistant", "system", "tool")
+}
 
 
 def present_columns(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +40,70 @@ def checked_messages(value: Any, name: str, at: str) -> list[Message]:
     """
     if fault := messages_fault(value):
         raise UserError(f"{at}: {name} {fault}; give a list of {{'role': ..., 'content': ...}}")
-    return value
+    return [tidy_message(item) for item in value]
+
+
+def sharegpt_turns(value: Any, name: str, at: str) -> list[Message]:
+    """ShareGPT's turns as messages, whether they have `from` and `value` or `role` and `content`.
+
+    A `function_call`, whose text is the JSON of a call or of several, becomes an assistant message with `tool_calls`;
+    an `observation` a message of role tool.
+
+    Raises:
+      UserError: no such turns, an unknown role, a call that is no JSON.
+    """
+    messages = []
+    for turn in value if isinstance(value, list) else [None]:
+        keys = ("from", "value") if isinstance(turn, Mapping) and turn.get("from") is not None else ("role", "content")
+        role, content = (turn.get(key) if isinstance(turn, Mapping) else None for key in keys)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(
+                f"{at}: {name} must be a list of {{'from': ..., 'value': ...}} or {{'role': ..., 'content': ...}}; "
+                "mend the row"
+            )
+        if role not in _ROLES:
+            raise UserError(f"{at}: {name} has a turn from {role!r}; known are {', '.join(_ROLES)}: rename or drop it")
+        messages.append(_call(content, name, at) if role == _CALL else message(_ROLES[role], content))
+    if not messages:
+        raise UserError(f"{at}: {name} is empty; drop the row")
+    return messages
+
+
+def _call(content: str, name: str, at: str) -> Message:
+    try:
+        calls = json.loads(content)
+    except ValueError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise UserError(
+            f"{at}: {name} has a {_CALL} that is no JSON of {{'name': ..., 'arguments': ...}}; mend the row"
+        )
+    return message("assistant", "") | {"tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+
+def prompt_with_tools(row: Mapping[str, Any], at: str) -> Any:
+    """The row's `prompt`; of one of messages with what `with_tools` adds, which raises."""
+    return with_tools(row["prompt"], row, at) if isinstance(row["prompt"], list) else row["prompt"]
+
+
+def with_tools(messages: list[Message], row: Mapping[str, Any], at: str) -> list[Message]:
+    """`messages` behind the functions of the row's column `tools`, a list of JSON schemas or its JSON; see `TOOLS`.
+
+    Raises:
+      UserError: the column is neither.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            tools = 0
+    if tools in (None, "", []) or isinstance(tools, str):
+        return messages
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{at}: tools must be a list of JSON schemas, or the JSON of one; mend the row")
+    return [message(TOOLS, json.dumps(without_nulls(tools))), *messages]
 
 
 def alpaca_prompt(row: Mapping[str, Any], at: str) -> list[Message]:

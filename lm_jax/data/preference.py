@@ -1,4 +1,4 @@
-"""Preference rows in the layouts that people have: TRL's (strings or messages) and LLaMA-Factory's alpaca columns."""
+"""Preference rows in the layouts that people have: TRL's (strings or messages), LLaMA-Factory's alpaca and ShareGPT."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,8 @@ from lm_jax.data.layouts import (
     columns_of,
     message,
     present_columns,
+    sharegpt_turns,
+    with_tools,
 )
 from lm_jax.data.text import EncodedResponse, Text
 from lm_jax.errors import UserError
@@ -47,8 +49,10 @@ def preference_rows(rows: Sequence[Mapping[str, Any]], where: str) -> Preference
 
     Layouts: `prompt, chosen, rejected` as strings; the same as messages (a string response to a prompt of messages
     is an assistant message); `chosen, rejected` as whole conversations, whose shared leading messages are the prompt;
-    `instruction, input, chosen, rejected` with optional `system` and `history`, which become messages. Each may carry
-    `chosen_token_scores` and `rejected_token_scores`, lists of finite numbers >= 0.
+    `instruction, input, chosen, rejected` with optional `system` and `history`, which become messages; ShareGPT's
+    `conversations`, the prompt, with one turn as `chosen` and one as `rejected`. Each may carry `chosen_token_scores`
+    and `rejected_token_scores`, lists of finite numbers >= 0, and those of messages `tools`, which the chat template
+    gets.
 
     Identical pairs are dropped and counted. Empty responses pass: `TextEncoder` refuses them.
 
@@ -102,11 +106,13 @@ def _layout(row: Mapping[str, Any], at: str) -> str:
     for name in ("chosen", "rejected"):
         if name not in row:
             raise UserError(f"{at}: column {name!r} is missing; a preference row needs it ({columns_of(row)})")
-        if not isinstance(row[name], (str, list)):
+        if not isinstance(row[name], (str, list)) and not (isinstance(row[name], dict) and _is_sharegpt(row)):
             raise UserError(f"{at}: {name} must be a string or messages, got {type(row[name]).__name__}; mend the row")
     strings = [isinstance(row[name], str) for name in ("chosen", "rejected")]
     if strings[0] != strings[1]:
         raise UserError(f"{at}: one of chosen and rejected is a string, the other messages; make them alike")
+    if _is_sharegpt(row):
+        return "sharegpt"
     if "prompt" in row:
         if isinstance(row["prompt"], str) and not strings[0]:
             raise UserError(
@@ -124,6 +130,10 @@ def _layout(row: Mapping[str, Any], at: str) -> str:
     return "conversations"
 
 
+def _is_sharegpt(row: Mapping[str, Any]) -> bool:
+    return "conversations" in row and "prompt" not in row and "instruction" not in row
+
+
 def _read_strings(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
     return row["prompt"], row["chosen"], row["rejected"]
 
@@ -134,7 +144,7 @@ def _read_messages(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
         [message("assistant", row[name])] if isinstance(row[name], str) else checked_messages(row[name], name, at)
         for name in ("chosen", "rejected")
     )
-    return prompt, chosen, rejected
+    return with_tools(prompt, row, at), chosen, rejected
 
 
 def _read_conversations(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
@@ -154,12 +164,24 @@ def _read_conversations(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Te
                 f"{at}: {name} differs first in a {role} message, so its response would begin with one; the prompts "
                 "must be the same: mend the row, or add a prompt column"
             )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return with_tools(chosen[:shared], row, at), chosen[shared:], rejected[shared:]
 
 
 def _read_alpaca(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
     chosen, rejected = ([message("assistant", alpaca_text(row, name, at))] for name in ("chosen", "rejected"))
-    return alpaca_prompt(row, at), chosen, rejected
+    return with_tools(alpaca_prompt(row, at), row, at), chosen, rejected
+
+
+def _read_sharegpt(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
+    system = [message("system", row["system"])] if row.get("system") else []
+    prompt = [*system, *sharegpt_turns(row["conversations"], "conversations", at)]
+    chosen, rejected = (
+        [message("assistant", row[name])]
+        if isinstance(row[name], str)
+        else sharegpt_turns(row[name] if isinstance(row[name], list) else [row[name]], name, at)
+        for name in ("chosen", "rejected")
+    )
+    return with_tools(prompt, row, at), chosen, rejected
 
 
 _READERS = {
@@ -167,12 +189,14 @@ _READERS = {
     "messages": _read_messages,
     "conversations": _read_conversations,
     "alpaca": _read_alpaca,
+    "sharegpt": _read_sharegpt,
 }
 _DESCRIBED = {
     "strings": "prompt, chosen and rejected are strings",
     "messages": "prompt is messages",
     "conversations": "chosen and rejected are whole conversations without a prompt column",
     "alpaca": "the columns are instruction, chosen and rejected",
+    "sharegpt": "the columns are conversations, chosen and rejected",
 }
 
 

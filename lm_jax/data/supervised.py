@@ -16,6 +16,8 @@ from lm_jax.data.layouts import (
     counted,
     message,
     present_columns,
+    sharegpt_turns,
+    with_tools,
 )
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows
@@ -27,7 +29,6 @@ ALL, LAST = TRAIN_ON = ("all", "last")
 NO_WEIGHT = "of weight 0"
 
 _LARGEST = 1e30  # of weights: their sums stay finite in fp32
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}  # ShareGPT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,13 @@ class Supervised:
     Attributes:
       rows: the rows they came from, in their order.
       segments: one a row, with the values `weights` (the row's) and `synthetic` (1 where that is its source, else 0).
+      full_lengths: tokens of each row's response before truncation.
       report: lines that say how many rows were read, dropped, truncated, and how long they are.
     """
 
     rows: list[SupervisedRow]
     segments: list[Segment]
+    full_lengths: list[int]
     where: str
     report: list[str]
 
@@ -73,16 +76,23 @@ class Supervised:
 
 
 def load_supervised(
-    path: str, encoder: TextEncoder, train_on: str = ALL, response_column: str | None = None
+    path: str,
+    encoder: TextEncoder,
+    train_on: str = ALL,
+    response_column: str | None = None,
+    first: int | None = None,
 ) -> Supervised:
     """Reads and encodes the rows of one file; see `supervised_rows`.
+
+    Args:
+      first: of the rows that are not dropped the first so many alone; None: all.
 
     Raises:
       UserError: naming the file or row and the cure.
     """
     where = os.path.basename(path.rstrip("/"))
     data = supervised_rows(read_rows(path), where, train_on, response_column)
-    rows = data.rows
+    rows, kept = data.rows[:first], len(data.rows)
     if not rows:
         raise UserError(f"{path}: no rows left, all dropped ({counted(data.dropped)}); give rows that weigh something")
     prompts, responses, names = zip(*((r.prompt, r.response, f"{where} row {r.row}") for r in rows), strict=True)
@@ -102,13 +112,14 @@ def load_supervised(
     lengths = np.array([len(s) for s in segments])
     learnt = sum(len(s.response) if s.loss_mask is None else int(s.loss_mask.sum()) for s in segments)
     report = [
-        f"{where}: {len(rows) + sum(data.dropped.values())} rows read, {len(rows)} kept"
+        f"{where}: {kept + sum(data.dropped.values())} rows read, {kept} kept"
         + (f", dropped: {counted(data.dropped)}" if data.dropped else "")
-        + f"; {sum(r.source == SYNTHETIC for r in rows)} of them synthetic",
+        + f"; {sum(r.source == SYNTHETIC for r in data.rows)} of them synthetic"
+        + (f"; {len(rows)} of them taken" if len(rows) < kept else ""),
         f"{where}: sequences of {lengths.min()} to {lengths.max()} tokens, median {int(np.median(lengths))}; {learnt} "
         f"of {lengths.sum()} tokens learnt; {sum(e.truncated for e in encoded)} rows truncated to config.max_length",
     ]
-    return Supervised(rows, segments, where, report)
+    return Supervised(rows, segments, [e.full_length for e in encoded], where, report)
 
 
 def supervised_rows(
@@ -116,11 +127,12 @@ def supervised_rows(
 ) -> SupervisedData:
     """Reads the rows of one file; every row must have the layout of the first.
 
-    Layouts, the first that fits: `messages`, a conversation; ShareGPT's `conversations` of `from` and `value`, with an
-    optional `system`; `prompt` with `response`, strings or messages (a string response to a prompt of messages is an
-    assistant message); LLaMA-Factory's `instruction`, `input`, `output` with optional `system` and `history`. Each may
-    carry `id`, `source` (`seed` or `synthetic`; default seed) and `weight` (a finite number >= 0; default 1). Rows of
-    weight 0 are dropped and counted. Empty responses pass: `TextEncoder` refuses them.
+    Layouts, the first that fits: `messages`, a conversation; ShareGPT's `conversations` of `from` and `value` (or
+    `role` and `content`), with an optional `system`; `prompt` with `response` or TRL's `completion`, strings or
+    messages (a string response to a prompt of messages is an assistant message); LLaMA-Factory's `instruction`,
+    `input`, `output` with optional `system` and `history`. Each may carry `id`, `source` (`seed` or `synthetic`;
+    default seed) and `weight` (a finite number >= 0; default 1), and those of messages `tools`, which the chat template
+    gets. Rows of weight 0 are dropped and counted. Empty responses pass: `TextEncoder` refuses them.
 
     Args:
       rows: as `read_rows` gives them.
@@ -167,6 +179,8 @@ def _layout(row: Mapping[str, Any], response_column: str | None, at: str) -> tup
                 f"{at}: none of the columns {', '.join(_RESPONSES)}; a supervised row needs one ({columns_of(row)})"
             )
         column = _RESPONSES[layout]
+        if layout == "prompt" and column not in row and "completion" in row:
+            column = "completion"
     if column not in row:
         raise UserError(
             f"{at}: column {column!r} is missing; a supervised row needs it, or name another one as "
@@ -176,24 +190,13 @@ def _layout(row: Mapping[str, Any], response_column: str | None, at: str) -> tup
 
 
 def _read_messages(row: Mapping[str, Any], column: str, train_on: str, at: str) -> tuple[Text, Text]:
-    return _learnt([], checked_messages(row[column], column, at), train_on, at)
+    return _learnt([], with_tools(checked_messages(row[column], column, at), row, at), train_on, at)
 
 
 def _read_sharegpt(row: Mapping[str, Any], column: str, train_on: str, at: str) -> tuple[Text, Text]:
-    turns = row[column]
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, Mapping) and all(isinstance(turn.get(name), str) for name in ("from", "value"))
-        for turn in turns
-    ):
-        raise UserError(
-            f"{at}: {column} must be a list of {{'from': ..., 'value': ...}}; mend the row, or name the column "
-            "messages where it holds 'role' and 'content'"
-        )
-    if unknown := [turn["from"] for turn in turns if turn["from"] not in _ROLES]:
-        raise UserError(f"{at}: {column} has a turn from {unknown[0]!r}; known are {', '.join(_ROLES)}: drop the row")
     system = [message("system", row["system"])] if row.get("system") else []
-    conversation = [*system, *(message(_ROLES[turn["from"]], turn["value"]) for turn in turns)]
-    return _learnt([], checked_messages(conversation, column, at), train_on, at)
+    conversation = [*system, *sharegpt_turns(row[column], column, at)]
+    return _learnt([], with_tools(conversation, row, at), train_on, at)
 
 
 def _read_prompt(row: Mapping[str, Any], column: str, train_on: str, at: str) -> tuple[Text, Text]:
@@ -205,7 +208,7 @@ def _read_prompt(row: Mapping[str, Any], column: str, train_on: str, at: str) ->
             f"{at}: prompt is a string but {column} is {'messages' if isinstance(response, list) else 'neither'}; make "
             f"them alike, or remove the prompt where {column} holds the whole conversation"
         )
-    prompt = checked_messages(prompt, "prompt", at)
+    prompt = with_tools(checked_messages(prompt, "prompt", at), row, at)
     if isinstance(response, str):
         return prompt, [message("assistant", response)]
     return _learnt(prompt, checked_messages(response, column, at), train_on, at)
@@ -213,7 +216,7 @@ def _read_prompt(row: Mapping[str, Any], column: str, train_on: str, at: str) ->
 
 def _read_alpaca(row: Mapping[str, Any], column: str, train_on: str, at: str) -> tuple[Text, Text]:
     answer = message("assistant", alpaca_text(row, column, at))
-    return _learnt([], [*alpaca_prompt(row, at), answer], train_on, at)
+    return _learnt([], with_tools([*alpaca_prompt(row, at), answer], row, at), train_on, at)
 
 
 _READERS = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +12,12 @@ from lm_jax.data.chat import render_chat
 from lm_jax.data.tokenizers import first_line
 from lm_jax.errors import UserError
 
-Message = dict[str, str]  # {'role': ..., 'content': ...}
+Message = dict[str, Any]  # role and content, strings, and what else a template reads: tool_calls, name
 Text = str | list[Message]  # raw text, or messages for the chat template
+
+# Role of a first message that no template sees: its content is the JSON list of the functions that the assistant may
+# call, which templates know as `tools`
+TOOLS = "tools"
 
 # What a template that reads `date_string`, as Llama 3's do, is told: today's would make a row's ids depend on the day.
 # Llama 3.1 takes this day by itself.
@@ -45,10 +50,30 @@ def messages_fault(value: Any) -> str | None:
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             return f"message {i} is no object but {type(message).__name__}"
-        for name in ("role", "content"):
+        needed = ("role",) if message.get("tool_calls") and message.get("content") is None else ("role", "content")
+        for name in needed:
             if not isinstance(message.get(name), str):
                 return f"message {i} has no {name} that is a string"
     return None
+
+
+def tidy_message(message: Message) -> Message:
+    """A message of `messages_fault` None without nulls, which datasets and Parquet fill in, and with a content."""
+    return {"content": "", **without_nulls(message)}
+
+
+def without_nulls(value: Any) -> Any:
+    """Nested lists and objects without the objects' nulls."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def split_tools(messages: list[Message]) -> tuple[list[Any] | None, list[Message]]:
+    """(the functions of a first message of role TOOLS, the messages after it)."""
+    if messages and messages[0]["role"] == TOOLS:
+        return json.loads(messages[0]["content"]), messages[1:]
+    return None, messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +196,8 @@ class TextEncoder:
         elif fault := messages_fault(response):
             raise UserError(f"{where}: response {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
         else:
-            contents = [m["content"] for m in response if m["role"] == "assistant" or not assistant_only]
+            said = [m for m in response if m["role"] == "assistant" or not assistant_only]
+            contents = [m.get("content") or str(m.get("tool_calls") or "") for m in said]
         if not (all if assistant_only and contents else any)(content.strip() for content in contents):
             raise UserError(f"{where}: the response is empty, so its mask would be; drop the row")
         lead, prompt_text = self._render_prompt(prompt, where)
@@ -202,9 +228,19 @@ class TextEncoder:
                 f"{where}: messages were given but the tokenizer has no chat template; give strings, or set "
                 "chat_template in tokenizer_config.json"
             )
+        tools, messages = split_tools(messages)
+        if tools and "tools" not in str(self._tokenizer.chat_template):
+            raise UserError(
+                f"{where}: has tools, which the chat template does not show; use a tokenizer whose template does, or "
+                "leave the column out"
+            )
         try:
             return render_chat(
-                self._tokenizer, messages, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DAY
+                self._tokenizer,
+                [tidy_message(message) for message in messages],
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                date_string=TEMPLATE_DAY,
             )
         except Exception as error:  # a template can raise anything
             roles = ", ".join(message["role"] for message in messages)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lm_jax.data.text import Text, messages_fault
+from lm_jax.data.text import Text, messages_fault, split_tools
 from lm_jax.inference.requests import Request, Sample, SamplingConfig
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -70,15 +70,18 @@ def request_body(request: Request, sampling: SamplingConfig, model: str, n: int,
         "repetition_penalty": 0 if sampling.repetition_penalty == 1 else sampling.repetition_penalty,
         "stop_token_ids": ids,
     }
+    tools, prompt = split_tools(request.prompt) if chat else (None, request.prompt)
     body = {
         "model": model,
-        "messages" if chat else "prompt": request.prompt,
+        "messages" if chat else "prompt": prompt,
         "n": n,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": min(request.max_new_tokens or sampling.max_new_tokens, sampling.max_new_tokens),
         "seed": _seed(sampling, request.id, first),
     }
+    if tools:
+        body["tools"] = tools
     if texts:
         body["stop"] = texts
     if extra := {name: value for name, value in extra.items() if value}:  # 0 and none are off

@@ -58,20 +58,23 @@ def segment_lines(
     """
     mask = segment["mask"] > 0
     first, length = int(np.argmax(mask)) if mask.any() else len(mask), int(mask.sum())
-    cut = full_length - length
+    cut = full_length - (len(mask) - first)
     kinds = np.where(mask, RESPONSE, PROMPT)
     if not cut:
         kinds[-1] = END
     texts = _token_texts(tokenizer, segment["tokens"])
     places, ids = len(str(len(mask) - 1)), max(len(str(i)) for i in segment["tokens"])
-    lines = [_coloured(f"{name}: {first} tokens of prompt, {length} of response", _BOLD, colour)]
+    others = len(mask) - first - length  # others' turns between those that are learnt
+    counts = f"{first} tokens of prompt, {length} of response" + (f", {others} of others' turns" if others else "")
+    lines = [_coloured(f"{name}: {counts}", _BOLD, colour)]
     for kind, note in ((PROMPT, "mask 0"), (RESPONSE, "mask 1"), (END, "mask 1")):
         at = np.flatnonzero(kinds == kind)
         if not len(at):
             continue
         shown = [] if kind == PROMPT else list(values)
         head = f"position id {' '.join(shown)}{' ' * bool(shown)}token"
-        lines.append(_coloured(f"  {kind} ({note}): {head}", _DIM, colour))
+        title = f"{kind} and others' turns" if kind == PROMPT and others else kind
+        lines.append(_coloured(f"  {title} ({note}): {head}", _DIM, colour))
         cells = []
         for t in at:
             numbers = "".join(f" {segment[value][t]:7.3f}" for value in shown)
@@ -114,7 +117,8 @@ def print_examples(
 
 def with_values(segment: Segment, names: Sequence[str]) -> Segment:
     """The segment with these of its values alone."""
-    return Segment(segment.prompt, segment.response, {name: segment.values[name] for name in names})
+    values = {name: segment.values[name] for name in names}
+    return Segment(segment.prompt, segment.response, values, segment.loss_mask)
 
 
 def _token_texts(tokenizer: Any, tokens: np.ndarray) -> list[str]:

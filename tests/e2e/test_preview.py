@@ -98,6 +98,26 @@ def test_what_is_cut_and_what_is_not_known_yet(model, tmp_path):
     assert all(not side["numbers"] for side in shown(done.stdout))
 
 
+def test_supervised_rows(model, tmp_path):
+    """Of a conversation every turn of the assistant is shown as learnt, and what lies between as not."""
+    turns = [("user", "say 1"), ("assistant", "the cat"), ("user", "and 2"), ("assistant", "the hat")]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in turns], "weight": 0.5}] * 3
+    path = common.write_rows(tmp_path / "rows.jsonl", rows)
+    given = (f"model={model}", f"input={path}", f"output={tmp_path}/none", "max_length=128", "batch.row_length=128")
+    done = fork("main_train", *arguments("main_train", *given, preset="tiny"), "--preview=2").ok()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    start = tokenizer.apply_chat_template(rows[0]["messages"][:1], add_generation_prompt=True)["input_ids"]
+    second = tokenizer.apply_chat_template(rows[0]["messages"][:3], add_generation_prompt=True)["input_ids"]
+    first = tokenizer.apply_chat_template(rows[0]["messages"][:2])["input_ids"]
+    others = len(second) - (len(first) - first[::-1].index(tokenizer.eos_token_id))
+    assert f"seed: {len(start)} tokens of prompt" in done.stdout and f", {others} of others' turns" in done.stdout
+    assert "rows.jsonl row 1 (1, seed)" in done.stdout and "row 2" not in done.stdout
+    assert "3 rows read, 3 kept; 0 of them synthetic; 2 of them taken" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
+    short = arguments("main_train", *given, "max_length=30", preset="tiny")
+    assert "response tokens lie beyond max_length" in fork("main_train", *short, "--preview=1").ok().stdout
+
+
 def test_refused(model, tmp_path):
     path = tmp_path / "pairs.jsonl"
     common.make_pairs(path)

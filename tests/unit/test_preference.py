@@ -51,12 +51,34 @@ def test_strings_stay_strings():
         {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"), assistant("b")]},
         {"instruction": "Hi", "input": "", "chosen": "a", "rejected": "b", "history": ""},
         {"instruction": "Hi", "input": None, "chosen": "a", "rejected": "b", "history": None, "prompt": None},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        {"conversations": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b", "system": ""},
     ],
 )
 def test_layouts_of_the_same_messages(row):
     pair = one(row | {"id": 5})
     assert (pair.prompt, pair.chosen, pair.rejected) == ([user("Hi")], [assistant("a")], [assistant("b")])
     assert pair.id == "5"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [user("Hi")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"), assistant("b")]},
+        {"conversations": [{"from": "human", "value": "Hi"}], "chosen": "a", "rejected": "b"},
+        {"instruction": "Hi", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_tools_stand_before_the_prompt(row):
+    tools = [{"type": "function", "function": {"name": "tide", "description": None}}]
+    first, *prompt = one(row | {"tools": tools}).prompt
+    assert first == {"role": "tools", "content": '[{"type": "function", "function": {"name": "tide"}}]'}
+    assert prompt == [user("Hi")]
 
 
 def test_the_shared_leading_messages_are_the_prompt():

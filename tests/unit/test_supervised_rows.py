@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -76,8 +77,11 @@ def raised(rows, **options):
         {"messages": [user("Hi"), assistant("a"), user("thanks")], "prompt": None},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"}]},
         {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "a"}], "system": ""},
+        {"conversations": [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "a"}]},
+        {"messages": [{**user("Hi"), "tool_calls": None}, assistant("a") | {"name": None}], "tools": ""},
         {"prompt": [user("Hi")], "response": "a"},
         {"prompt": [user("Hi")], "response": [assistant("a")]},
+        {"prompt": [user("Hi")], "completion": [assistant("a")]},
         {"instruction": "Hi", "output": "a"},
         {"instruction": "", "input": "Hi", "output": "a", "system": None, "history": []},
     ],
@@ -109,6 +113,66 @@ def test_turns_of_a_conversation(row):
     every, last = one(row), one(row, train_on="last")
     assert (every.prompt, every.response) == (whole[:2], whole[2:])
     assert (last.prompt, last.response) == (whole[:6], whole[6:])
+
+
+# In the manner of Qwen and Llama 3: the functions first, calls as JSON, what they return in a turn of its own
+WITH_TOOLS = "{% if tools %}{{ '<|im_start|>tools ' + tools | tojson + '<|im_end|>' }}{% endif %}" + MARKED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",
+    "{{ m['content'] + (m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>' }}{% endgeneration %}",
+)
+SCHEMA = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"name": "tide", "arguments": {"at": "noon"}}
+CALLED = [
+    user("when is it?"),
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]},
+    {"role": "tool", "content": "7", "name": "tide"},
+    assistant("it is 7"),
+]
+TOOL_ROWS = [
+    {"messages": CALLED, "tools": [SCHEMA]},
+    {"messages": CALLED, "tools": json.dumps([SCHEMA])},
+    {"prompt": CALLED[:1], "completion": CALLED[1:], "tools": [SCHEMA]},
+    {
+        "conversations": [
+            {"from": "human", "value": "when is it?"},
+            {"from": "function_call", "value": json.dumps(CALL)},
+            {"from": "observation", "value": "7"},
+            {"from": "gpt", "value": "it is 7"},
+        ],
+        "tools": json.dumps([SCHEMA]),
+    },
+]
+
+
+@pytest.mark.parametrize("row", TOOL_ROWS, ids=["TRL", "JSON", "prompt", "LLaMA-Factory"])
+def test_tools_go_through_the_chat_template(tokenizer, tmp_path, row, monkeypatch):
+    """Ids and mask are transformers' own, of a template that shows functions and calls."""
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    expected = tokenizer.apply_chat_template(
+        [{"content": "", **turn} for turn in CALLED],
+        tools=[SCHEMA],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    (segment,) = encode(tokenizer, row, tmp_path).segments
+    ids = [*segment.prompt, *segment.response]
+    assert ids == expected["input_ids"][: len(ids)] and "tide" in tokenizer.decode(segment.prompt)
+    mask = [*[0] * len(segment.prompt), *segment.loss_mask.astype(int)]
+    assert mask == expected["assistant_masks"][: len(ids)] and sum(mask) == sum(expected["assistant_masks"])
+
+
+def test_a_dataset_with_tools_is_read_as_the_file(tokenizer, tmp_path, monkeypatch):
+    """Arrow gives every message every field, with nulls."""
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    datasets.Dataset.from_list([TOOL_ROWS[1]]).save_to_disk(tmp_path / "saved")
+    (a,) = load_supervised(str(tmp_path / "saved"), TextEncoder(tokenizer, 400)).segments
+    (b,) = encode(tokenizer, TOOL_ROWS[1], tmp_path).segments
+    assert a.prompt.tolist() == b.prompt.tolist() and a.response.tolist() == b.response.tolist()
+
+
+def test_tools_that_the_template_would_leave_out(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="rows.jsonl row 0: has tools, which the chat template does not show; use a"):
+        encode(tokenizer, TOOL_ROWS[0], tmp_path)
 
 
 def test_a_prompt_is_never_learnt():
@@ -151,8 +215,12 @@ GOOD = {"prompt": "p", "response": "a"}
         ({"messages": [{"role": "user"}]}, "messages message 0 has no content", "give a list"),
         ({"messages": [user("a")]}, "no assistant message", "drop the row"),
         ({"messages": [assistant("a"), user("b")]}, "begins with an assistant message", "drop that message"),
-        ({"conversations": [{"role": "user"}]}, "conversations must be a list of {'from'", "name the column messages"),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, "a turn from 'tool'; known are human", "drop the row"),
+        ({"conversations": [{"role": "user"}]}, "conversations must be a list of {'from'", "mend the row"),
+        ({"conversations": [{"from": "bard", "value": "x"}]}, "a turn from 'bard'; known are human", "drop it"),
+        ({"conversations": []}, "conversations is empty", "drop the row"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "a function_call that is no JSON of", "mend"),
+        ({"messages": [user("a"), assistant("b")], "tools": "{"}, "tools must be a list of JSON schemas", "mend"),
+        ({"messages": [user("a"), assistant("b")], "tools": [1]}, "tools must be a list of JSON schemas", "mend"),
         ({"instruction": "", "output": "a"}, "both empty", "drop the row"),
         ({"instruction": "p", "output": ["a"]}, "output must be a string", "mend"),
         ({"instruction": "p", "output": "a", "history": [["q"]]}, "history must be a list", "mend"),

@@ -1,0 +1,35 @@
+"""`launch.main_train --preview=N`: the first rows as training sees them, and nothing trained or written."""
+
+import jax
+
+from lm_jax.data.supervised import load_supervised
+from lm_jax.training.job import open_job
+from lm_jax.training.metrics import say
+from lm_jax.training.preview import print_examples, with_values
+from main_jax.train import MainTrainConfig
+
+_VALUES = ("weights",)
+
+
+def preview(config: MainTrainConfig, number: int) -> None:
+    """Prints the first `number` rows: every token with its id, mask, weight and position.
+
+    Raises:
+      UserError: as `train`, as far as it concerns settings and these rows.
+    """
+    job = open_job(config)
+    rows = load_supervised(config.input, job.encoder, config.train_on, config.response_column, number)
+    say("\n".join(rows.report))
+    if jax.process_index() == 0:
+        print_examples(
+            [
+                (
+                    f"{rows.name(i)} ({rows.rows[i].id}, {rows.rows[i].source})",
+                    [with_values(segment, _VALUES)],
+                    [(rows.rows[i].source, full_length)],
+                )
+                for i, (segment, full_length) in enumerate(zip(rows.segments, rows.full_lengths, strict=True))
+            ],
+            job.tokenizer,
+            _VALUES,
+        )
