@@ -89,6 +89,10 @@ def run(
             os._exit(PIPE_CLOSED)
         except OSError as e:  # what a command does not foresee of paths, access and space
             _fail(_os_fault(e))
+        except Exception as e:
+            if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):  # as XLA says it
+                raise
+            _fail(_memory_fault(e))
         return 0
 
     app.run(call, flags_parser=parse)
@@ -154,6 +158,14 @@ def _lost(line: str) -> NoReturn:
 def _os_fault(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}; check the path, its access and its free space"
+
+
+def _memory_fault(error: Exception) -> str:
+    said = (str(error).splitlines() or ["of the host"])[0]
+    return (
+        f"out of memory ({said[:200]}); in training raise config.batch.microbatches or set compute.remat=full, elsewhere "
+        "lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
+    )
 
 
 def _flag_fault(error: Exception, argv: list[str]) -> str:
