@@ -139,7 +139,9 @@ def test_help(name):
     assert not imported & {"jax", "jaxlib", "flax", "transformers", "matplotlib", "datasets", "torch"}
 
 
-@pytest.mark.parametrize("raised", ["MemoryError()", "RuntimeError('RESOURCE_EXHAUSTED: Out of memory: 9 GiB\\nand more')"])
+@pytest.mark.parametrize(
+    "raised", ["MemoryError()", "RuntimeError('RESOURCE_EXHAUSTED: Out of memory: 9 GiB\\nand more')"]
+)
 def test_out_of_memory_is_one_line_with_a_cure(raised):
     """As JAX says it; what else is raised keeps its traceback."""
     source = f"from launch import cli\ndef main(config): raise {raised}\ncli.run(lambda: (lambda values: values, main))"
@@ -147,7 +149,11 @@ def test_out_of_memory_is_one_line_with_a_cure(raised):
     done = subprocess.run([*command, "--config=configs/score.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: out of memory") and "config.batch.microbatches" in last and "docs/troubleshooting" in last
+    assert (
+        last.startswith("error: out of memory")
+        and "config.batch.microbatches" in last
+        and "docs/troubleshooting" in last
+    )
     other = [word.replace(raised, "KeyError('x')") for word in command]
     done = subprocess.run([*other, "--config=configs/score.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr
