@@ -1,14 +1,16 @@
 # These commands do everything on a machine with Python and make:
 #   make quickstart   the main job on an embedded default, in a few minutes on two cores (about a minute once installed)
-#   make test         ruff and every test
+#   make test         ruff, mypy and every test
+#   make coverage     every test with coverage, a line for each file that is not whole; TESTS=tests/unit for some of them
 #   make faults       breaks real runs on purpose and counts what held
 # Choose the interpreter with PYTHON=python3.12. Both share .venv and install only when pyproject.toml changed.
 
 PYTHON ?= python3
+TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint faults
+.PHONY: quickstart test lint coverage faults
 .NOTPARALLEL:  # two installations into one environment would break each other
 
 # The environment holds no accelerator's JAX, and with the tests' libtpu in it JAX would look for a TPU first
@@ -27,6 +29,11 @@ faults: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Of commands that tests start as processes of their own only what happens before they are killed or forked is counted
+coverage: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(TESTS)
 
 # One recipe makes the environment and fills it, so that a half-made one is made again
 $(VENV)/.installed: pyproject.toml

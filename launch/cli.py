@@ -73,12 +73,11 @@ def run(
             read, main = command()
             values = flag.value.to_dict()
             config = from_config_dict(read, values) if isinstance(read, (type, types.UnionType)) else read(values)
-            rows = None if preview is None else flags.FLAGS.preview
             with _processes():
-                if rows is None:
-                    main(config)
-                else:
+                if preview is not None and (rows := flags.FLAGS.preview) is not None:
                     preview()(config, rows)
+                else:
+                    main(config)
             sys.stdout.flush()
         except UserError as e:
             _fail(str(e))

@@ -7,6 +7,7 @@ the plan is for the devices that are here. --search tries other meshes, rows at 
 """
 
 from functools import partial
+from typing import Any
 
 from absl import flags
 
@@ -24,7 +25,7 @@ def command():
     from main_jax.train import MainTrainConfig, main_programs
     from musc_jax.train import MuscTrainConfig, musc_programs
 
-    commands = {
+    commands: dict[type, Any] = {
         MuscTrainConfig: musc_programs,
         MainTrainConfig: main_programs,
         ScoreConfig: score_programs,

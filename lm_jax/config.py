@@ -214,14 +214,15 @@ def from_config_dict(cls: type[T] | types.UnionType, config: Mapping[str, Any], 
     if isinstance(cls, types.UnionType):
         cls = max(typing.get_args(cls), key=lambda c: len({f.name for f in dataclasses.fields(c)} & set(config)))
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     values = {key: config[key] for key in config}
     if unknown := sorted(set(values) - set(fields)):
         raise UserError(f"{where}.{unknown[0]}: unknown key; known keys: {', '.join(sorted(fields))}")
     required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise UserError(f"{where}.{missing[0]}: missing key; set it in the config file or with --{where}.{missing[0]}=")
-    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    converted = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    return typing.cast(type[T], cls)(**converted)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -229,7 +230,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
     for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+        if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return from_config_dict(option, value, where)
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             item = typing.get_args(option)[0]

@@ -114,7 +114,7 @@ def _load(
     names, shape = spec.hf_names(config), spec.shape(config)
     slices: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one host array
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:  # of slices
         ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
         key = tuple((r.start, r.stop) for r in ranges)
         if key not in slices:
@@ -223,9 +223,9 @@ def export_hf(
                 host = _gather(flat[spec.path], layer if spec.stacked else None)
                 if writer:
                     shard[name] = _cast(spec.to_hf(host, config), dtype, name)
-            if writer:
+            if partial is not None:
                 save_file(shard, partial / file, metadata={"format": "pt"})
-        if writer:
+        if partial is not None:
             if split.is_sharded:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
                 _write_json(partial / INDEX_FILE, index)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.config import MeshConfig
 from lm_jax.distributed.processes import reached
@@ -120,7 +120,7 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
-def batch_divisor(mesh: Mesh) -> int:
+def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are cut."""
     return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
 

@@ -1,13 +1,13 @@
 """`launch.main_controls`: MAIN's final training beside what it is compared with, each stage by the command of its own.
 
-    output/config.json          the settings
-    output/data/                seeds.jsonl, what may be learnt of them; held_out.jsonl, what is measured on
-    output/rounds/              of launch.main_rounds
-    output/filter_N/            of launch.main_filter, on the candidates of N rounds
-    output/shuffled/, judge/    what the filter says of shuffled pairs, the model of all candidates
-    output/arms/ARM/            rows.jsonl, run/, held_out.jsonl with the log-probs
-    output/stages/              a file a stage that is done, with its cost
-    output/controls.md, controls.json, controls.png
+output/config.json          the settings
+output/data/                seeds.jsonl, what may be learnt of them; held_out.jsonl, what is measured on
+output/rounds/              of launch.main_rounds
+output/filter_N/            of launch.main_filter, on the candidates of N rounds
+output/shuffled/, judge/    what the filter says of shuffled pairs, the model of all candidates
+output/arms/ARM/            rows.jsonl, run/, held_out.jsonl with the log-probs
+output/stages/              a file a stage that is done, with its cost
+output/controls.md, controls.json, controls.png
 """
 
 import functools
@@ -207,7 +207,7 @@ class _Controls:
 
     def _ask_judge(self) -> Costs:
         settings, candidates = self._config.judge, self._candidates(self._config.depth)
-        asked = []
+        asked: list[Row] = []
         for number, row in enumerate(candidates):
             if row["scores"] is not None:
                 texts = {name: row[name] for name in ("instruction", "response")}

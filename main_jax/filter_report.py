@@ -76,13 +76,13 @@ def report_of(measured: Measured, score: str) -> dict[str, Any]:
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as lines of text."""
-    lines = [("score", "of", "mean", "sd", *_QUANTILES)]
+    lines: list[tuple[str, ...]] = [("score", "of", "mean", "sd", *_QUANTILES)]
     for name, by_group in report["scores"].items():
         for group, values in by_group.items():
             if values is not None:
                 lines.append((name, group, *(f"{values[key]:.3f}" for key in ("mean", "sd", *_QUANTILES))))
                 name = ""
-    lengths = [("words", "responses", "kept", "share")]
+    lengths: list[tuple[str, ...]] = [("words", "responses", "kept", "share")]
     for row in report["kept_by_length"]:
         end = f"-{row['below'] - 1}" if row["below"] else "+"
         lengths.append((f"{row['from']}{end}", str(row["best"]), str(row["kept"]), _shown(row["share"])))

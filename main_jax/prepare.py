@@ -75,7 +75,7 @@ class _Sorting:
         self._config = config
         self._documents = 0
         self._lines: collections.Counter[str] = collections.Counter()
-        self._segments: collections.Counter[str] = collections.Counter()
+        self._segments: collections.Counter[str | None] = collections.Counter()  # None: kept
         self.kept: list[tuple[str, str | int, str]] = []
 
     def dropped(self) -> Iterator[dict[str, Any]]:

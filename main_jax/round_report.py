@@ -29,7 +29,7 @@ def training_summary(run: str, epochs: int) -> dict[str, Any]:
 def rounds_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as lines of text: a line a round and model, each with the seconds of its data and its training."""
     head = "round model seed synthetic dropped steps loss loss/seed loss/synthetic alpha tokens seconds".split()
-    lines = [head]
+    lines: list[Sequence[str]] = [head]
     for row in rows:
         for direction in DIRECTIONS:
             found = row[direction]

@@ -41,7 +41,7 @@ def sampled_responses(answers: Sequence[Row]) -> list[tuple[str | None, str | No
 
     What ran into the limit of tokens is left out: the reverse model is to read whole responses.
     """
-    found = []
+    found: list[tuple[str | None, str | None]] = []
     for answer in answers:
         ((text, reason),) = samples(answer)
         fault = None
@@ -53,7 +53,7 @@ def sampled_responses(answers: Sequence[Row]) -> list[tuple[str | None, str | No
             fault = str(Fault.TRUNCATED)
         elif is_refusal(text):
             fault = str(Fault.REFUSAL)
-        found.append((None, fault) if fault else (text.strip(), None))
+        found.append((None, fault) if fault or text is None else (text.strip(), None))
     return found
 
 

@@ -17,6 +17,7 @@ towards real text, from what the other wrote, beside the seeds.
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,6 +64,10 @@ def run_rounds(config: RoundsConfig, generator: Generator | None = None) -> None
     do_rounds(config.output, range(config.rounds + 1), rounds.do, rounds_table)
 
 
+def _train(this: Round, direction: str) -> None:
+    train(this.training(direction))
+
+
 class _Rounds:
     """What is read before any weights, and a round's work."""
 
@@ -83,7 +88,7 @@ class _Rounds:
             self._seed_rows[direction], self._too_long[direction] = rows, len(seeds) - len(rows)
         learnable = self._learnable(unlabelled)
         # Under the seeds' tag, with which the model is to be used
-        asked = {
+        asked: dict[str, list[Any]] = {
             INSTRUCTIONS: [(row, row["id"], prompts.reverse(row["response"])) for row in learnable],
             RESPONSES: [(seed, seed.row, prompts.forward(seed.instruction, SEED)) for seed in seeds],
         }
@@ -113,13 +118,13 @@ class _Rounds:
         counts: dict[str, Row] = {}
         parts: dict[str, Callable[[], None]] = {}
         if number:
-            parts |= {sampled: lambda sampled=sampled: self._sample(this, sampled) for sampled in SAMPLER}
+            parts |= {sampled: partial(self._sample, this, sampled) for sampled in SAMPLER}
         parts["rows"] = lambda: counts.update(self._write_rows(this))
-        parts |= {d: lambda d=d: train(this.training(d)) for d in DIRECTIONS}
+        parts |= {d: partial(_train, this, d) for d in DIRECTIONS}
         seconds = do_parts(number, parts, self._config.naming)
         report: Row = {"round": number}
         for d in DIRECTIONS:
-            found = everywhere(lambda d=d: training_summary(f"{this.directory}/{d}", this.training(d).epochs))
+            found = everywhere(partial(training_summary, f"{this.directory}/{d}", this.training(d).epochs))
             report[d] = {"model": starts[d], **counts[d], **found}
         return {**report, "seconds": seconds}
 

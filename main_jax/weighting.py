@@ -6,6 +6,7 @@ the same however the step is cut over microbatches and devices. No gradient goes
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ class AlphaConfig:
             raise UserError(f"config.alpha.decay: must lie in [0, 1), got {self.decay}")
 
 
-Averages = dict[str, dict[str, jax.Array | float]]  # source -> decayed sum of its losses, and of the weights in it
+Averages = Mapping[
+    str, Mapping[str, jax.Array | float]
+]  # source -> decayed sum of its losses, and of the weights in it
 
 
 def alpha_carry(config: AlphaConfig) -> Carry:

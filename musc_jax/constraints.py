@@ -75,13 +75,13 @@ def parse_decomposition(
         given, tail, ran_on = _input_section(parts, at, text) if items else (None, None, False)
     if finish_reason == "length" and not ran_on:
         return Drop.TRUNCATED
-    items = merged(item for item in items if not re.fullmatch(r"(?i)input\s*[:：]\s*none\W*", item))
-    if drop := _count_fault(items):
+    found = merged(item for item in items if not re.fullmatch(r"(?i)input\s*[:：]\s*none\W*", item))
+    if drop := _count_fault(found):
         return drop
-    if any(items == merged(e.constraints) and instruction not in (e.instruction, e.task) for e in examples):
+    if any(found == merged(e.constraints) and instruction not in (e.instruction, e.task) for e in examples):
         return Drop.ECHO
     source = _source(given, tail, instruction)
-    return source if isinstance(source, Drop) else Decomposition(items, source)
+    return source if isinstance(source, Drop) else Decomposition(found, source)
 
 
 def parse_self_instructed(
@@ -113,13 +113,13 @@ def parse_self_instructed(
     if finish_reason == "length" and not (ends and task > at):
         return Drop.TRUNCATED
     end = parts[ends[0] - 1].end if ends else len(text)
-    items = merged(items)
-    if drop := _count_fault(items):
+    found = merged(items)
+    if drop := _count_fault(found):
         return drop
     instruction = without_closing(text[parts[task].start : end]).strip()
     if folded(instruction) in {folded(given) for e in examples for given in (e.instruction, e.task)}:
         return Drop.ECHO
-    return SelfInstructed(instruction, Decomposition(items))
+    return SelfInstructed(instruction, Decomposition(found))
 
 
 def merged(texts: Iterable[str]) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def _input_section(parts: list[Section], at: int, text: str) -> tuple[str | None
 def _source(given: str | None, tail: str | None, instruction: str | None) -> str | None | Drop:
     """The input that the answer means."""
     bare = "" if given is None else given.strip(_AROUND)
-    if not bare or _NONE.fullmatch(bare):
+    if given is None or not bare or _NONE.fullmatch(bare):
         return None
     candidates = [text for text in (tail, given, _before_closing(given)) if text is not None and text.strip()]
     explained = bool(_NONE.match(bare.split("\n")[0]))  # "None (the instruction brings no material)"

@@ -53,7 +53,7 @@ class Construction:
         pool = Pool({row.id: row.constraints(FULL) for row in rows}) if self.perturb.substitute else None
         for row in rows:
             row.perturbation = perturb(row.constraints(FULL), row.id, self.perturb, pool)
-        pending = [(row, edit) for row in rows for edit in row.perturbation.pending]
+        pending = [(row, edit) for row in rows for edit in row.perturbed.pending]
         answers = self.source.ask("negate", {(row.id, str(e.index)): prompts.negate(e.old) for row, e in pending})
         negations: dict[str, dict[int, str | None]] = {row.id: {} for row in rows}
         for row, edit in pending:
@@ -62,7 +62,7 @@ class Construction:
             # Without one that will do the constraint is dropped from the instruction, not the row
             negations[row.id][edit.index] = None if isinstance(text, Drop) else text
         for row in rows:
-            row.perturbation = row.perturbation.resolve(negations[row.id])
+            row.perturbation = row.perturbed.resolve(negations[row.id])
 
     def _recombine(self, rows: list[Row]) -> None:
         sides = (PERTURBED,) if self.original else SIDES
@@ -86,7 +86,8 @@ class Construction:
                     examples=self.source.examples,
                 )
                 row.instructions[side] = made or ""
-            if row.dropped is None and (fault := filters.instructions_fault(*map(row.instructions.get, SIDES))):
+            fault = filters.instructions_fault(*(row.instructions[side] for side in SIDES))
+            if row.dropped is None and fault:
                 row.drop("recombine", fault, answer=answers[row.id, PERTURBED].text)
         if not self.original:
             threshold = self.source.near_duplicate
@@ -101,7 +102,7 @@ class Construction:
         answers = self.source.ask("check", questions)
         for row in rows:
             count = len(row.constraints(FULL))
-            for side, expected in ((FULL, (True,) * count), (PERTURBED, row.perturbation.kept)):
+            for side, expected in ((FULL, (True,) * count), (PERTURBED, row.perturbed.kept)):
                 answer = answers[row.id, side]
                 verdicts = read(row, "check", answer, parse_verdicts, count, side=side)
                 if verdicts and (fault := filters.verdicts_fault(verdicts, expected)):

@@ -132,7 +132,7 @@ def load_pairs(path: str, encoder: TextEncoder, weights: str, choose: Choose | N
 def _own_scores(
     row: PreferenceRow, chosen: EncodedResponse, rejected: EncodedResponse, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    if row.chosen_scores is None:
+    if row.chosen_scores is None or row.rejected_scores is None:
         raise UserError(f"{where} row {row.row}: no token scores, which config.weights=columns needs; choose a rule")
     check_weight_lengths(row, chosen, rejected, where)
     return row.chosen_scores, row.rejected_scores
@@ -144,15 +144,16 @@ def perturbed_prompt(prompt: Text, value: Any, name: str) -> Text:
     Raises:
       UserError: of another form, naming the row.
     """
-    if isinstance(prompt, str) != isinstance(value, str):
-        users = [] if isinstance(prompt, str) else [m for m in prompt if m["role"] == "user"]
+    if isinstance(prompt, str) and isinstance(value, str):
+        return value
+    if isinstance(prompt, str) or isinstance(value, str):
+        messages = [] if isinstance(prompt, str) else prompt
+        users = [m for m in messages if m["role"] == "user"]
         if not users:
             raise UserError(
                 f"{name}: prompt and perturbed_prompt must both be strings or both be messages; make them alike"
             )
-        return [{**m, "content": value} if m is users[-1] else m for m in prompt]
-    if isinstance(value, str):
-        return value
+        return [{**m, "content": value} if m is users[-1] else m for m in messages]
     if fault := messages_fault(value):
         raise UserError(f"{name}: perturbed_prompt {fault}; give a string or a list of messages")
     tools = [m for m in prompt[:1] if m["role"] == TOOLS]

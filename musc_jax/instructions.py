@@ -122,7 +122,8 @@ def parse_verdicts(answer: str, count: int, finish_reason: str = "stop") -> tupl
     verdicts = _verdicts(body)
     if finish_reason == "length" and not ran_on and len(verdicts) <= count:
         return Drop.TRUNCATED
-    return Drop.UNPARSABLE if len(verdicts) != count or None in verdicts else tuple(verdicts)
+    known = tuple(verdict for verdict in verdicts if verdict is not None)
+    return Drop.UNPARSABLE if len(verdicts) != count or len(known) < len(verdicts) else known
 
 
 def _verdicts(body: str) -> list[bool | None]:

@@ -97,13 +97,13 @@ def _begin(line: str, indent: int, previous: _Item | None) -> _Item | None:
     """The item that a line begins, or None."""
     body = line.strip()
     lead = _DECORATION.match(body)
-    mark = _ITEM.match(body, lead.end())
-    if mark is None:
+    mark = _ITEM.match(body, lead.end()) if lead else None
+    if lead is None or mark is None:
         return None
     kind, number = _kind(mark)
     if mark["letter"]:
         # "A. Smith" is no item unless A is the first or the next in turn
-        expected = previous.number + 1 if previous and previous.kind == "letter" else 1
+        expected = (previous.number or 0) + 1 if previous and previous.kind == "letter" else 1
         if number != expected and number != 1:
             return None
     if mark["dotted"] and (previous is None or previous.kind not in ("number", "dotted")):
@@ -124,7 +124,7 @@ def _begin(line: str, indent: int, previous: _Item | None) -> _Item | None:
 
 
 def _kind(mark: re.Match[str]) -> tuple[str, int | None]:
-    name = mark.lastgroup
+    name = mark.lastgroup or ""
     value = mark[name]
     if name == "bullet":
         return "bullet", None

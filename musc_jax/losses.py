@@ -111,6 +111,7 @@ def preference_loss(
             return ipo_loss(difference(logratio_sums / counts), config.beta)
         case "simpo":
             return simpo_loss(difference(logprob_sums / counts), config.beta, config.simpo_gamma)
+    raise ValueError(f"no loss {config.kind!r}")  # LossConfig refuses it
 
 
 def segment_sums(values: jax.Array, segment_ids: jax.Array, num_pairs: int) -> jax.Array:

@@ -54,12 +54,12 @@ def rows_beside(rule: str, batch: BatchConfig, examples: Sequence[Example] = ())
 
 def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Callable[[dict, Batch], jax.Array]:
     """(params, a packed batch of pairs) -> weights [B, T] fp32, zero outside responses, a constant to the gradient."""
-    rule = WEIGHING_RULES[rule]
+    weighing = WEIGHING_RULES[rule]
 
     def weigh(params: dict, batch: Batch) -> jax.Array:
         beside = {k.removeprefix(f"{_NAME}/"): v for k, v in batch.items() if k.startswith(f"{_NAME}/")}
         params = jax.lax.stop_gradient(without_dropout(params))
-        scores = packed_contrast(params, beside, model, compute, len(rule.contexts), rule.divergences)
+        scores = packed_contrast(params, beside, model, compute, len(weighing.contexts), weighing.divergences)
         mask, segment_ids = batch["loss_mask"] > 0, batch["segment_ids"]
         at = jnp.cumsum(mask, axis=1) - 1
 
@@ -72,12 +72,13 @@ def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Cal
 
         logprobs, entropies, divergences = scores
         own = ResponseScores(
-            {context: in_place(logprobs, c) for c, context in enumerate(rule.contexts)},
-            {context: in_place(entropies, c) for c, context in enumerate(rule.contexts)},
-            *((None, None) if divergences is None else (in_place(divergences, 0), in_place(divergences, 1))),
+            {context: in_place(logprobs, c) for c, context in enumerate(weighing.contexts)},
+            {context: in_place(entropies, c) for c, context in enumerate(weighing.contexts)},
+            None if divergences is None else in_place(divergences, 0),
+            None if divergences is None else in_place(divergences, 1),
             is_chosen=segment_ids % 2 == 1,
             mean=lambda values: sums(values) / jnp.maximum(sums(jnp.ones_like(values)), 1),
         )
-        return jax.lax.stop_gradient(jnp.where(mask, rule.weigh(own), 0.0))
+        return jax.lax.stop_gradient(jnp.where(mask, weighing.weigh(own), 0.0))
 
     return weigh

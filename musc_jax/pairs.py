@@ -48,7 +48,7 @@ class _Inputs:
     system: bool
 
     def number(self, config: PairsConfig) -> int:
-        return config.num_instructions if self.tasks is None else len(self.tasks)
+        return (config.num_instructions or 0) if self.tasks is None else len(self.tasks)
 
 
 def make_pairs(config: PairsConfig, generator: Generator | None = None) -> None:
@@ -73,7 +73,7 @@ def make_pairs(config: PairsConfig, generator: Generator | None = None) -> None:
     identity = _identity(config, inputs)
     journal = None if jax.process_index() else Journal(config.output, identity, inputs.number(config))
     try:
-        if everywhere(lambda: journal.finished):
+        if everywhere(lambda: journal is not None and journal.finished):
             say(f"{config.output}: finished already, with these settings")
             path = Path(f"{config.output}.counts.json")
             counts = json.loads(path.read_text()) if journal is not None and path.exists() else None
@@ -134,7 +134,8 @@ def _stage_identity(plan: Plan, stage: str, whole: Mapping[str, Any]) -> dict[st
 
 def _settings(config: PairsConfig, keys: Sequence[str]) -> dict[str, Any]:
     """Setting -> value, of the given keys, by their dotted names."""
-    values, found = to_dict(config), {}
+    values = to_dict(config)
+    found: dict[str, Any] = {}
     for key in keys:
         nested = values[key] if isinstance(values[key], dict) else {"": values[key]}
         nested.pop("seed", None)  # the perturbation's, which is the run's
@@ -161,7 +162,7 @@ def _rows(
 
     source = Source(ask, inputs.demonstrations, config.num_examples, config.seed, config.near_duplicate)
     method = _method(config, source)
-    rows = source.from_nothing(config.num_instructions) if inputs.tasks is None else source.from_tasks(inputs.tasks)
+    rows = source.from_nothing(inputs.number(config)) if inputs.tasks is None else source.from_tasks(inputs.tasks)
     method.pairs(rows)
     return rows, method
 
@@ -170,7 +171,7 @@ def _method(config: PairsConfig, source: Source) -> Method:
     if config.method == "self_correct":
         return SelfCorrect(source)
     if config.method in BEST_OF:
-        make = {"self_reward": self_reward, "branch_solve_merge": branch_solve_merge}[config.method]
+        make = self_reward if config.method == "self_reward" else branch_solve_merge
         return make(source, config.num_samples, config.judge_samples)
     return Construction(
         source,
@@ -218,7 +219,8 @@ def _write(
 
 def _pairs(config: PairsConfig, inputs: _Inputs, rows: list[Row], method: Method) -> Iterator[dict[str, Any]]:
     for row in rows:
-        chosen, rejected = row.chosen, row.rejected
+        chosen: Text = row.chosen
+        rejected: Text = row.rejected
         if inputs.format == "messages":
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
         prompts = {side: _prompt(config, inputs.format, text) for side, text in row.instructions.items()}
@@ -244,7 +246,7 @@ def _dropped(row: Row, method: Method) -> dict[str, Any]:
         "rejected": row.rejected,
         "perturbed_prompt": row.instructions.get(PERTURBED),
     }
-    why = dataclasses.asdict(row.dropped)
+    why = dataclasses.asdict(row.dropped) if row.dropped else {}
     return {
         "id": row.task.id,
         **why,

@@ -96,7 +96,7 @@ class PairsConfig:
     def sampling(self, stage: str, format: str) -> SamplingConfig:
         """How a stage samples. Raw text stops where the model would go on with a further example."""
         keys: StageConfig = getattr(self, stage)
-        stop = ()
+        stop: tuple[str, ...] = ()
         if format == "text":
             labels = self.text_template.split(MARKER)[0].split("\n")
             label = next((line for line in reversed(labels) if line.strip()), "").strip()

@@ -204,7 +204,7 @@ def perturb(
     for index, old in enumerate(constraints):
         planned = _kind(config, row_id, index) if index in chosen else Kind.KEPT
         kind, new = planned, old if planned is Kind.KEPT else None
-        if planned is Kind.SUBSTITUTED:
+        if planned is Kind.SUBSTITUTED and pool is not None:
             new = pool.draw(row_id, taken, config.seed, row_id, "substitute", index)
             kind = planned if new is not None else Kind.DROPPED
             taken += [new] if new is not None else []

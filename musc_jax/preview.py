@@ -30,7 +30,7 @@ def preview(config: MuscTrainConfig, number: int) -> None:
     say("\n".join(pairs.report))
     if online_rule(pairs.rule):
         say(f"weights: {pairs.rule}; the policy computes them in every step, so they are not shown")
-        values = ()
+        values: tuple[str, ...] = ()
     else:
         scored = pairs.rule in RULES_ON_SCORES
         say(f"weights: {pairs.rule}" + (", of the reference's scores of these rows" if scored else ""))
@@ -60,5 +60,7 @@ def _scores(segments, reference, job) -> dict[str, list[np.ndarray]]:
     params = reference.load_params(mesh, "float32")
     for scores in score(params, segments, reference.config, config.compute, batch, mesh):
         for one in scores:
-            found["logprobs"][one.row], found["entropies"][one.row] = one.logprobs, one.entropies
+            found["logprobs"][one.row] = one.logprobs
+            if one.entropies is not None:
+                found["entropies"][one.row] = one.entropies
     return found

@@ -112,7 +112,7 @@ def report_data(config: ReportConfig) -> dict[str, Any]:
 
 
 def _with_tokens(config: ReportConfig, choose: Choose):
-    source = open_model(config.model)
+    source = open_model(config.model or "")  # called where there is one
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     pairs = load_pairs(config.input, encoder, config.weights, choose)

@@ -44,7 +44,7 @@ def summary(directory: str) -> dict[str, Any]:
 def rounds_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as lines of text, a line a round."""
     head = ("round", "instructions", "pairs", "dropped", "steps", "loss", "margin", "accuracy", "seconds")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         trained = (f"{row[name]:.4f}" for name in _TRAINED)
         counts = (row["round"], row["instructions"], row["pairs"], sum(row["dropped"].values()), row["steps"])

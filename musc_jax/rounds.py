@@ -228,7 +228,7 @@ def _shares(config: RoundsConfig) -> list[list[Task]] | None:
 def _begin(config: RoundsConfig, shares: Sequence[Sequence[Task]] | None) -> None:
     """Makes the directory, or finds the same rounds in it to continue."""
     settings = to_dict(config)
-    if shares is not None:
+    if shares is not None and config.input is not None:
         if config.instructions_per_round is None:
             settings["instructions_per_round"] = len(shares[0])
         rows = [dataclasses.asdict(task) for task in read_tasks(config.input)]  # of others the shares would overlap

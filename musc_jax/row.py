@@ -68,8 +68,18 @@ class Row:
         """The material that the instruction works on: the user's, else what the decomposition found."""
         return self.task.input or (self.decomposition.input if self.decomposition else None) or ""
 
+    @property
+    def perturbed(self) -> Perturbation:
+        """The perturbation of a row that has one already."""
+        if self.perturbation is None:
+            raise ValueError(f"row {self.id} has not been perturbed")
+        return self.perturbation
+
     def constraints(self, side: str) -> tuple[str, ...]:
-        return self.decomposition.constraints if side == FULL else self.perturbation.constraints
+        made = self.decomposition if side == FULL else self.perturbation
+        if made is None:
+            raise ValueError(f"row {self.id} has no {side} constraints yet")
+        return made.constraints
 
     def drop(self, stage: str, reason: str, **known: str | None) -> None:
         self.dropped = self.dropped or Dropped(stage, str(reason), **known)

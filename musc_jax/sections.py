@@ -45,7 +45,7 @@ def sections(text: str) -> list[Section]:
     Labels: constraints, input, instruction, example, output, and separator (a line that a base model puts between
     examples). Numbered lines never are labels.
     """
-    found = [(None, 0, 0)]
+    found: list[tuple[str | None, int, int]] = [(None, 0, 0)]
     for line in _LINE.finditer(text):
         if _SEPARATOR.fullmatch(line[0]):
             found.append(("separator", line.start(), line.end()))

@@ -18,7 +18,7 @@ def tally(rows: Sequence[Row]) -> dict[str, Any]:
     A stage's `rows` came into it, its `reasons` say how many of them it dropped for what. `left_out` counts single
     answers, of rows that have several at a stage, that could not be used: stage -> reason -> number.
     """
-    found = {stage: collections.Counter() for stage in _ORDER}
+    found: dict[str, collections.Counter[str]] = {stage: collections.Counter() for stage in _ORDER}
     for row in rows:
         if row.dropped:
             found[row.dropped.stage][row.dropped.reason] += 1
@@ -28,7 +28,7 @@ def tally(rows: Sequence[Row]) -> dict[str, Any]:
             dropped = reasons.total()
             stages.append({"stage": stage, "rows": remaining, "dropped": dropped, "reasons": _ordered(reasons)})
             remaining -= reasons.total()
-    left_out = {stage: collections.Counter() for stage in _ORDER}
+    left_out: dict[str, collections.Counter[str]] = {stage: collections.Counter() for stage in _ORDER}
     for stage, reason in (found for row in rows for found in row.left_out):
         left_out[stage][reason] += 1
     return {

@@ -9,15 +9,15 @@ instruction, the perturbed one (from which constraints were dropped or altered),
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
 from lm_jax.config import split_names
 from lm_jax.errors import UserError
 from musc_jax import draws
 
-Array = np.ndarray | jax.Array
+Array = Any  # np.ndarray | jax.Array: what the array API has, both do
 
 MAX_WEIGHT = 2.0
 SCALE = 1.2  # of the ratios of entropies: what the authors' released scores have (clip(1.2 * ratio, 0, 2))
@@ -83,12 +83,18 @@ def other_over_own(scores: ResponseScores) -> Array:
 
 def kl(scores: ResponseScores) -> Array:
     """KL(full || perturbed) of the next-token distributions, scaled to mean 1, clipped to [0, 2]."""
-    return scaled(scores.kl, scores.mean)
+    return scaled(_asked(scores.kl), scores.mean)
 
 
 def symmetric_kl(scores: ResponseScores) -> Array:
     """KL(full || perturbed) + KL(perturbed || full), scaled to mean 1, clipped to [0, 2]."""
-    return scaled(scores.kl + scores.reverse_kl, scores.mean)
+    return scaled(_asked(scores.kl) + _asked(scores.reverse_kl), scores.mean)
+
+
+def _asked(divergence: Array | None) -> Array:
+    if divergence is None:
+        raise ValueError("a rule reads divergences that it did not ask for (Rule.divergences)")
+    return divergence
 
 
 def pmi(scores: ResponseScores) -> Array:

@@ -225,7 +225,8 @@ def _fill(store, pairs, examples, contexts, rules, config, source, mesh) -> None
         for batch in contrast(
             params, examples, missing, source.config, config.compute, config.batch, mesh, divergences
         ):
-            rows, values = [], {field: [] for field in store.fields}
+            rows: list[int] = []
+            values: dict[str, list[np.ndarray]] = {field: [] for field in store.fields}
             for item, scores in batch:
                 name = f"{pairs.name(item // 2)} ({_SIDES[item % 2]})"
                 draw = (config.seed, pairs.rows[item // 2].id)

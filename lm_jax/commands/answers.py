@@ -59,7 +59,8 @@ def answer_requests(
 
 def _answer(generator, requests, sampling, journal, num_rows, max_failed_share, unit) -> tuple[int, int]:
     numbers = {request.id: number for number, request in requests.items()}
-    done, tokens, reasons = num_rows - len(requests), 0, collections.Counter()
+    done, tokens = num_rows - len(requests), 0
+    reasons: collections.Counter[str] = collections.Counter()
     progress, begin = Progress(num_rows, done, unit), time.monotonic()
     first: dict[str, str] = {}
     answers = generator.generate(list(requests.values()), sampling)

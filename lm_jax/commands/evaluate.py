@@ -183,7 +183,7 @@ def _run(
 def _results(config: HarnessConfig, name: str, source: ModelSource) -> dict[str, Mapping[str, Any]]:
     """Task -> "metric,filter" -> value, of all that a model has done."""
     found = [_read(config, name, task, source) for task in split_names(config.tasks)]
-    return {task: values for one in found for task, values in one["results"].items()}
+    return {task: values for one in found if one is not None for task, values in one["results"].items()}
 
 
 def _settings(config: HarnessConfig, task: str, source: ModelSource) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def export(config: ExportConfig) -> None:
     step = "" if source.step is None else f" step {source.step}"
     card = _card(config, source)
     if config.adapter:
-        if source.base is None:
+        if source.base is None or source.lora is None:
             raise UserError(f"{config.model}: no run that trained adapters; leave config.adapter out")
         base = read_settings(source.run)["base"]["model"]
         adapters = source.load_adapters(mesh)

@@ -91,7 +91,7 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
     local = None if mesh is None else open_local(config, mesh, config.stop)
     journal = _open_journal(config, rows, local)
     try:
-        if everywhere(lambda: journal.finished):
+        if everywhere(lambda: journal is not None and journal.finished):
             if journal is None:
                 return
             failed = sum("error" in row for row in read_rows(config.output))

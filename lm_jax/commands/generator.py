@@ -29,12 +29,23 @@ class EndpointConfig:
 class ModelKeys(Protocol):
     """What the config of a command that generates has, among other keys."""
 
-    model: str | None
-    dtype: str
-    decode: DecodeConfig
-    endpoint: EndpointConfig
-    mesh: MeshConfig
-    compute: ComputeConfig
+    @property
+    def model(self) -> str | None: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def decode(self) -> DecodeConfig: ...
+
+    @property
+    def endpoint(self) -> EndpointConfig: ...
+
+    @property
+    def mesh(self) -> MeshConfig: ...
+
+    @property
+    def compute(self) -> ComputeConfig: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +81,17 @@ def open_local(config: ModelKeys, mesh: jax.sharding.Mesh, stop: tuple[str | int
     Raises:
       UserError: no model there, a tokenizer that does not fit it, an unknown token in `stop`.
     """
-    source = open_model(config.model)
+    source = open_model(config.model or "")  # `local_mesh` refuses none
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
     end_ids = end_token_ids(source.directory, tokenizer)
     resolve_stops(stop, tokenizer, end_ids)  # raises while nothing slow has begun
     return Local(source, tokenizer, end_ids, mesh)
 
 
-def load_local(config: ModelKeys, local: Local) -> Generator:
-    """Reads the weights."""
+def load_local(config: ModelKeys, local: Local | None) -> Generator:
+    """Reads the weights of what `open_local` found."""
+    if local is None:
+        raise ValueError("no model was opened here: another generator answers")
     params = local.source.load_params(local.mesh, config.dtype)
     return LocalGenerator(
         params, local.source.config, local.tokenizer, local.end_ids, config.compute, config.decode, local.mesh

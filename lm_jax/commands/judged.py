@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,12 @@ from lm_jax.evaluation.pairwise import Pairwise
 from lm_jax.evaluation.responses import read_responses
 from lm_jax.training.metrics import say
 
-BENCHMARKS = {"cfbench": CFBench, "followbench": FollowBench, "complexbench": ComplexBench, "pairwise": Pairwise}
+BENCHMARKS: dict[str, Callable[[str, int | None], Benchmark]] = {
+    "cfbench": CFBench,
+    "followbench": FollowBench,
+    "complexbench": ComplexBench,
+    "pairwise": Pairwise,
+}
 _SHOWN = 5  # rows named in a line
 # Keys of the judge, as commands name them that know but one model
 _JUDGE_KEY = re.compile(r"\bconfig\.(?=(?:model|endpoint|dtype|max_new_tokens|temperature|decode|mesh|compute)\b)")
@@ -252,7 +257,7 @@ def _cost(judge: JudgeConfig, questions: Sequence[Question]) -> dict[str, Any]:
     """What the judge will read and may write at most; prices are per million tokens."""
     prompt_tokens = sum(_estimated_tokens(q.prompt) for q in questions)
     answer_tokens = len(questions) * judge.max_new_tokens
-    cost = {
+    cost: dict[str, float] = {
         "num_calls": len(questions),
         "estimated_prompt_tokens": prompt_tokens,
         "most_answer_tokens": answer_tokens,

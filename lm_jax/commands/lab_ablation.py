@@ -1,12 +1,12 @@
 """`launch.lab_ablation`: the arms of both methods on seed models of a verifiable world, with intervals over seeds.
 
-    output/config.json                the settings
-    output/report.md .json            written anew after every arm, from the results alone
-    output/METHOD.png                 at the end
-    output/seed_N/seed/               what launch.lab_seed makes
-    output/seed_N/METHOD/data/ ...    what the arms of a method share
-    output/seed_N/METHOD/extras.json  what is measured once a seed
-    output/seed_N/METHOD/arms/ARM/    a directory for each learning rate, answers, result.json: it appears last
+output/config.json                the settings
+output/report.md .json            written anew after every arm, from the results alone
+output/METHOD.png                 at the end
+output/seed_N/seed/               what launch.lab_seed makes
+output/seed_N/METHOD/data/ ...    what the arms of a method share
+output/seed_N/METHOD/extras.json  what is measured once a seed
+output/seed_N/METHOD/arms/ARM/    a directory for each learning rate, answers, result.json: it appears last
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,11 @@ class _Ablation:
 
     def do(self) -> None:
         """All that is missing: seed models, then what the arms of each share, then the arms."""
-        self._all({f"seed_{seed}/seed": lambda seed=seed: self._fit(seed) for seed in self._config.seeds})
-        self._all({f"seed_{seed}/{name}": lambda key=(name, seed): self._prepare(*key) for name, seed in self._arms})
+        self._all({f"seed_{seed}/seed": partial(self._fit, seed) for seed in self._config.seeds})
+        self._all({f"seed_{seed}/{name}": partial(self._prepare, name, seed) for name, seed in self._arms})
         self._all(
             {
-                f"seed_{seed}/{name}/{arm}": lambda key=(name, seed, arm): self._measure(*key)
+                f"seed_{seed}/{name}/{arm}": partial(self._measure, name, seed, arm)
                 for (name, seed), arms in self._arms.items()
                 for arm in arms.about
             }

@@ -33,8 +33,11 @@ class Arms(Protocol):
       base: the model that they all begin with.
     """
 
-    about: Mapping[str, str]
-    base: str
+    @property
+    def about(self) -> Mapping[str, str]: ...
+
+    @property
+    def base(self) -> str: ...
 
     def prepare(self, dev: int, test: int) -> None:
         """Makes what arms share: splits of so many instructions, pairs, scores; what is there stays."""

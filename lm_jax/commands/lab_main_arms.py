@@ -175,7 +175,7 @@ class MainArms:
         each but `all`, that their response truly answers.
         """
         controls, candidates = self._controls, self._candidates("rounds", self._config.rounds)
-        scores = {_REAL: [], _WRONG: []}
+        scores: dict[str, list[dict[str, float]]] = {_REAL: [], _WRONG: []}
         for row in read_rows(f"{self._probed}.candidates.jsonl"):
             if row["scores"] is not None:
                 scores[row["id"].split("-")[0]].append(row["scores"])

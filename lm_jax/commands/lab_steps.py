@@ -3,22 +3,24 @@
 A step whose output is there is not run again; one that was interrupted goes on, as every command does.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lm_jax.commands.steps import run_step
 from lm_jax.data.rows import read_rows
 
-Settings = Mapping[str, Any]  # key of the command's config, with dots -> value
+Settings = dict[str, Any]  # key of the command's config, with dots -> value
 
 TAG = "Answer as a helpful assistant does."  # MAIN tells seed rows by it, and is used with it
 WEB_TAG = "Answer as a text found on the web does."  # of rows whose instruction a model wrote
-_TAGS = {"prompts.seed_system": TAG, "prompts.synthetic_system": WEB_TAG}
+_TAGS: Settings = {"prompts.seed_system": TAG, "prompts.synthetic_system": WEB_TAG}
 _LENGTH = 192  # tokens of the longest prompt and response that is trained on
-_SLOTS = {"decode.slots": 128, "decode.max_length": 480}  # a decomposition with an in-context example is longest
-_TRAINED = {"max_length": _LENGTH, "batch.rows": 3, "batch.row_length": 640, "checkpoints.every": 1000}
-_PAIRED = {"max_length": _LENGTH, "batch.rows": 4, "batch.row_length": 1024, "checkpoints.every": 1000}
+_SLOTS: Settings = {
+    "decode.slots": 128,
+    "decode.max_length": 480,
+}  # a decomposition with an in-context example is longest
+_TRAINED: Settings = {"max_length": _LENGTH, "batch.rows": 3, "batch.row_length": 640, "checkpoints.every": 1000}
+_PAIRED: Settings = {"max_length": _LENGTH, "batch.rows": 4, "batch.row_length": 1024, "checkpoints.every": 1000}
 
 
 def make_pairs(model: str, instructions: str, examples: str, output: str, settings: Settings | None = None) -> None:
@@ -30,12 +32,16 @@ def make_pairs(model: str, instructions: str, examples: str, output: str, settin
       examples: decomposed instructions, for the in-context example.
       settings: further keys of its config.
     """
-    given = {"model": model, "input": instructions, "output": output}
+    given: Settings = {"model": model, "input": instructions, "output": output}
     _run("musc_pairs", "", given | _making(examples) | (settings or {}))
 
 
 def _making(examples: str) -> Settings:
-    given = {"examples": examples, "num_examples": 1, "near_duplicate": 0.0}  # instructions of a world are alike
+    given: Settings = {
+        "examples": examples,
+        "num_examples": 1,
+        "near_duplicate": 0.0,
+    }  # instructions of a world are alike
     given |= {f"{stage}.max_new_tokens": n for stage, n in (("decompose", 160), ("recombine", 96), ("respond", 64))}
     return given | _SLOTS
 
@@ -51,13 +57,25 @@ def weigh(model: str, pairs: str, output: str, rules: str = "calibrated_entropy"
 
 def prefer(model: str, pairs: str, output: str, learning_rate: float, settings: Settings | None = None) -> None:
     """`launch.musc_train`, two epochs unless `settings` says otherwise."""
-    given = {"model": model, "input": pairs, "output": output, "optim.learning_rate": learning_rate, "epochs": 2}
+    given: Settings = {
+        "model": model,
+        "input": pairs,
+        "output": output,
+        "optim.learning_rate": learning_rate,
+        "epochs": 2,
+    }
     _run("musc_train", ":tiny", given | _PAIRED | (settings or {}))
 
 
 def tune(model: str, rows: str, output: str, learning_rate: float, settings: Settings | None = None) -> None:
     """`launch.main_train`, ten epochs unless `settings` says otherwise."""
-    given = {"model": model, "input": rows, "output": output, "optim.learning_rate": learning_rate, "epochs": 10}
+    given: Settings = {
+        "model": model,
+        "input": rows,
+        "output": output,
+        "optim.learning_rate": learning_rate,
+        "epochs": 10,
+    }
     _run("main_train", ":tiny", given | _TRAINED | (settings or {}))
 
 
@@ -65,7 +83,7 @@ def iterate(
     model: str, instructions: str, examples: str, output: str, learning_rate: float, settings: Settings | None = None
 ) -> None:
     """`launch.musc_rounds`, two epochs a round; the rounds share the instructions among them."""
-    given = {"model": model, "input": instructions, "output": output, "weights.max_length": _LENGTH}
+    given: Settings = {"model": model, "input": instructions, "output": output, "weights.max_length": _LENGTH}
     given |= {f"pairs.{key}": value for key, value in _making(examples).items()}
     learnt = {"optim.learning_rate": learning_rate, "epochs": 2} | _PAIRED
     given |= {f"train.{key}": value for key, value in learnt.items()}
@@ -76,7 +94,7 @@ def answer(
     model: str, asked: str, output: str, temperature: float, seed: int = 0, samples: int = 1
 ) -> list[dict[str, Any]]:
     """`launch.generate`; the rows of `asked` with `response`, a list of several samples."""
-    given = {"model": model, "input": asked, "output": output, "temperature": temperature, "seed": seed}
+    given: Settings = {"model": model, "input": asked, "output": output, "temperature": temperature, "seed": seed}
     given |= {"num_samples": samples}
     _run("generate", "", given | {"max_new_tokens": 64} | _SLOTS)
     return read_rows(output)
@@ -86,7 +104,7 @@ def teach_each_other(
     model: str, seeds: str, unlabelled: str, output: str, learning_rate: float, settings: Settings | None = None
 ) -> None:
     """`launch.main_rounds` with three candidates a response, one of them learnt."""
-    given = {"model": model, "seeds": seeds, "unlabelled": unlabelled, "output": output}
+    given: Settings = {"model": model, "seeds": seeds, "unlabelled": unlabelled, "output": output}
     given |= _TAGS | {"candidates": 3, "learnt_candidates": 1}
     learnt = _TRAINED | {"optim.learning_rate": learning_rate, "epochs": 10}
     given |= {f"{side}.{key}": value for side in ("forward", "reverse") for key, value in learnt.items()}
@@ -97,7 +115,7 @@ def teach_each_other(
 
 def keep(forward: str, reverse: str, candidates: str, output: str, settings: Settings | None = None) -> None:
     """`launch.main_filter`; every candidate with its scores and `kept` is in `output`.candidates.jsonl."""
-    given = {"forward": forward, "reverse": reverse, "input": candidates, "output": output}
+    given: Settings = {"forward": forward, "reverse": reverse, "input": candidates, "output": output}
     _run("main_filter", ":tiny", given | _TAGS | {"max_length": _LENGTH} | (settings or {}))
 
 

@@ -73,11 +73,10 @@ def report_of(method: Method, results: Sequence[Row], extras: Mapping[int, Row])
 
 def _arm(found: Mapping[int, Row], base: Mapping[int, Row]) -> Row:
     chosen = Counter(f"{row['rate']:g}" for row in found.values() if row["rate"] is not None)
-    edges = [
-        len(row["rates"]) > 1 and row["rate"] in (min(row["rates"]), max(row["rates"])) for row in found.values()
-    ]
+    edges = [len(row["rates"]) > 1 and row["rate"] in (min(row["rates"]), max(row["rates"])) for row in found.values()]
     against = {
-        name: _compared(compare_runs(_values(found, name), _values(base, name))) if base else None for name in _COMPARED
+        name: _compared(compare_runs(_there(_values(found, name)), _there(_values(base, name)))) if base else None
+        for name in _COMPARED
     }
     return {
         "seeds": sorted(found),
@@ -97,8 +96,12 @@ def _values(found: Mapping[int, Row], name: str) -> dict[int, float | None]:
     return {seed: of(row) for seed, row in found.items()}
 
 
+def _there(values: Mapping[int, float | None]) -> dict[int, float]:
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
 def _summary(values: Mapping[int, float | None]) -> Row | None:
-    there = {seed: value for seed, value in values.items() if value is not None}
+    there = _there(values)
     if not there:
         return None
     over_seeds = mean_of_runs(list(there.values()))

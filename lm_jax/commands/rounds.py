@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,6 +56,10 @@ def begin_directory(output: str, command: str, settings: Mapping[str, Any], may_
     write_settings(path, description)
 
 
+def _read_whole(path: epath.Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def do_rounds(output: str, numbers: Iterable[int], do: Callable[[int], Row], table: Callable[[list[Row]], str]) -> None:
     """Does the rounds that are missing and prints the table of all.
 
@@ -66,7 +71,7 @@ def do_rounds(output: str, numbers: Iterable[int], do: Callable[[int], Row], tab
     rows: list[Row] = []
     for number in numbers:
         done = epath.Path(round_directory(output, number)) / "round.json"
-        row = everywhere(lambda done=done: json.loads(done.read_text()) if done.exists() else None)
+        row = everywhere(partial(_read_whole, done))
         if row is None:
             row = do(number)
             if jax.process_index() == 0:

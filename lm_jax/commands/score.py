@@ -122,5 +122,5 @@ def _columns(segment: Segment, scores: TokenScores) -> dict[str, Any]:
         "logprob": float(scores.logprobs.sum(dtype="float64")),
         "num_tokens": len(segment.response),
         "token_logprobs": [round(float(x), 6) for x in scores.logprobs],
-        "token_entropies": [round(float(x), 6) for x in scores.entropies],
+        "token_entropies": [] if scores.entropies is None else [round(float(x), 6) for x in scores.entropies],
     }

@@ -41,7 +41,7 @@ def without_opening(text: str) -> str:
     stripped = text.lstrip()
     opening = _OPENING.match(stripped)
     first, _, below = stripped.partition("\n")
-    if opening[0] and _ABOUT_ANSWER.search(opening[0]):
+    if opening and opening[0] and _ABOUT_ANSWER.search(opening[0]):
         rest = stripped[opening.end() :]
     else:
         rest = below if is_opening(first) else ""

@@ -32,7 +32,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options
     """
     with _watched():
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    if len(text) > _ADDED + 2 * sum(len(str(m.get("content"))) for m in messages):
+    given = sum(len(str(message)) for message in messages) + len(str(options.get("tools") or ""))  # calls among them
+    if len(text) > _ADDED + 2 * given:
         raise Unbounded(f"it makes {len(text):,} characters of a short conversation")
     return text
 

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
 
 _FORMAT = 1
+_CLOSED = -1  # for a file descriptor
 _HEAD = len(b'{"crc32":"89abcdef",')
 _SHOWN = 60  # characters of a setting in an error
 
@@ -67,7 +68,7 @@ class Journal:
         self._run, self._partial = _paths(output)
         self._spans = np.full((num_rows, 2), -1, np.int64)  # [row] -> offset and length of its line
         self._end = 0
-        self._file: int | None = None
+        self._file = _CLOSED
         self.finished = self._is_finished()
         if self.finished:
             return
@@ -150,15 +151,15 @@ class Journal:
 
     def close(self) -> None:
         """Lets others write. A run that did no row leaves nothing behind."""
-        if self._file is not None and self._end == 0:
+        if self._file != _CLOSED and self._end == 0:
             self._run.unlink(missing_ok=True)
             self._partial.unlink(missing_ok=True)
         self._release()
 
     def _release(self) -> None:
-        if self._file is not None:
+        if self._file != _CLOSED:
             os.close(self._file)  # and with it the lock
-            self._file = None
+            self._file = _CLOSED
 
     def _is_finished(self) -> bool:
         if not Path(self.output).exists():
@@ -232,7 +233,7 @@ def check_output(output: str) -> None:
             raise UserError(f"{path}: is a directory where a file must be; remove it or give another output")
 
 
-def rows_fingerprint(rows: Sequence[Mapping[str, Any]], where: str) -> str:
+def rows_fingerprint(rows: Iterable[Mapping[str, Any]], where: str) -> str:
     """sha256 (hex) over the rows as JSON, their order and their columns' included.
 
     Args:

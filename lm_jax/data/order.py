@@ -56,7 +56,7 @@ class Beside:
     per_example: int
     row_length: int
 
-    def fill(self, rows: Sequence[Sequence[int]], max_examples: int) -> dict[str, np.ndarray]:
+    def fill(self, rows: Sequence[Sequence[int] | np.ndarray], max_examples: int) -> dict[str, np.ndarray]:
         """`fill_rows` of what belongs to `rows` of the batch."""
         n = self.per_example
         own = [[item * n + i for item in row for i in range(n)] for row in rows]

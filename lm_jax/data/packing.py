@@ -94,7 +94,7 @@ def _first_fit(items, lengths, row_length, max_examples):
 
 
 def fill_rows(
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int] | np.ndarray],
     examples: Sequence[Example],
     row_length: int,
     max_examples: int,

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+Ids = Sequence[int] | np.ndarray
+
 _CONTEXT = 4  # tokens before the first one, decoded with it: some decoders strip the space that begins a text
 _LONGEST = 8  # tokens of one piece; only bytes that are no text at all reach it
 _UNFINISHED = "\ufffd"  # what a decoder sets for bytes that are no whole character
 
 
-def token_pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[tuple[str, int]]:
+def token_pieces(tokenizer: Any, ids: Ids, before: Ids = ()) -> list[tuple[str, int]]:
     """(text, number of tokens) in order; the numbers sum to len(ids), the texts join to what `ids` say after `before`.
 
     Byte-level tokenizers cut characters of several bytes into tokens that are no text alone; such tokens make one

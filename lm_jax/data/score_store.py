@@ -97,6 +97,7 @@ class ScoreStore:
                 content = json.dumps(meta, sort_keys=True).encode()
                 _root(path).write(_META, content, if_equal=generation).result()
                 found, _ = _read_meta(path)
+                assert found is not None, path  # it was written just now
             store = cls._attach(path, found)
         store._check_same(meta, lengths)
         return store

@@ -173,8 +173,8 @@ def _layout(row: Mapping[str, Any], response_column: str | None, at: str) -> tup
         layout = next((name for name in ("prompt", "instruction") if name in row), "messages")
         column = response_column
     else:
-        layout = next((name for name in _RESPONSES if name in row), None)
-        if layout is None:
+        layout = next((name for name in _RESPONSES if name in row), "")
+        if not layout:
             raise UserError(
                 f"{at}: none of the columns {', '.join(_RESPONSES)}; a supervised row needs one ({columns_of(row)})"
             )

@@ -131,7 +131,7 @@ class TextEncoder:
         encoded = []
         rows = list(zip(prompts, responses, wheres, strict=True))
         for batch in _batches(rows):
-            rendered = [self._render(*row, assistant_only) for row in batch]
+            rendered = [self._render(p, r, where, assistant_only) for p, r, where in batch]
             tokenized = iter(self._tokenize([text for r in rendered for text in r.texts]))
             for row, r in zip(batch, rendered, strict=True):
                 encoded.append(self._split(r, list(itertools.islice(tokenized, len(r.texts))), row[2]))
@@ -251,7 +251,9 @@ class TextEncoder:
 
     def _split(self, rendered: _Rendered, tokenized: list[list[int]], where: str) -> EncodedResponse:
         prompt_ids = self._check_prompt([*rendered.lead, *tokenized[0]], where)
-        ids, after, mask, boundary_split = tokenized[0], [], [], False
+        ids, boundary_split = tokenized[0], False
+        after: list[int] = []
+        mask: list[bool] = []
         texts = itertools.pairwise(rendered.texts)
         for number, ((before, text), whole) in enumerate(zip(texts, tokenized[1:], strict=True)):
             if whole[: len(ids)] == ids:

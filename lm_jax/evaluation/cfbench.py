@@ -64,9 +64,9 @@ class CFBench:
     def score(self, responses: Sequence[str | None], verdicts: Mapping[str, Verdict]) -> tuple[Scores, dict[str, Any]]:
         """Groups `all`, each split, and each type of requirement, whose `met` is over requirements."""
         judged = [
-            (row, verdicts[str(number)].value)
+            (row, met)
             for number, row in enumerate(self._rows)
-            if str(number) in verdicts and verdicts[str(number)].value is not None
+            if str(number) in verdicts and (met := verdicts[str(number)].met) is not None
         ]
         groups = {"all": _scores(judged)}
         for split in sorted({row.split for row, _ in judged} - {""}):

@@ -59,7 +59,7 @@ class ComplexBench:
         judged = [
             (points, with_dependencies(value, [point.depends for point in points]))
             for number, points in enumerate(self._points)
-            if str(number) in verdicts and (value := verdicts[str(number)].value) is not None
+            if str(number) in verdicts and (value := verdicts[str(number)].met) is not None
         ]
         types = sorted({name for points, _ in judged for point in points for name in point.types})
         return known(

@@ -83,7 +83,7 @@ class FollowBench:
         """
         ruled = self.ruled(responses)
         met = [ruled.get(number) or verdicts.get(str(number)) or Verdict(None) for number in range(len(self._rows))]
-        judged = [(row, own.value) for row, own in zip(self._rows, met, strict=True) if own.value is not None]
+        judged = [(row, own.met) for row, own in zip(self._rows, met, strict=True) if own.met is not None]
         whole: dict[int, dict[int, bool]] = collections.defaultdict(dict)
         for row, own in judged:
             whole[row.chain][row.level] = all(own)

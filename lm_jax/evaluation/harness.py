@@ -129,13 +129,13 @@ class JaxLM(TemplateLM):
         wanted = [i for i, (_, _, continuation) in enumerate(requests) if continuation]
         segments = [self._segment(*requests[i]) for i in wanted]
         progress, done = Progress(len(segments), 0, "continuation"), 0
-        options = {"with_entropies": False, "with_top1": True}
+        options: dict[str, Any] = {"with_entropies": False, "with_top1": True}
         for group in score(self._params, segments, self._config, self._compute, self._batch, self._mesh, **options):
             for scores in group:
                 logprob = float(scores.logprobs.sum(dtype=np.float64))
                 if not np.isfinite(logprob):
                     raise UserError(f"{self._name}: a log-prob is {logprob}; check the checkpoint, or use float32")
-                found[wanted[scores.row]] = (logprob, bool(scores.top1.all()))
+                found[wanted[scores.row]] = (logprob, scores.top1 is not None and bool(scores.top1.all()))
             done += len(group)
             progress.update(done, {})
         progress.close()

@@ -36,7 +36,8 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises:
       UserError: a row that is not of this form, a prompt that is there twice.
     """
-    prompts, first = [], {}
+    prompts: list[Prompt] = []
+    first: dict[str, int] = {}
     for number, row in enumerate(read_rows(path, ("prompt", "instruction_id_list", "kwargs"))):
         where = f"{path} row {number}"
         text, ids, kwargs = row["prompt"], row["instruction_id_list"], row["kwargs"]
@@ -84,9 +85,10 @@ def score_responses(prompts: Sequence[Prompt], responses: Sequence[str | None]) 
             whole.append((all(strict), all(loose)))
     by_id = {i: [f[1:] for f in followed if f[0] == i] for i in sorted({f[0] for f in followed})}
     scores = {}
+    each = [f[1:] for f in followed]
     for i, name in enumerate(("strict", "loose")):
         scores[f"prompt_level_{name}_acc"] = _mean([w[i] for w in whole])
-        scores[f"inst_level_{name}_acc"] = _mean([f[1 + i] for f in followed])
+        scores[f"inst_level_{name}_acc"] = _mean([f[i] for f in each])
     return {
         **scores,
         "num_prompts": len(whole),

@@ -47,6 +47,11 @@ class Verdict:
     value: tuple[bool, ...] | str | None
     fault: str | None = None
 
+    @property
+    def met(self) -> tuple[bool, ...] | None:
+        """`value` of a verdict on points."""
+        return self.value if isinstance(self.value, tuple) else None
+
 
 class Benchmark(Protocol):
     """Instructions with what is asked about responses to them.
@@ -55,7 +60,8 @@ class Benchmark(Protocol):
       items: what is to be answered.
     """
 
-    items: Sequence[Item]
+    @property
+    def items(self) -> Sequence[Item]: ...
 
     def questions(self, responses: Sequence[str | None]) -> list[Question]:
         """All calls of the judge; none about a response that is None."""

@@ -56,8 +56,9 @@ class Pairwise:
         """`win rate` and `inconsistent` (the two orders disagree) over instructions whose orders could both be read."""
         both = []
         for number in range(len(self._rows)):
-            read = [verdicts.get(_id(number, order), Verdict(None)).value for order in _POINTS]
-            if None not in read:
+            said = [verdicts.get(_id(number, order), Verdict(None)).value for order in _POINTS]
+            read = [value for value in said if isinstance(value, str)]
+            if len(read) == len(said):
                 both.append((number, [_POINTS[order][value] for order, value in zip(_POINTS, read, strict=True)], read))
         scores = known(
             {
@@ -72,7 +73,7 @@ class Pairwise:
             "num_lost": sum(points == [0, 0] for _, points, _ in both),
             "num_first_preferred": sum(value == "A" for _, _, read in both for value in read),
             "num_second_preferred": sum(value == "B" for _, _, read in both for value in read),
-            "mean_characters": _mean([len(responses[number]) for number, _, _ in both]),
+            "mean_characters": _mean([len(responses[number] or "") for number, _, _ in both]),
             "mean_characters_of_reference": _mean([len(self._rows[number]["output"]) for number, _, _ in both]),
         }
         return scores, counts

@@ -18,8 +18,11 @@ _ALIKE = 0.9  # share of two prompts' characters that agree where one is the oth
 class Asked(Protocol):
     """A prompt of a benchmark: its text; its file and row, for errors."""
 
-    text: str
-    where: str
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def where(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +91,8 @@ def read_responses(path: str, prompts: Sequence[Asked], allow_missing: bool, all
         responses[waiting[text].pop(0)] = response
         last[text] = number
     for text, number in last.items():
-        for prompt in waiting[text]:
-            responses[prompt] = rows[number][_column(rows[number], _RESPONSES, path)]
+        for same in waiting[text]:
+            responses[same] = rows[number][_column(rows[number], _RESPONSES, path)]
     _check_missing(path, prompts, responses, allow_missing)
     return Responses(tuple(responses), tuple(edited), tuple(others))
 

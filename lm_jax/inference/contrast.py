@@ -8,7 +8,7 @@ are on one device, and distributions are compared chunk by chunk without ever be
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def packed_contrast(
 
     S = T // C; the response tokens of a row's examples come first, one after the other; the rest means nothing.
     """
-    hidden = Decoder(config, compute).apply(
+    hidden: Any = Decoder(config, compute).apply(
         {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"]
     )
     return contrast_head(
@@ -157,9 +157,12 @@ def contrast_head(
 
     needed = jnp.arange(num_chunks) * step < jnp.max(counts)
     _, outputs = jax.lax.scan(body, None, (needed, jnp.moveaxis(at, 1, 0)))
-    return tuple(
-        None if x is None else jnp.moveaxis(x, 0, 1).reshape(rows, num_chunks * step, -1)[:, :slots] for x in outputs
-    )
+
+    def in_rows(x):
+        return jnp.moveaxis(x, 0, 1).reshape(rows, num_chunks * step, -1)[:, :slots]
+
+    logprobs, entropies, kl = outputs
+    return in_rows(logprobs), in_rows(entropies), None if kl is None else in_rows(kl)
 
 
 def _chunk_contrast(hidden, embedding, targets, num_prompts, divergences):
@@ -198,7 +201,7 @@ def _unpack(rows, scores, examples) -> list[tuple[int, Contrast]]:
         start = 0
         for item in row:
             here = slice(start, start + len(examples[item][0].response))
-            parts = (None if x is None else x[b, here].T.copy() for x in (logprobs, entropies, divergences))
-            out.append((int(item), Contrast(*parts)))
+            kl = None if divergences is None else divergences[b, here].T.copy()
+            out.append((int(item), Contrast(logprobs[b, here].T.copy(), entropies[b, here].T.copy(), kl)))
             start = here.stop
     return out

@@ -5,11 +5,12 @@ Z end tokens, M tokens between two looks.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.config import ComputeConfig, ModelConfig
@@ -43,17 +44,17 @@ class Prompts(NamedTuple):
 class Placement(NamedTuple):
     """Which prompt goes to which slot: J pairs, those with a slot of B or more go nowhere."""
 
-    row: jax.Array  # [J] int32 of the prompts
-    slot: jax.Array  # [J] int32
-    budget: jax.Array  # [J] int32
-    keys: jax.Array  # [J, 2] uint32
+    row: np.ndarray  # [J] int32 of the prompts
+    slot: np.ndarray  # [J] int32
+    budget: np.ndarray  # [J] int32
+    keys: np.ndarray  # [J, 2] uint32
 
 
 _ROWS, _CACHE, _WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES, "tensor"), PartitionSpec()
 # What a step returns lies as what it was given: left to the compiler, each step's result would be a new layout to the
 # next, which compiles anew for it
-_SLOTS = Slots(**{name: _CACHE if name == "cache" else _ROWS for name in Slots._fields})
-_PROMPTS = Prompts(_CACHE, _ROWS)
+_SLOTS = Slots._make(_CACHE if name == "cache" else _ROWS for name in Slots._fields)
+_PROMPTS = Prompts._make((_CACHE, _ROWS))
 
 
 def make_slots(
@@ -237,7 +238,8 @@ def decode(
         # A finished slot computes on, as a row of padding that nobody reads and for which no block is read or written
         ends = jnp.where(active, slots.ends + 1, 0)
         positions = jnp.maximum(ends - 1, 0)[:, None]
-        hidden, cache = decoder.apply({"params": params}, token[:, None], positions, None, slots.cache, ends)
+        made: Any = decoder.apply({"params": params}, token[:, None], positions, None, slots.cache, ends)
+        hidden, cache = made
         seen = slots.seen if slots.seen is None else slots.seen.at[rows, token].set(True)
         slots = Slots(cache, hidden[:, 0], ends, produced, slots.budget, active, slots.keys, seen)
         return step + 1, slots, tokens.at[step].set(token), logprobs.at[step].set(logprob)

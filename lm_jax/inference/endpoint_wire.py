@@ -61,7 +61,7 @@ def _seed(sampling: SamplingConfig, request_id: str, first: int) -> int:
 
 def request_body(request: Request, sampling: SamplingConfig, model: str, n: int, first: int) -> dict[str, Any]:
     """What the client's `create` is called with; `extra_body` are names that vLLM and SGLang share."""
-    chat = not isinstance(request.prompt, str)
+    chat = isinstance(request.prompt, list)
     texts = [stop for stop in sampling.stop if isinstance(stop, str)]
     ids = [stop for stop in sampling.stop if not isinstance(stop, str)]
     extra = {
@@ -70,8 +70,8 @@ def request_body(request: Request, sampling: SamplingConfig, model: str, n: int,
         "repetition_penalty": 0 if sampling.repetition_penalty == 1 else sampling.repetition_penalty,
         "stop_token_ids": ids,
     }
-    tools, prompt = split_tools(request.prompt) if chat else (None, request.prompt)
-    body = {
+    tools, prompt = split_tools(request.prompt) if isinstance(request.prompt, list) else (None, request.prompt)
+    body: dict[str, Any] = {
         "model": model,
         "messages" if chat else "prompt": prompt,
         "n": n,

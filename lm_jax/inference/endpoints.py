@@ -152,10 +152,14 @@ class _Run:
         with contextlib.suppress(queue.Empty):
             while True:
                 batch.append(self._answers.get_nowait())
-        done = batch[-1] is None
-        taken = batch[:-1] if done else batch
-        self._call(lambda: [self._room.release() for _ in taken])
-        return taken, done
+        taken = [completion for completion in batch if completion is not None]  # None is the last
+
+        def make_room() -> None:
+            for _ in taken:
+                self._room.release()
+
+        self._call(make_room)
+        return taken, len(taken) < len(batch)
 
     def _call(self, function) -> None:
         if self._loop is not None:
@@ -200,9 +204,12 @@ class _Run:
             if request is None:
                 return
             answer = await self._answer(client, request)
-            fault = answer if isinstance(answer, Fault) else None
-            self._answers.put(Completion(request.id, () if fault else answer, fault.message if fault else None))
-            self._count(fault)
+            if isinstance(answer, Fault):
+                self._answers.put(Completion(request.id, (), answer.message))
+                self._count(answer)
+            else:
+                self._answers.put(Completion(request.id, answer, None))
+                self._count(None)
 
     def _count(self, fault: Fault | None) -> None:
         self._finished += 1
@@ -248,10 +255,11 @@ class _Run:
         for attempt in range(1, setup.max_retries + 2):
             async with self._gate:
                 sent = time.monotonic()
-                found = await self._attempt(client, body)
-            if not isinstance(found, Fault):
+                answer = await self._attempt(client, body)
+            if not isinstance(answer, Fault):
                 self._gate.widen()
-                return found
+                return answer
+            found = answer
             if found.reach == "run":
                 raise UserError(found.message)
             if found.reach == "row":

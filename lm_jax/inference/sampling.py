@@ -59,7 +59,7 @@ def decoding_compute(compute: ComputeConfig) -> ComputeConfig:
 def decode_rows(decode: DecodeConfig, mesh: Mesh) -> tuple[int, int]:
     """(slots, rows of a prefill), as many as the mesh can cut."""
     parts = batch_divisor(mesh)
-    return tuple(-(-n // parts) * parts for n in (decode.slots, _PREFILL_ROWS))
+    return -(-decode.slots // parts) * parts, -(-_PREFILL_ROWS // parts) * parts
 
 
 class LocalGenerator:
@@ -112,6 +112,7 @@ class LocalGenerator:
 
     def _encode(self, requests, sampling) -> tuple[list[_Row], list[Completion]]:
         texts = [r for r in requests if r.token_ids is None]
+        encoded: Iterator[np.ndarray | None]
         try:
             encoded = iter(self._encoder.encode_prompts([_not_blank(r) for r in texts], [f"row {r.id}" for r in texts]))
         except UserError:
@@ -143,7 +144,8 @@ class _Run:
 
     def __init__(self, generator: LocalGenerator, rows: list[_Row], sampling: SamplingConfig, end_ids, stop_texts):
         g = self._generator = generator
-        self._queue, self._ready = deque(rows), deque()
+        self._queue = deque(rows)
+        self._ready: deque[Any] = deque()
         self._end_ids, self._stop_texts, self._seed = end_ids, stop_texts, sampling.seed
         self._filters, self._strengths = filters_of(sampling)
         longest = max(len(row.prompt) for row in rows)
@@ -153,7 +155,7 @@ class _Run:
         self._lengths = np.zeros(g._prefill_rows, np.int32)
         cache = make_cache(g._config, g._prefill_rows, longest, g._compute.dtype, g._mesh)
         self._places = min(member.places for member in cache)
-        self._prompts = Prompts(cache, None)
+        self._prompts = Prompts._make((cache, None))  # before the first prefill
         with_seen = self._filters.repetition_penalty
         self._slots = make_slots(g._config, g._compute, g._num_slots, length, with_seen, g._mesh)
         self._in_slot: list[_Sequence | None] = [None] * g._num_slots
@@ -256,8 +258,9 @@ class _Run:
                 self._in_slot[slot], self._keep[slot] = None, False
                 row = sequence.row
                 row.samples[sequence.index] = sample
-                if all(row.samples):
-                    done.append(Completion(row.request.id, tuple(row.samples)))
+                finished = tuple(sample for sample in row.samples if sample is not None)
+                if len(finished) == len(row.samples):
+                    done.append(Completion(row.request.id, finished))
                     row.samples.clear()  # the caller has them now
         return done
 

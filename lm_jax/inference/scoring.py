@@ -6,7 +6,7 @@ Axes: B rows, T tokens of a row.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ def packed_statistics(
 ) -> dict[str, jax.Array]:
     """A packed batch [B, T] -> {name: [B, T]} of what `token_statistics` knows, zero where `loss_mask` is."""
     decoder = Decoder(config, compute)
-    hidden = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden: Any = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
     embedding = output_embedding(params, config)
     return token_statistics(hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk, names)
 

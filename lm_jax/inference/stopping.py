@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lm_jax.data.pieces import Ids
 from lm_jax.errors import UserError
 
 _CONTEXT = 8  # prompt tokens that are decoded with a response: enough for a character cut into bytes and for its space
@@ -34,7 +35,7 @@ def resolve_stops(
     return tuple(dict.fromkeys(ids)), tuple(texts)
 
 
-def response_text(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+def response_text(tokenizer: Any, prompt_ids: Ids, ids: Sequence[int]) -> str:
     """The text that `ids` add to the prompt's; special tokens leave none.
 
     Decoded alone, the first token would lose its leading space with a sentencepiece-like tokenizer.
@@ -47,7 +48,7 @@ def response_text(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int])
 
 
 def find_stop(
-    tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int], new: int, texts: Sequence[str]
+    tokenizer: Any, prompt_ids: Ids, ids: Sequence[int], new: int, texts: Sequence[str]
 ) -> tuple[int, str] | None:
     """Looks for a stop text that the last `new` tokens completed.
 

@@ -64,7 +64,7 @@ def choose_tokens(
       (tokens [B] int32, log-probs [B] fp32 in nats under the model itself, before penalty, temperature and filters).
     """
     scores = logits
-    if filters.repetition_penalty:
+    if filters.repetition_penalty and seen is not None:
         penalty = strengths.repetition_penalty
         scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
     if filters.greedy:

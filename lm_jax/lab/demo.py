@@ -23,7 +23,7 @@ _TOPICS = {
 }
 _COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5}
 # Each axis: the words of a constraint -> what a response that obeys it has there
-_AXES = {
+_AXES: dict[str, dict[str, Any]] = {
     "separator": {
         "separated by commas": ", ",
         "separated by semicolons": "; ",
@@ -38,7 +38,7 @@ _AXES = {
     "start": {"beginning with Answer": "Answer: ", "beginning with Here": "Here: ", "beginning with List": "List: "},
     "end": {"ending with done": " done", "ending with over": " over", "ending with a full stop": "."},
 }
-_UNASKED = {"separator": " ", "case": str.lower, "start": "", "end": ""}
+_UNASKED: dict[str, Any] = {"separator": " ", "case": str.lower, "start": "", "end": ""}
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -98,8 +98,11 @@ def read_instruction(world: World, text: str) -> Instruction | None:
     """
     task, *sentences = [sentence.strip() for sentence in text.strip().removesuffix(".").split(". ")]
     group = next((g.name for g in world.groups if task in {t.replace("{}", g.name) for t in world.task}), None)
-    found = [_read_sentence(world, group, sentence) for sentence in sentences] if group else [None]
-    return None if None in found else Instruction(group, tuple(found), text)
+    if group is None:
+        return None
+    found = [_read_sentence(world, group, sentence) for sentence in sentences]
+    known = [constraint for constraint in found if constraint is not None]
+    return Instruction(group, tuple(known), text) if len(known) == len(found) else None
 
 
 def _read_sentence(world: World, group: str, sentence: str) -> Constraint | None:

@@ -47,7 +47,7 @@ def compare_runs(these: Mapping[int, float], base: Mapping[int, float]) -> Compa
       these, base: seed -> value.
     """
     differences = np.array([these[seed] - base[seed] for seed in sorted(these.keys() & base.keys())], float)
-    mean = mean_of_runs(differences)
+    mean = mean_of_runs(differences.tolist())
     if mean is None:
         return None
     error = _standard_error(differences)

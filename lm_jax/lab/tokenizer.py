@@ -106,7 +106,8 @@ def _responses(world: World, words: Sequence[str]) -> list[str]:
     made = [plain.text()]
     for kind in world.kinds:
         for _, mark in kind.values if kind.rule == "mark" else ():
-            made.append(Form(**({"words": tuple(words), "separator": world.separator} | {kind.slot: mark})).text())
+            parts: dict[str, Any] = {"separator": world.separator, kind.slot: mark}
+            made.append(Form(words=tuple(words), **parts).text())
     # An item that ends with a mark of its own is followed by the separator all the same
     glued = [mark.strip() for mark in (world.separator, *_separators(world)) if not mark.startswith(" ")]
     return made + [f"{words[0]}{mark}{end}" for end in glued for mark in world.marks_of("after")]

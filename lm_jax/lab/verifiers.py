@@ -88,7 +88,7 @@ def _marked(world: World, kind: Kind, text: str | tuple[str, str], reading: Read
             return all(found(trail) == (text,) for trail in reading.trails)
         case "separator":
             # A list of one thing has nothing between
-            return bool(reading.gaps) and all(found(gap) == (text.strip(),) for gap in reading.gaps)
+            return bool(reading.gaps) and all(found(gap) == (str(text).strip(),) for gap in reading.gaps)
     raise ValueError(f"no slot {kind.slot!r}")
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from lm_jax.lab.forms import Form
 from lm_jax.lab.grammar import Constraint, allowed_words, fewest_items
@@ -20,7 +21,7 @@ def write(world: World, group: str, constraints: Sequence[Constraint], rng: rand
 
 def plan(world: World, group: str, constraints: Sequence[Constraint], rng: random.Random) -> Form:
     """The form of that response."""
-    parts = {"separator": world.separator}
+    parts: dict[str, Any] = {"separator": world.separator}
     for constraint in constraints:
         kind = world.kind(constraint.kind)
         if kind.rule == "mark":

@@ -14,7 +14,8 @@ it, so a row's numbers do not depend on how long its neighbours are, and blocks 
 
 import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class LayerOrder(NamedTuple):
     """For every layer of the model: the cache's member that holds it, and which of the member's layers it is."""
 
     member: tuple[int, ...]
-    index: tuple[int, ...]
+    layer: tuple[int, ...]
 
 
 def layer_order(config: ModelConfig, members: int) -> LayerOrder:
@@ -216,15 +217,15 @@ def write_cache(
     fn = functools.partial(_write, order=order)
     if mesh.empty or mesh.size == 1:
         return fn(cache, new, positions, valid)
-    new = tuple(jnp.repeat(x, cache[0].k[0].shape[2] // x.shape[3], axis=3) for x in new)
+    k, v = (jnp.repeat(x, cache[0].k[0].shape[2] // x.shape[3], axis=3) for x in new)
     news = PartitionSpec(None, BATCH_AXES, None, "tensor")
     return jax.shard_map(
         fn, in_specs=(_CACHE, news, _ROWS, _ROWS), out_specs=_CACHE, check_vma=False
-    )(cache, new, positions, valid)  # fmt: skip
+    )(cache, (k, v), positions, valid)  # fmt: skip
 
 
 def _write(cache, new, positions, valid, order: LayerOrder):
-    put = _write_token if positions.shape[1] == 1 else _write_chunk
+    put: Callable[..., KVCache] = _write_token if positions.shape[1] == 1 else _write_chunk
     return tuple(
         put(kv, *(x[jnp.array([i for i, m in enumerate(order.member) if m == member])] for x in new), positions, valid)
         for member, kv in enumerate(cache)
@@ -238,7 +239,7 @@ def _write_token(cache: KVCache, k, v, positions, valid):
     # What lies in another block is dropped, and must not count as negative from this one's end
     at = [jnp.where((place >= start) & (place < stop), place - start, stop) for start, stop in cache.spans]
     k, v = jnp.moveaxis(k[:, :, 0], 0, 1), jnp.moveaxis(v[:, :, 0], 0, 1)  # [B, N, K, E]
-    options = {"mode": "drop", "unique_indices": True}
+    options: dict[str, Any] = {"mode": "drop", "unique_indices": True}
     return KVCache(
         tuple(block.at[:, rows, :, :, i].set(k, **options) for block, i in zip(cache.k, at, strict=True)),
         tuple(block.at[:, rows, :, i].set(v, **options) for block, i in zip(cache.v, at, strict=True)),

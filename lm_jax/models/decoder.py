@@ -5,6 +5,7 @@ Parameter paths are those of `lm_jax.models.weights`; layers are stacked on a le
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from lm_jax.models.linear import Linear
 from lm_jax.models.rope import apply_rope, rope_cos_sin
 from lm_jax.sharding import constrain
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -72,7 +73,8 @@ class Attention(nn.Module):
         variant, index = which
         # A window is static in every kernel; layers of one scan that differ choose between the compiled variants.
         if isinstance(where, jax.Array):
-            new, operands = None, (q, k, v, where)
+            new: Any = None
+            operands: tuple[Any, ...] = q, k, v, where
             variants = [
                 functools.partial(attention, window=w, implementation=self.compute.attention)
                 for w in c.distinct_windows
@@ -164,10 +166,12 @@ class Decoder(nn.Module):
         # Cast after the lookup, so that a token's gradients add up in fp32.
         x = constrain(jnp.take(table, tokens, axis=0).astype(dtype), "batch", "length", "embed")
         cos, sin = rope_cos_sin(c.rope, c.head_dim, c.max_position, positions, segment_ids)
-        if cache is None:
-            where, order = segment_ids, layer_order(c, len(c.distinct_windows))
+        if cache is None or ends is None:
+            where: Any = segment_ids
+            order = layer_order(c, len(c.distinct_windows))
         else:
-            where, order = (positions, jnp.minimum(ends, positions[:, 0]), cache), layer_order(c, len(cache))
+            where = positions, jnp.minimum(ends, positions[:, 0]), cache
+            order = layer_order(c, len(cache))
         scanned = nn.scan(
             _remat(Block, self.compute.remat),
             variable_axes={"params": 0},
@@ -181,7 +185,9 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             OutputEmbedding(c, name="lm_head")()
         x = RMSNorm(c.norm_eps, dtype, name="final_norm")(x)
-        return x if cache is None else (x, write_cache(cache, new, order, positions, ends > positions[:, 0]))
+        if cache is None or ends is None:
+            return x
+        return x, write_cache(cache, new, order, positions, ends > positions[:, 0])
 
 
 def check_compute(compute: ComputeConfig) -> None:

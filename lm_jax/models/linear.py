@@ -72,8 +72,8 @@ contract_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def _dot(a, b, contracted, dtype):
-    axes = tuple(tuple(c) for c in contracted)
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
+    ours, theirs = (tuple(axes) for axes in contracted)
+    return jax.lax.dot_general(a, b, ((ours, theirs), ((), ())), preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("num_axes",))

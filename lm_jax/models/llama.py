@@ -59,7 +59,7 @@ NEUTRAL = frozenset(
 )
 
 # Fields that are harmless only with these values (a family that knows the field reads it instead).
-ONLY = {
+ONLY: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
@@ -121,20 +121,21 @@ def read_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 _NULLABLE = ("num_key_value_heads", "sliding_window")
 # Above these a number is damage or malice, and would be met as an overflow or as terabytes
 _LARGEST, _MOST = 2**31 - 1, {"num_hidden_layers": 10_000}
-_TYPES_OF_NONE = {"layer_types": list}  # every other field whose default is null is a size
+_TYPES_OF_NONE: dict[str, type] = {"layer_types": list}  # every other field whose default is null is a size
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:
     if value is None and (default is None or key in _NULLABLE):
         return
-    expected = _TYPES_OF_NONE.get(key, int) if default is None else type(default)
+    expected: type = _TYPES_OF_NONE.get(key, int) if default is None else type(default)
     accepted = (int, float) if expected is float else expected
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         raise UserError(f"{key}={value!r}: expected {expected.__name__}; correct config.json")
-    if expected in (int, float) and key != "max_window_layers":
-        most = _MOST.get(key, _LARGEST)
-        if not 0 < value <= most:
-            raise UserError(f"{key}={value!r}: expected a positive number, at most {most}; correct config.json")
+    if expected is bool or key == "max_window_layers" or not isinstance(value, (int, float)):
+        return
+    most = _MOST.get(key, _LARGEST)
+    if not 0 < value <= most:
+        raise UserError(f"{key}={value!r}: expected a positive number, at most {most}; correct config.json")
 
 
 def decoder_config(family: str, hf: Mapping[str, Any], fields: Mapping[str, Any], **flags: Any) -> ModelConfig:

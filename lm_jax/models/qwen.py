@@ -64,7 +64,7 @@ def _layer_windows(fields: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 both read as `config`."""
-    windows = set(config.layer_windows) - {None}
+    windows = {window for window in config.layer_windows if window is not None}
     if len(windows) > 1:
         raise UserError(f"layer windows {sorted(windows)}: {config.family} can express only one size; keep one")
     full = [w is None for w in config.layer_windows]

@@ -63,7 +63,8 @@ def rope_cos_sin(
         lengths = _sequence_lengths(positions, segment_ids)
         frequencies, scale = _dynamic_frequencies(rope, head_dim, max_position, lengths), 1.0
     else:
-        frequencies, scale = rope_frequencies(rope, head_dim, max_position)
+        fixed, scale = rope_frequencies(rope, head_dim, max_position)
+        frequencies = jnp.asarray(fixed)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 

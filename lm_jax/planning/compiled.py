@@ -99,15 +99,14 @@ def compile_program(program: Program, target: Target) -> Cost:
 def _compile(program: Program, target: Target, directory: str) -> Cost:
     begin = time.monotonic()
     # What the TPU's compiler writes down there is read where JAX cannot show its result
-    options = {"xla_dump_to": directory} if target.devices[0].platform == "tpu" else {}
+    options: dict[str, str | bool] = {"xla_dump_to": directory} if target.devices[0].platform == "tpu" else {}
     try:
         compiled = program.lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         needed, limit = _refusal(program.name, str(error))
-        nothing = dict(arguments=None, temporaries=None, peak=None, found=())
-        return Cost(program, needed + program.beside, limit, **nothing, compile_seconds=time.monotonic() - begin)
+        return Cost(program, needed + program.beside, limit, None, None, None, (), time.monotonic() - begin)
     seconds = time.monotonic() - begin
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     own = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Cost(
@@ -124,7 +123,7 @@ def _compile(program: Program, target: Target, directory: str) -> Cost:
 
 def _text(compiled: jax.stages.Compiled, directory: str) -> str:
     try:
-        return compiled.as_text()
+        return compiled.as_text() or ""
     except jax.errors.JaxRuntimeError:  # instructions of a newer XLA than jaxlib's
         (path,) = Path(directory).glob("*.after_codegen.txt")
         return path.read_text()

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 
+_CONSTANT = r"^\((-?\d+)\)"  # the value, as the text has it
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -108,7 +109,9 @@ def _walk(name: str, computations, num_devices: int, runs: int, certain: bool) -
 
     def inside(called: str | None, times: int = 1, known: bool = True) -> list[Collective]:
         known = known and certain
-        return list(_walk(called, computations, num_devices, runs * times, known)) if called in computations else []
+        if called is None or called not in computations:
+            return []
+        return list(_walk(called, computations, num_devices, runs * times, known))
 
     for instruction in computations[name]:
         kind = instruction.opcode.removesuffix("-start")
@@ -183,8 +186,8 @@ def _trips(loop: Instruction, around: list[Instruction], computations) -> int | 
     counter, limit = (by_name.get(name) for name in condition[-1].operands)
     if counter is None or limit is None or counter.opcode != "get-tuple-element" or limit.opcode != "constant":
         return None
-    start = _start(loop, int(re.search(r"index=(\d+)", counter.rest)[1]), {i.name: i for i in around})
-    return max(_integer(limit) - start, 0)  # scans count in steps of one
+    start = _start(loop, _number(r"index=(\d+)", counter), {i.name: i for i in around})
+    return max(_number(_CONSTANT, limit) - start, 0)  # scans count in steps of one
 
 
 def _start(loop: Instruction, index: int, around: dict[str, Instruction]) -> int:
@@ -195,9 +198,12 @@ def _start(loop: Instruction, index: int, around: dict[str, Instruction]) -> int
         while value is not None and value.opcode in ("copy", "bitcast") and value.operands:
             value = around.get(value.operands[0])
         if value is not None and value.opcode == "constant":
-            return _integer(value)
+            return _number(_CONSTANT, value)
     return 0
 
 
-def _integer(constant: Instruction) -> int:
-    return int(re.match(r"\((-?\d+)\)", constant.rest)[1])
+def _number(pattern: str, instruction: Instruction) -> int:
+    found = re.search(pattern, instruction.rest)
+    if found is None:
+        raise ValueError(f"no {pattern} in the instruction {instruction.name}{instruction.rest}")
+    return int(found[1])

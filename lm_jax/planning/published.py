@@ -24,7 +24,7 @@ def _decoder(family: str, layers: int, width: int, inner: int, heads: int, kv_he
 
 _LLAMA3 = {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
 _SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA31 = _LLAMA3 | {
+_LLAMA31: dict[str, Any] = _LLAMA3 | {
     "max_position_embeddings": 131072,
     "rope_scaling": _SCALED | {"original_max_position_embeddings": 8192},
 }

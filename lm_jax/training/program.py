@@ -41,7 +41,7 @@ class StepProgram:
       begin: what is trained -> the state before the first step, on its shardings; what it is given is used up.
     """
 
-    step: Callable
+    step: Any
     state: TrainState
     frozen: Any
     begin: Callable[[Any], TrainState]

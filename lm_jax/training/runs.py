@@ -73,7 +73,7 @@ class ModelSource:
         if self.precision == NF4:
             whole = dataclasses.replace(self, precision=FULL).load_params(mesh, "float32")
             return quantize_params(whole, self.config, mesh, dtype)
-        if self.base is not None:
+        if self.base is not None and self.lora is not None:
             if self.lora.base == NF4:
                 say(f"{self.run}: adapters of a base in nf4, merged into the full one: not exactly what was trained")
             return merge(self.base.load_params(mesh, dtype), self.load_adapters(mesh), self.lora)
@@ -81,6 +81,8 @@ class ModelSource:
 
     def load_adapters(self, mesh: jax.sharding.Mesh) -> dict:
         """The adapters of a run that trained some, born sharded, fp32; raises as `load_params` does."""
+        if self.lora is None:
+            raise ValueError(f"{self.run}: has no adapters")
         return self._restore(abstract_adapters(self.config, self.lora, mesh))
 
     def _restore(self, abstract: dict) -> dict:
@@ -301,7 +303,7 @@ def _read_settings(path: epath.Path) -> dict[str, Any]:
 
 def flat_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

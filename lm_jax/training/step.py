@@ -143,6 +143,6 @@ def make_evaluate(objective: Objective) -> Callable[[Any, Iterable[Batch]], dict
         for batch in batches:
             part = contribution(params, batch, totals)
             sums = part if sums is None else add(sums, part)
-        return {k: float(v) for k, v in sums.items()}
+        return {k: float(v) for k, v in (sums or {}).items()}
 
     return evaluate

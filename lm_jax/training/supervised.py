@@ -4,6 +4,7 @@ Axes: B rows, T tokens, I examples of a row.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def supervised_objective(
 
     def contributions(params, batch: Batch, totals: Sums):
         tokens, positions, segment_ids = (batch[name] for name in ("tokens", "positions", "segment_ids"))
-        hidden = Decoder(model, compute).apply({"params": params}, tokens, positions, segment_ids)
+        hidden: Any = Decoder(model, compute).apply({"params": params}, tokens, positions, segment_ids)
         found = token_statistics(
             hidden,
             output_embedding(params, model),

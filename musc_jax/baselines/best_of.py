@@ -88,7 +88,7 @@ class BestOf:
             for sample in range(self.judge_samples)
         }
         answers = self.source.ask("judge", questions)
-        scores = {}
+        scores: dict[str, Any] = {}
         for row in rows:
             scores[row.id] = []
             for n in range(len(responses[row.id])):

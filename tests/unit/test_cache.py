@@ -168,8 +168,8 @@ def test_layers_go_to_their_members():
             cache = tuple(jax.tree.map(lambda *x: jnp.concatenate(x), *(cache[i] for i in layers)) for layers in of)
         out = write_cache(cache, (k, -k), order, jnp.array([[3]]), jnp.array([True]))
         for i in range(3):
-            assert (out[order.member[i]].k[0][order.index[i], 0, :, :, 3] == i + 1).all()
-            assert (out[order.member[i]].v[0][order.index[i], 0, :, 3] == -i - 1).all()
+            assert (out[order.member[i]].k[0][order.layer[i], 0, :, :, 3] == i + 1).all()
+            assert (out[order.member[i]].v[0][order.layer[i], 0, :, 3] == -i - 1).all()
             assert windows[i] == windows[order.member.index(order.member[i])]
 
 
