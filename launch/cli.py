@@ -162,8 +162,8 @@ def _os_fault(error: OSError) -> str:
 def _memory_fault(error: Exception) -> str:
     said = (str(error).splitlines() or ["of the host"])[0]
     return (
-        f"out of memory ({said[:200]}); in training raise config.batch.microbatches or set compute.remat=full, elsewhere "
-        "lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
+        f"out of memory ({said[:200]}); in training raise config.batch.microbatches or set compute.remat=full, "
+        "elsewhere lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
     )
 
 

@@ -17,7 +17,7 @@ _SHOWN = 300  # characters of a row's error in the run's
 
 def missing_rows(journal: Journal | None) -> list[int]:
     """The rows that are still to do, the same in every process; only process 0 has a journal."""
-    return everywhere(lambda: journal.missing().tolist())
+    return everywhere(lambda: [] if journal is None else journal.missing().tolist())
 
 
 def answer_requests(

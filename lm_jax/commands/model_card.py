@@ -25,7 +25,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r})
 
 
 def model_card(
-    name: str, settings: Mapping[str, Any], step: int, records: Sequence[Mapping[str, Any]], adapter: bool
+    name: str, settings: Mapping[str, Any], step: int | None, records: Sequence[Mapping[str, Any]], adapter: bool
 ) -> str:
     """The text of a README.md.
 
@@ -76,8 +76,8 @@ def model_card(
 
 def _results(records: Sequence[Mapping[str, Any]]) -> str:
     """The newest value of every metric, in training and in evaluation, each with its step."""
-    trained = next((r for r in reversed(records) if "loss" in r), {})
-    held_out = next((r for r in reversed(records) if "eval_loss" in r), {})
+    trained: Mapping[str, Any] = next((r for r in reversed(records) if "loss" in r), {})
+    held_out: Mapping[str, Any] = next((r for r in reversed(records) if "eval_loss" in r), {})
     evaluated = {key.removeprefix("eval_"): value for key, value in held_out.items() if key.startswith("eval_")}
     names = [name for name in {**trained, **evaluated} if name not in _NOT_RESULTS]
     header = ["metric", f"training, step {trained.get('step')}"]

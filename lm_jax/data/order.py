@@ -5,6 +5,7 @@ Grain carries the position: its iterator state, two integers, is saved in every 
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -143,7 +144,7 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
 
 def _own_rows(rows: int, mesh: jax.sharding.Mesh) -> np.ndarray:
     """[n] which of `rows` this process's devices hold, ascending."""
-    of_devices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    of_devices: Any = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return np.unique([row for (part,) in of_devices for row in range(*part.indices(rows))])
 
 

@@ -110,8 +110,9 @@ class Hub:
             self._tell({"kind": "hold"})
         elif kind == "held":
             process.held = message["position"]
-            if all(p.held is not None for p in self._connected):
-                self._tell({"kind": "stop", "position": max(p.held for p in self._connected)})
+            held = [p.held for p in self._connected if p.held is not None]
+            if len(held) == len(self._connected):
+                self._tell({"kind": "stop", "position": max(held)})
         elif kind == "failed":
             process.finished = True
             if process.number != 0:

@@ -42,8 +42,10 @@ class Link:
         self._timeout, self._end, self._leaving = timeout, end, leaving
         self._changed = threading.Condition(threading.RLock())  # of all below; a signal handler may come in between
         self._position, self._where, self._work = 0, "the start", 0
-        self._passed, self._values, self._asked = 0, {}, False
-        self._held, self._stop = None, None
+        self._passed, self._asked = 0, False
+        self._values: dict[int, str] = {}
+        self._held: int | None = None
+        self._stop: int | None = None
         self._released, self._finished = False, False
         self._lines = self._join(address, process, processes, start_timeout)
         self._heard = time.monotonic()
@@ -162,7 +164,7 @@ class Link:
         with self._changed:
             if self._held is not None:
                 self._changed.wait_for(lambda: self._stop is not None)
-                if self._position >= self._stop:
+                if self._stop is not None and self._position >= self._stop:
                     return True
             self.reached(where)
             return False

@@ -54,7 +54,8 @@ def start(settings: Processes, end: Callable[[str], None]) -> Callable[[str | No
     if number is None or number == 1:
         return None
     needed = {"--coordinator_address": address, "--process_id": process}
-    if missing := [name for name, value in needed.items() if value is None]:
+    missing = [name for name, value in needed.items() if value is None]
+    if address is None or process is None:
         raise UserError(f"--num_processes={number} needs {' and '.join(missing)} too; {CURE}")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
@@ -132,7 +133,7 @@ def _initialize(address: str, number: int, process: int, local_devices: list[int
     libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
     jax.config.update("jax_enable_preemption_service", False)  # would take SIGTERM away from the command
-    if jax.config.jax_platforms == "cpu":
+    if jax.config.read("jax_platforms") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(

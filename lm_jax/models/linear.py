@@ -126,7 +126,8 @@ class Linear(nn.Module):
             kernel = self.param("kernel", nn.initializers.normal(fan_in**-0.5), shape, jnp.float32)
             y = contract(x, kernel, self.num_axes)
         if self.has_variable("params", LORA_A):
-            a, b = (self.get_variable("params", name) for name in (LORA_A, LORA_B))
+            a: jax.Array = self.get_variable("params", LORA_A)
+            b: jax.Array = self.get_variable("params", LORA_B)
             y = y + contract(contract(self._kept(x), a, self.num_axes), b)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(x.dtype)
@@ -135,5 +136,6 @@ class Linear(nn.Module):
     def _kept(self, x: jax.Array) -> jax.Array:
         if not self.has_variable("params", LORA_KEY):
             return x
-        key, keep = (self.get_variable("params", name) for name in (LORA_KEY, LORA_KEEP))
+        key: jax.Array = self.get_variable("params", LORA_KEY)
+        keep: jax.Array = self.get_variable("params", LORA_KEEP)
         return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)

@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,8 @@ class Checkpoints:
             # What a killed save left behind. A reader leaves it alone: it may be a save under way in another process.
             cleanup_tmp_directories=keep is not None,
         )
-        self._saving = self._whole = None
+        self._saving: tuple[int, Future[None]] | None = None
+        self._whole: int | None = None
         self._finisher = ThreadPoolExecutor(1, "checksums")
 
     def __enter__(self):
@@ -127,7 +129,7 @@ class Checkpoints:
             if (fault := _damage(path)) is None:
                 self._whole = step
                 return step
-            everywhere(lambda path=path, fault=fault: _move_away(path, fault), "the damaged checkpoint")
+            everywhere(partial(_move_away, path, fault), "the damaged checkpoint")
             self._checkpointer.reload()
         if steps:
             raise UserError(

@@ -15,9 +15,14 @@ _THREADS = 8
 _OWN = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")  # the directory in which one process writes
 
 
+def _writer(file: str) -> int:
+    own = _OWN.search(file)
+    return int(own[1]) if own else 0
+
+
 def write_checksums(checkpoint: epath.Path, process: int) -> None:
     """Sums the files that this process wrote; process 0 those that belong to nobody, too."""
-    files = [f for f in _files(checkpoint) if int((_OWN.search(f) or [None, 0])[1]) == process]
+    files = [f for f in _files(checkpoint) if _writer(f) == process]
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = dict(zip(files, pool.map(lambda f: _sum(checkpoint / f), files), strict=True))
     temporary = checkpoint / f".checksums.{process}.tmp"

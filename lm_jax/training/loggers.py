@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,7 +91,7 @@ def check_loggers(names: str) -> None:
 
 
 @contextlib.contextmanager
-def open_loggers(names: str, run: str) -> Iterator[list[Log]]:
+def open_loggers(names: str, run: str) -> Iterator[Sequence[Log]]:
     """The loggers of a run directory, closed when the block ends; process 0 has them, the others have none."""
     guarded = [] if jax.process_index() else [_Guarded(name) for name in split_names(names)]
     for logger in guarded:
@@ -107,7 +107,9 @@ class _Guarded:
     """A logger whose failure is said once and stops nothing."""
 
     def __init__(self, name: str):
-        self._name, self._log, self._close = name, None, None
+        self._name = name
+        self._log: Log | None = None
+        self._close: Callable[[], None] | None = None
 
     def open(self, run: str) -> None:
         with self._guard("it could not be opened"):
@@ -115,13 +117,13 @@ class _Guarded:
             run_id = _kept_id(run, self._name, service.new)
             self._log, self._close = service.open(run_id, flat_settings(read_settings(run)["config"]), run)
 
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
         if self._log is not None:
             with self._guard(f"step {step} could not be logged"):
                 self._log(step, metrics)
 
     def close(self) -> None:
-        if self._log is not None:
+        if self._log is not None and self._close is not None:
             with self._guard("it could not be closed"):
                 self._close()
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ class Run:
     """
 
     state: TrainState
-    train_step: Callable
+    train_step: Any
     frozen: Any
     batches: BatchIterator
     costs: list[StepCost]
@@ -56,7 +56,7 @@ class Run:
     checkpoint_config: CheckpointConfig
     metrics: MetricsWriter
     tracer: Tracer
-    shown: dict[str, str]  # metric name -> short name in the progress line
+    shown: Mapping[str, str]  # metric name -> short name in the progress line
 
 
 def fit(run: Run) -> TrainState:
@@ -98,13 +98,13 @@ def fit(run: Run) -> TrainState:
             clock = _finish(run, pending, clock, progress)
         pending = _Pending(done, values, waited, int(num_tokens[step]), float(num_flops[step]))
         saving = done % run.checkpoint_config.every == 0 or done == last
-        evaluating = run.evaluate is not None and (done % run.eval_every == 0 or done == last)
-        if saving or evaluating or run.tracer.ends(done):
+        evaluate = run.evaluate if done % run.eval_every == 0 or done == last else None
+        if saving or evaluate is not None or run.tracer.ends(done):
             clock = _finish(run, pending, clock, progress)
             pending = None
             run.tracer.end(done)
-            if evaluating:
-                values = run.evaluate(state.params)
+            if evaluate is not None:
+                values = evaluate(state.params)
                 run.metrics.write(done, {f"eval_{k}": v for k, v in values.items()})
             if saving:
                 run.checkpoints.save(done, checkpoint_items(state, {"data": run.batches.get_state()}))

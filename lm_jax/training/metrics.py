@@ -27,7 +27,8 @@ class MetricsWriter:
 
     def __init__(self, directory: str, resume_step: int, loggers: Sequence[Log] = ()):
         self._loggers = loggers
-        self._file = self._board = None
+        self._file: Any = None
+        self._board: Any = None
         if jax.process_index():
             return
         from tensorboardX import SummaryWriter
