@@ -93,6 +93,6 @@ def takes_system(tokenizer: Any) -> bool:
     return task in shown
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of what an error says, or its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
