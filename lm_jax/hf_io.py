@@ -100,7 +100,7 @@ def load_params(
         tensors = open_checkpoint(Path(model_dir), stack)
         _check_names(Path(model_dir), tensors, table, config)
         _check_tied(Path(model_dir), tensors, config)
-        params = {}
+        params: dict[str, Any] = {}
         for spec in table:
             sharding = default if flat is None else flat[spec.path]
             x = _load(spec, tensors, config, sharding, dtype if replace is None else "float32", model_dir)

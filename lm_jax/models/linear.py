@@ -118,7 +118,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.has_variable("params", CODES):
-            codes, scales = (self.get_variable("params", name) for name in (CODES, SCALES))
+            codes: jax.Array = self.get_variable("params", CODES)
+            scales: jax.Array = self.get_variable("params", SCALES)
             y = contract_nf4(x, codes, scales, self.num_axes)
         else:
             shape = x.shape[x.ndim - self.num_axes :] + self.features

@@ -114,7 +114,8 @@ def replacement(
 
 def quantize_params(params: Mapping[str, Any], config: ModelConfig, mesh: Mesh, dtype: str) -> dict[str, Any]:
     """`replacement` of one parameter after the other; `params`, fp32, are used up."""
-    flat, replace, made = flatten(params), replacement(config, mesh, dtype), {}
+    flat, replace = flatten(params), replacement(config, mesh, dtype)
+    made: dict[str, Any] = {}
     for spec in weight_table(config):
         made |= replace(spec, flat.pop(spec.path))
     return nest(made)

@@ -165,7 +165,7 @@ def param_specs(
     config: ModelConfig, mesh: jax.sharding.Mesh, precision: str = FULL
 ) -> dict[str, jax.sharding.PartitionSpec]:
     """Parameter path -> PartitionSpec, for every parameter of the family's weight table, its kernels in `precision`."""
-    specs = {}
+    specs: dict[str, Any] = {}
     for s in weight_table(config):
         if precision == NF4 and is_quantized(s):
             specs |= leaf_specs(s, config, mesh)
