@@ -101,7 +101,10 @@ def _google_cloud(environment: Mapping[str, str], timeout: float) -> Place | Non
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() calls; it has no public form
 
     found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
-    return None if found[1] is None else Place(*found)
+    address, number, process, devices = found
+    if number is None or process is None:
+        return None
+    return Place(address, number, process, None if devices is None else list(devices))
 
 
 def _first_host(nodes: str) -> str:

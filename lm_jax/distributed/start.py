@@ -97,8 +97,13 @@ def _settled(settings: Processes) -> tuple[str | None, int | None, int | None, l
     with contextlib.suppress(*() if None in given else (UserError,)):  # what is given is the cure
         place = launchers.find(os.environ, settings.start_timeout if None in given else None)
     if place is not None:
-        found = place.address, place.number, place.process
-        return *(f if g is None else g for g, f in zip(given, found, strict=True)), place.local_devices
+        address, number, process = given
+        return (
+            place.address if address is None else address,
+            place.number if number is None else number,
+            place.process if process is None else process,
+            place.local_devices,
+        )
     if settings.num_processes is None and given != (None, None, None):
         raise UserError(f"--num_processes: not set, but --coordinator_address or --process_id is; {CURE}")
     return *given, None
