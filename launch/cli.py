@@ -89,7 +89,7 @@ def run(
         except OSError as e:  # what a command does not foresee of paths, access and space
             _fail(_os_fault(e))
         except Exception as e:
-            if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):  # as XLA says it
+            if not _of_memory(e):
                 raise
             _fail(_memory_fault(e))
         return 0
@@ -136,6 +136,8 @@ def _processes() -> Iterator[None]:
         done(None)
         raise
     except Exception as e:
+        if _of_memory(e):
+            raise UserError(_memory_fault(e)) from e
         if _of_another(e):  # then the line that names it comes
             time.sleep(given.process_timeout + 4 * PERIOD)
         traceback.print_exc()
@@ -157,6 +159,10 @@ def _lost(line: str) -> NoReturn:
 def _os_fault(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}; check the path, its access and its free space"
+
+
+def _of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)  # as XLA says it
 
 
 def _memory_fault(error: Exception) -> str:

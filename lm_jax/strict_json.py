@@ -1,5 +1,6 @@
 """JSON of others: one object a file, and no key twice."""
 
+import collections
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,6 @@ def no_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+        counts = collections.Counter(key for key, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r} stands twice")
     return value

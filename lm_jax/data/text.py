@@ -54,7 +54,16 @@ def messages_fault(value: Any) -> str | None:
         for name in needed:
             if not isinstance(message.get(name), str):
                 return f"message {i} has no {name} that is a string"
+        if message["role"] == TOOLS and not (i == 0 and _is_list(message["content"])):
+            return f"message {i} has the role {TOOLS}, kept for the JSON list of functions that stands first"
     return None
+
+
+def _is_list(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def tidy_message(message: Message) -> Message:

@@ -86,6 +86,8 @@ class Hub:
         except (OSError, ValueError):  # ValueError: somebody else's connection
             return self._gone(process)
         for message in messages:
+            if not isinstance(message, dict) or process.number is None and not _says_hello(message):
+                return self._gone(process)  # somebody else's connection, too
             process.heard = time.monotonic()
             self._take(process, message)
 
@@ -199,6 +201,10 @@ class Hub:
     def _tell(self, message: Message) -> None:
         for process in self._connected:
             process.lines.send(message)
+
+
+def _says_hello(message: Message) -> bool:
+    return message.get("kind") == "hello" and all(isinstance(message.get(k), int) for k in ("process", "processes"))
 
 
 def _named(numbers) -> str:

@@ -4,8 +4,10 @@ All of them make the same calls in the same order. A process that does not come,
 with its name, within the time-out that `start` was given.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +18,7 @@ from lm_jax.distributed.link import Link
 
 T = TypeVar("T")
 
+_AT_WORK = 0.5  # seconds between two words of it
 _SMALL = 1 << 20  # bytes that go through the hub; more goes from device to device
 
 link: Link | None = None  # of a run of many processes, set by `start`
@@ -31,13 +34,30 @@ def everywhere(value: Callable[[], Any], what: str = "what process 0 makes known
         return value()
     here, text = None, b""
     if jax.process_index() == 0:
-        here = value()
+        with _at_work():
+            here = value()
         text = json.dumps(here).encode()
         given = {"value": here} if len(text) <= _SMALL else {"size": len(text)}
         link.give(what, given)
     else:
         given = link.take(what)
     return given["value"] if "value" in given else _over_devices(text, given["size"])
+
+
+@contextlib.contextmanager
+def _at_work() -> Iterator[None]:
+    """Within, the others wait for as long as it takes: for an upload, for a server's answers."""
+    done = threading.Event()
+
+    def say() -> None:
+        while not done.wait(_AT_WORK):
+            worked()
+
+    threading.Thread(target=say, name="at work", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _over_devices(text: bytes, size: int) -> Any:

@@ -52,12 +52,13 @@ _TARGETS: dict[str, Callable[[str, str], bool]] = {  # (response, target)
     "E2E": lambda text, target: text == target,
     "text_editing": lambda text, target: text == target,
     "WIKIEVENTS": lambda text, target: set(text.split("\n")) <= set(target.split("\n")),
-    "CONLL2003": lambda text, target: text in ast.literal_eval(target),
+    "CONLL2003": lambda text, target: text in _listed(target),
     "BBH_logical": lambda text, target: _last(r"\([A-Z]\)", text) == target,
     "BBH_time": lambda text, target: _last(r"\d{2}/\d{2}/\d{4}", text) == target,
     "self_made_space": lambda text, target: target in text,
     "gsm_8k": lambda text, target: _last(r"\$\d+", text) == target,
 }
+
 RULED = frozenset({*_SUMMARIES, *_TARGETS})
 
 
@@ -86,6 +87,13 @@ def has_form(template: str, answer: str, response: str) -> bool:
     form = template.replace("{instruction}\n", "").replace("{{", "{").replace("}}", "}")
     pattern = ".*".join(map(re.escape, form.split("{answer}")))
     return bool(re.fullmatch(pattern, response.strip(), re.DOTALL if "\n" in answer else 0))
+
+
+def _listed(target: str) -> list[str]:
+    value = ast.literal_eval(target)
+    if not isinstance(value, list):
+        raise ValueError(f"no list: {target!r}")
+    return value
 
 
 def _sentences(text: str) -> list[str]:

@@ -69,7 +69,7 @@ def leaf_specs(spec: WeightSpec, config: ModelConfig, mesh: Mesh) -> dict[str, P
 def check_quantizer(base: str) -> None:
     """Raises UserError where `config.lora.base` needs qwix and it is not installed, before anything is read."""
     if base == NF4 and importlib.util.find_spec("qwix") is None:
-        raise UserError("config.lora.base=nf4 needs qwix, which is not installed: pip install 'lm-jax[qlora]'")
+        raise UserError("config.lora.base=nf4 needs qwix, which is not installed: pip install -e '.[qlora]'")
 
 
 def quantize(kernel: jax.Array, spec: WeightSpec, config: ModelConfig, mesh: Mesh) -> dict[str, jax.Array]:

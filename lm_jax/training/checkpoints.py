@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -121,20 +122,25 @@ class Checkpoints:
         """The newest step that is whole, or None where there is none at all; damaged ones are moved away, and named.
 
         Raises:
-          UserError: there are some, and all are damaged.
+          UserError: there are some, and all are damaged. They stay where they are, or the next start would find none
+            and begin anew.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged: list[tuple[epath.Path, str]] = []
+        for step in reversed(self.steps()):
             path = epath.Path(self._directory) / str(step)
             if (fault := _damage(path)) is None:
                 self._whole = step
+                for path, fault in damaged:
+                    everywhere(partial(_move_away, path, fault), "the damaged checkpoint")
+                if damaged:
+                    self._checkpointer.reload()
                 return step
-            everywhere(partial(_move_away, path, fault), "the damaged checkpoint")
-            self._checkpointer.reload()
-        if steps:
+            damaged.append((path, fault))
+        if damaged:
+            names = ", ".join(f"{path.name}: {fault}" for path, fault in damaged)
             raise UserError(
-                f"{self._directory}: every checkpoint ({', '.join(map(str, steps))}) is damaged; restore one from a "
-                "copy, or give another config.output to start anew"
+                f"{self._directory}: every checkpoint is damaged ({names}); restore one from a copy, or give another "
+                "config.output to start anew"
             )
         return None
 
@@ -153,7 +159,7 @@ class Checkpoints:
         if step not in steps:
             raise UserError(f"{self._directory}: no checkpoint of step {step}; there are {steps or 'none'}")
         path = epath.Path(self._directory) / str(step)
-        if step != self._whole and (fault := _damage(path)):
+        if step != self._whole and (fault := _damage(path, frozenset(abstract_items))):
             raise UserError(f"{path}: damaged: {fault}; delete that step to fall back to an older one")
         try:
             return self._checkpointer.load_checkpointables(step, abstract_items)
@@ -165,9 +171,9 @@ class Checkpoints:
             ) from e
 
 
-def _damage(path: epath.Path) -> str | None:
-    """What is wrong with a checkpoint; each process looks at a part of it."""
-    fault = damage(path, jax.process_index(), jax.process_count())
+def _damage(path: epath.Path, items: Collection[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint, or with some items of it; each process looks at a part."""
+    fault = damage(path, jax.process_index(), jax.process_count(), items)
     if jax.process_count() == 1:
         return fault
     from jax.experimental import multihost_utils

@@ -6,6 +6,7 @@ Each process sums what it wrote, when the checkpoint is whole, into `checksums.P
 import json
 import re
 import zlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
@@ -30,11 +31,14 @@ def write_checksums(checkpoint: epath.Path, process: int) -> None:
     temporary.rename(checkpoint / f"checksums.{process}.json")
 
 
-def damage(checkpoint: epath.Path, share: int = 0, shares: int = 1) -> str | None:
+def damage(
+    checkpoint: epath.Path, share: int = 0, shares: int = 1, items: Collection[str] | None = None
+) -> str | None:
     """What is wrong with the checkpoint, with the file's name; None where nothing is, or nothing was summed.
 
     Args:
       share, shares: which part of the files to look at, of how many parts.
+      items: those alone, and what belongs to none; None: all.
     """
     sums: dict[str, list[int]] = {}
     for file in sorted(checkpoint.glob("checksums.*.json")):
@@ -42,7 +46,8 @@ def damage(checkpoint: epath.Path, share: int = 0, shares: int = 1) -> str | Non
             sums |= json.loads(file.read_text())["crc32"]
         except (ValueError, KeyError, TypeError):
             return f"{file.name} cannot be read"
-    names = sorted(sums)[share::shares]
+    wanted = (name for name in sums if items is None or "/" not in name or name.partition("/")[0] in items)
+    names = sorted(wanted)[share::shares]
 
     def look(name: str) -> str | None:
         path = checkpoint / name

@@ -178,13 +178,14 @@ def run_job(job: Job, task: Task) -> None:
                     shown=task.shown,
                 )
             )
+        stops = stops_before("the end of training")  # what follows may be hours of another stage
     if jax.process_index() == 0:
         from lm_jax.training.plots import plot_run  # matplotlib takes a second, and a preview or an error needs none
 
         records = training_records(config.output)
         plot_run(f"{config.output}/plots", records, task.examples, task.sides)
         _say_summary(config.output, records, task.shown, num_steps, time.monotonic() - job.began)
-    if stops_before("the end of training"):
+    if stops:
         raise Stopped(f"{config.output}: all {num_steps} steps are done; stopped, as asked")
 
 

@@ -229,7 +229,7 @@ def damage(step_directory: Path, how: str) -> None:
     elif how == "gone":
         data.unlink()
     else:
-        (step_directory / "optimizer" / "_METADATA").write_text("{")
+        (step_directory / "params" / "_METADATA").write_text("{")
 
 
 @pytest.mark.parametrize("how", ["cut short", "gone", "no metadata", "flipped"])
@@ -254,8 +254,10 @@ def test_no_whole_checkpoint_is_left(runs, undisturbed):
     output = copy_of(undisturbed, "all_damaged")
     for step in saved_steps(output):
         damage(output / "checkpoints" / str(step), "flipped")
-    line = fork("musc_train", *runs.flags("all_damaged")).error()
-    assert "every checkpoint (" in line and "damaged" in line, line
+    for _ in range(2):  # what restarts a failed command must not begin anew
+        line = fork("musc_train", *runs.flags("all_damaged")).error()
+        assert "every checkpoint is damaged" in line, line
+    assert saved_steps(output) == saved_steps(undisturbed)
 
 
 def test_a_checkpoint_from_before_there_were_checksums(runs, undisturbed):

@@ -1,6 +1,7 @@
 """A command whose processes meet, step and sum over their devices; one of them misbehaves as told.
 
-    --fault=ID:WHAT:STEP   WHAT: error, crash, exit, hang, busy; of process ID before that step
+    --fault=ID:WHAT:STEP   WHAT: error, crash, exit, hang, busy, memory; of process ID before that step
+    --alone=SECONDS        process 0 works by itself at first, and the others wait for what comes of it
     --pids=FILE            FILE.ID appears with that process's id, once it steps
     --steps=N --pause=SECONDS
 """
@@ -15,6 +16,7 @@ from launch import cli
 
 _FAULT = flags.DEFINE_string("fault", "", "")
 _PIDS = flags.DEFINE_string("pids", "", "")
+_ALONE = flags.DEFINE_float("alone", 0.0, "")
 _STEPS = flags.DEFINE_integer("steps", 20, "")
 _PAUSE = flags.DEFINE_float("pause", 0.0, "")
 
@@ -33,6 +35,8 @@ def command():
             raise UserError("the input: row 3 is wrong; mend it")
         if what == "crash":
             raise ZeroDivisionError("by accident")
+        if what == "memory":
+            raise RuntimeError("RESOURCE_EXHAUSTED: 12 GB")
         if what == "exit":
             os._exit(9)
         begin = time.monotonic()
@@ -43,6 +47,7 @@ def command():
 
     def main(_):
         me, total = jax.process_index(), 0
+        everywhere(lambda: time.sleep(_ALONE.value))
         given = everywhere(lambda: {"from": os.getpid(), "large": "x" * 3_000_000})
         assert len(given["large"]) == 3_000_000
         if _PIDS.value:

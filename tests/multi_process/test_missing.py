@@ -79,12 +79,20 @@ def test_one_hangs(hanging):
 
 def test_one_that_is_at_work_may_take_its_time():
     start("--fault=0:busy:3", "--process_timeout=1", processes=2).ok()
+    start("--alone=4", "--process_timeout=1", processes=2).ok()
 
 
-@pytest.mark.parametrize(("failing", "what"), [(2, "error"), (0, "error"), (2, "crash")])
+OWN = {
+    "error": "the input: row 3 is wrong; mend it",
+    "crash": "ZeroDivisionError: by accident",
+    "memory": "out of memory (RESOURCE_EXHAUSTED: 12 GB)",
+}
+
+
+@pytest.mark.parametrize(("failing", "what"), [(2, "error"), (0, "error"), (2, "crash"), (1, "memory")])
 def test_one_fails(failing, what):
     lines = ended(start(f"--fault={failing}:{what}:2"), 30)
-    own = "the input: row 3 is wrong; mend it" if what == "error" else "ZeroDivisionError: by accident"
+    own = OWN[what]
     assert lines.pop(failing).startswith(own)
     for line in lines.values():
         assert line.startswith(f"process {failing} ended with an error: {own}")

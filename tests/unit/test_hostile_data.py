@@ -46,6 +46,7 @@ def rows(tmp_path):
     [
         ('{"a": 1}\n{"prompt": "x", "prompt": "y"}\n', [":2", "'prompt' stands twice"]),
         ('{"a": {"b": 1, "b": 1}}', [":1", "'b' stands twice"]),
+        ("{" + "".join(f'"{i}": 0, ' for i in range(300_000)) + '"299999": 0}', [":1", "'299999' stands twice"]),
         ('{"a": ' + "9" * 5000 + "}", [":1", "digits"]),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", [":1", "nested too deeply"]),
         ('{"a": ' * 100_000, [":1", "nested too deeply"]),

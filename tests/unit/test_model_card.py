@@ -180,7 +180,7 @@ def test_what_the_hub_refuses_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with Server(lambda asked: Reply(status=403)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url.removesuffix("/v1"))
-        with pytest.raises(UserError, match=r"is whole, .*403.*then: hf upload org/name /") as raised:
+        with pytest.raises(UserError, match=r"is whole, .*403.*then: hf upload org/name /.* --private$") as raised:
             push(str(tmp_path), "org/name", private=True)
     assert "hf_secret" not in str(raised.value)
     (asked,) = server.asked
@@ -191,7 +191,15 @@ def test_what_the_hub_refuses_is_said(monkeypatch, tmp_path):
 
 def test_an_upload_that_breaks_off_is_said(api, tmp_path):
     api[1].append(OSError("no route"))
-    with pytest.raises(UserError, match=r"is whole, .*no route.*then: hf upload org/name /"):
+    with pytest.raises(UserError, match=r"is whole, .*no route.*then: hf upload org/name /[^ ]*$"):
+        push(str(tmp_path), "org/name", private=False)
+
+
+def test_a_hub_that_is_not_there_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="is whole, but it could not be uploaded to org/name"):
         push(str(tmp_path), "org/name", private=True)
 
 

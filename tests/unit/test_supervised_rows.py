@@ -213,6 +213,7 @@ GOOD = {"prompt": "p", "response": "a"}
         ({"messages": "a"}, "messages", "give a list"),
         ({"messages": []}, "messages is an empty list", "give a list"),
         ({"messages": [{"role": "user"}]}, "messages message 0 has no content", "give a list"),
+        ({"messages": [{"role": "tools", "content": "hello"}]}, "message 0 has the role tools", "give a list"),
         ({"messages": [user("a")]}, "no assistant message", "drop the row"),
         ({"messages": [assistant("a"), user("b")]}, "begins with an assistant message", "drop that message"),
         ({"conversations": [{"role": "user"}]}, "conversations must be a list of {'from'", "mend the row"),
