@@ -138,7 +138,7 @@ def _initialize(address: str, number: int, process: int, local_devices: list[int
     libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
     jax.config.update("jax_enable_preemption_service", False)  # would take SIGTERM away from the command
-    if jax.config.read("jax_platforms") == "cpu":
+    if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]  # JAX declares its options as it runs
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
