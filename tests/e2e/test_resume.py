@@ -239,10 +239,13 @@ def test_a_damaged_checkpoint_is_named_and_never_trained_on(runs, undisturbed, h
     damage(output / "checkpoints" / str(STEPS), how)
     what = {"cut short": "bytes instead of", "gone": "is gone", "no metadata": "_METADATA has 1 bytes"}
     export = arguments("export_hf", f"model={output}", f"output={output}-hf")
-    line = fork("export_hf", *export).error()
-    assert f"{output}/checkpoints/{STEPS}: damaged: " in line and "delete" in line, line
-    assert what.get(how, "changed") in line, line
-    assert not Path(f"{output}-hf").exists()
+    if how == "flipped":  # in the optimizer's state, which an export does not read
+        fork("export_hf", *export).ok()
+    else:
+        line = fork("export_hf", *export).error()
+        assert f"{output}/checkpoints/{STEPS}: damaged: " in line and "delete" in line, line
+        assert what[how] in line, line
+        assert not Path(f"{output}-hf").exists()
     done = fork("musc_train", *runs.flags(name)).ok()
     assert f"{output}/checkpoints/{STEPS}: damaged: " in done.stderr and what.get(how, "changed") in done.stderr
     assert f"continuing {output} after step {saved_steps(undisturbed)[-2]}" in done.stderr
