@@ -189,14 +189,17 @@ def test_what_may_change_between_a_run_and_its_continuation(runs, undisturbed):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_on_request(runs, undisturbed, number):
-    name = f"stopped_{number}"
-    run = Fork("musc_train", *runs.flags(name))
-    while logged(runs.directory / name) < 130:
-        assert run.process.is_alive(), run.wait().stderr[-2000:]
-        time.sleep(0.0005)
-    os.kill(run.process.pid, number)
-    done = run.wait().ok()
-    step = saved_steps(runs.directory / name)[-1]
+    for attempt in range(3):  # on a busy machine the run may end before it is looked at
+        name = f"stopped_{number}_{attempt}"
+        run = Fork("musc_train", *runs.flags(name))
+        while logged(runs.directory / name) < 110:
+            assert run.process.is_alive(), run.wait().stderr[-2000:]
+            time.sleep(0.0005)
+        os.kill(run.process.pid, number)
+        done = run.wait().ok()
+        step = saved_steps(runs.directory / name)[-1]
+        if step < STEPS:
+            break
     assert 100 < step < STEPS
     assert f"stopped after step {step} of {STEPS}, as asked; all is saved" in done.stderr
     assert_same(runs.finish(name), undisturbed)  # with as many checkpoints: the newest are kept
