@@ -218,7 +218,7 @@ def test_a_model_that_gives_nan(place, tmp_path):
     rows = common.write_rows(tmp_path / "pairs.jsonl", pairs)
     settings = (f"model={model}", f"input={rows}", "batch.max_examples_per_row=1")
     line = fork("musc_token_weights", *place.flags("nan", *settings)).error()
-    assert "model.safetensors" in line and "model.embed_tokens.weight" in line and "NaN" in line, line
+    assert "model.embed_tokens.weight has NaN or infinity" in line, line
     assert not (place.path / "nan.jsonl").exists()
 
 
