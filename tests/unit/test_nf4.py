@@ -174,5 +174,5 @@ def test_refused(monkeypatch):
     quantized.check_quantizer("nf4")
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     quantized.check_quantizer("full")
-    with pytest.raises(UserError, match=r"needs qwix, which is not installed: pip install 'lm-jax\[qlora\]'"):
+    with pytest.raises(UserError, match=r"needs qwix, which is not installed: pip install -e '\.\[qlora\]'"):
         quantized.check_quantizer("nf4")
