@@ -70,22 +70,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.batch.microbatches = 1  # nothing to accumulate
     c.batch.max_examples_per_row = 256  # answers to multiple-choice questions are short
 
-    c.decode = ConfigDict()
-    c.decode.slots = 64  # answers written at once, over all devices; more keeps accelerators busier, in more memory
-    c.decode.max_length = c.get_ref("max_length")
-    c.decode.chunk = 8  # tokens between two looks at what has finished
-
-    c.mesh = ConfigDict()
-    c.mesh.data = 1  # copies of the model; -1 here and tensor=1 is fastest where a device holds it whole
-    c.mesh.fsdp = 1  # cuts parameters that every token would gather anew: last resort
-    c.mesh.tensor = -1  # all devices cut each layer
-
-    c.compute = ConfigDict()
-    c.compute.dtype = c.get_ref("dtype")
-    c.compute.remat = "none"  # no gradient, nothing to recompute
-    c.compute.attention = "auto"  # the platform's kernel
+    _here(c, c.get_ref("max_length"))
     c.compute.logprob_chunk = 256  # tokens a row whose logits exist at once
-    c.compute.scan_unroll = 1  # not read here: a forward pass gains nothing from more
     return c
 
 
@@ -136,6 +122,11 @@ def _model(c: ConfigDict, max_length: int) -> None:
     c.endpoint.concurrency = 32  # requests under way at once, which the server batches
     c.endpoint.timeout = 600.0  # seconds that one request may take
 
+    _here(c, max_length)
+
+
+def _here(c: ConfigDict, max_length: object) -> None:
+    """Settings of a model that runs here."""
     c.decode = ConfigDict()
     c.decode.slots = 64  # answers written at once, over all devices; more keeps accelerators busier, in more memory
     c.decode.max_length = max_length  # tokens of prompt + answer that a slot holds
@@ -150,5 +141,5 @@ def _model(c: ConfigDict, max_length: int) -> None:
     c.compute.dtype = c.get_ref("dtype")
     c.compute.remat = "none"  # no gradient, nothing to recompute
     c.compute.attention = "auto"  # the platform's kernel
-    c.compute.logprob_chunk = 256  # not read here
+    c.compute.logprob_chunk = 256  # read where answers are scored, not where they are written
     c.compute.scan_unroll = 1  # layers compiled together

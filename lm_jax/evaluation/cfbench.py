@@ -13,7 +13,7 @@ from lm_jax.data.rows import read_rows
 from lm_jax.errors import UserError
 from lm_jax.evaluation import judge_prompts
 from lm_jax.evaluation.intervals import Estimate, estimate
-from lm_jax.evaluation.judged import Item, Question, Scores, Verdict, known
+from lm_jax.evaluation.judged import Question, Scores, Verdict, known, text_item
 
 PRIMARY, SECONDARY = "主需", "次需"
 _ENOUGH = 0.8
@@ -44,7 +44,7 @@ class CFBench:
     def __init__(self, path: str, limit: int | None):
         rows = read_rows(path, ("prompt", "criteria"))[:limit]
         asked = [(row, f"{path} row {number}") for number, row in enumerate(rows) if row["prompt"] != ""]
-        self.items = [_item(row, where) for row, where in asked]
+        self.items = [text_item(row, "prompt", where) for row, where in asked]
         self._rows = [_read(row, where) for row, where in asked]
         self._num_empty = len(rows) - len(asked)
         if not asked:
@@ -105,12 +105,6 @@ def _of_type(name: str, judged: Sequence[tuple[_Row, Sequence[bool]]]) -> Estima
     own = [[m for m, kind in zip(met, row.types, strict=True) if kind == name] for row, met in judged]
     own = [met for met in own if met]
     return estimate([sum(met) for met in own], [len(met) for met in own])
-
-
-def _item(row: Mapping[str, Any], where: str) -> Item:
-    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-        raise UserError(f"{where}: prompt must be a text, got {row['prompt']!r}; mend the row")
-    return Item(row["prompt"], where)
 
 
 def _read(row: Mapping[str, Any], where: str) -> _Row:

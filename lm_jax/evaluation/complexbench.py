@@ -12,7 +12,7 @@ from lm_jax.data.rows import read_rows
 from lm_jax.errors import UserError
 from lm_jax.evaluation import judge_prompts
 from lm_jax.evaluation.intervals import Estimate, estimate
-from lm_jax.evaluation.judged import Item, Question, Scores, Verdict, known
+from lm_jax.evaluation.judged import Question, Scores, Verdict, known, text_item
 
 _TYPES = ("constraint_dimensions", "composition_types")
 
@@ -40,7 +40,7 @@ class ComplexBench:
 
     def __init__(self, path: str, limit: int | None):
         rows = read_rows(path, ("instruction", "scoring_questions"))[:limit]
-        self.items = [_item(row, f"{path} row {number}") for number, row in enumerate(rows)]
+        self.items = [text_item(row, "instruction", f"{path} row {number}") for number, row in enumerate(rows)]
         self._points = [_points(row, item.where) for row, item in zip(rows, self.items, strict=True)]
 
     def questions(self, responses: Sequence[str | None]) -> list[Question]:
@@ -97,12 +97,6 @@ def with_dependencies(met: Sequence[bool], depends: Sequence[Sequence[int]]) -> 
 def _share(met: Sequence[Sequence[bool]]) -> Estimate | None:
     own = [values for values in met if values]
     return estimate([sum(values) for values in own], [len(values) for values in own])
-
-
-def _item(row: Mapping[str, Any], where: str) -> Item:
-    if not isinstance(row["instruction"], str) or not row["instruction"].strip():
-        raise UserError(f"{where}: instruction must be a text, got {row['instruction']!r}; mend the row")
-    return Item(row["instruction"], where)
 
 
 def _points(row: Mapping[str, Any], where: str) -> tuple[_Point, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lm_jax.data.verdicts import read_points, read_preference
+from lm_jax.errors import UserError
 from lm_jax.evaluation.intervals import Estimate
 
 Scores = dict[str, dict[str, Estimate]]  # group -> metric -> estimate
@@ -16,6 +17,13 @@ class Item:
 
     text: str
     where: str
+
+
+def text_item(row: Mapping[str, Any], column: str, where: str) -> Item:
+    """The text in `column` of a row; UserError where it is none, or empty."""
+    if not isinstance(row[column], str) or not row[column].strip():
+        raise UserError(f"{where}: {column} must be a text, got {row[column]!r}; mend the row")
+    return Item(row[column], where)
 
 
 @dataclasses.dataclass(frozen=True)
