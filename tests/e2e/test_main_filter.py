@@ -263,13 +263,19 @@ def test_a_model_that_gives_nan(place, tmp_path):
     model = shutil.copytree(place.reverse, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     token = make_tokenizer(tmp_path / "tokenizer").convert_tokens_to_ids("Z")
-    tensors["model.embed_tokens.weight"][token] = np.nan
+    embeddings = tensors["model.embed_tokens.weight"]
+    embeddings[:, 0], embeddings[token] = 0, np.eye(embeddings.shape[1], dtype=np.float32)[0]
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[0] = 0  # so that the first number stays this token's own
+        elif name.endswith(("layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight")):
+            tensor[:, 0] = 1e30
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     rows = [candidate(i, **({"instruction": "Z cats"} if i == 5 else {})) for i in range(9)]
     path = common.write_rows(tmp_path / "rows.jsonl", rows)
     settings = (f"reverse={model}", f"input={path}", "batch.max_examples_per_row=1")
     line = place.refused("nan", *settings)
-    assert "model.embed_tokens.weight has NaN or infinity" in line, line
+    assert "rows.jsonl row 5 (instruction): the log-prob of token " in line and "by the reverse model is nan" in line
 
 
 def test_scores_of_something_else_are_refused(place, filtered):
