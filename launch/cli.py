@@ -147,7 +147,7 @@ def _processes() -> Iterator[None]:
 
 def _of_another(error: Exception) -> bool:
     """Whether it may come of another process's end or halt: a collective breaks then, or gives up waiting."""
-    return bool(re.search(r"Gloo|NCCL|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL): ", str(error)))
+    return bool(re.search(r"Gloo|NCCL|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ", str(error)))
 
 
 def _lost(line: str) -> NoReturn:
