@@ -24,7 +24,7 @@ from lm_jax.commands.rounds import begin_directory
 from lm_jax.commands.steps import alone_in, run_step
 from lm_jax.config import to_dict
 from lm_jax.data.journal import rows_fingerprint
-from lm_jax.data.rows import read_rows, replacing, write_jsonl
+from lm_jax.data.rows import read_rows, write_jsonl, write_text
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
@@ -286,8 +286,7 @@ class _Controls:
         report |= {"judge": self._judged(), "shuffled": self._told_apart()}
         write_jsonl(self._path("controls.json"), [report])
         text = markdown(report)
-        with replacing(self._path("controls.md")) as out:
-            out.write(text.encode())
+        write_text(self._path("controls.md"), text)
         plot_controls(report["arms"], self._path("controls.png"))
         print(text, flush=True)
 

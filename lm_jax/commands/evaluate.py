@@ -14,7 +14,7 @@ import jax
 from lm_jax.commands.judged import JudgedConfig, evaluate_judged
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, split_names
 from lm_jax.data.order import check_batch
-from lm_jax.data.rows import check_not_input, replacing, write_jsonl
+from lm_jax.data.rows import check_not_input, write_jsonl, write_text
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.evaluation.ifeval import read_prompts, score_responses
@@ -231,5 +231,4 @@ def _file_name(given: str) -> str:
 
 def _write(path: Path, text: str) -> None:
     if jax.process_index() == 0:
-        with replacing(str(path)) as out:
-            out.write(text.encode())
+        write_text(str(path), text)

@@ -23,7 +23,7 @@ import jax
 from lm_jax.commands.generate import GenerateConfig, generate_rows
 from lm_jax.commands.generator import EndpointConfig, check_one_model, local_mesh, open_endpoint, open_local
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
-from lm_jax.data.rows import read_rows, replacing, write_jsonl
+from lm_jax.data.rows import read_rows, write_jsonl, write_text
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.evaluation.cfbench import CFBench
@@ -159,9 +159,9 @@ def evaluate_judged(config: JudgedConfig) -> None:
     if jax.process_index() == 0:
         write_jsonl(str(output / "verdicts.jsonl"), _verdict_rows(benchmark, responses, questions, verdicts, answers))
         if isinstance(benchmark, Pairwise):
-            _write(output / "outputs.json", json.dumps(benchmark.outputs(responses, config.name), indent=2) + "\n")
-        _write(output / "scores.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        _write(output / "scores.md", table)
+            write_text(f"{output}/outputs.json", json.dumps(benchmark.outputs(responses, config.name), indent=2) + "\n")
+        write_text(f"{output}/scores.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_text(f"{output}/scores.md", table)
         print(table, end="")
 
 
@@ -312,8 +312,3 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 def _listed(places: Sequence[int | str]) -> str:
     return ", ".join(map(str, places[:_SHOWN])) + (", ..." if len(places) > _SHOWN else "")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(str(path)) as out:
-        out.write(text.encode())

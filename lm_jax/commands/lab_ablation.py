@@ -28,7 +28,7 @@ from lm_jax.commands.lab_musc_arms import LEFT_OUT as MUSC_LEFT_OUT
 from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
 from lm_jax.commands.rounds import begin_directory
 from lm_jax.commands.steps import alone_in, logged, run_step
-from lm_jax.data.rows import replacing, write_jsonl
+from lm_jax.data.rows import write_jsonl, write_text
 from lm_jax.errors import UserError
 from lm_jax.lab.answers import verdicts
 from lm_jax.lab.gate import check_gate
@@ -232,8 +232,7 @@ class _Ablation:
         shown = (markdown(self._methods[name], table, self._config.temperature) for name, table in tables.items())
         text = "\n".join(shown)
         write_jsonl(f"{self._root}/report.json", [tables])
-        with replacing(f"{self._root}/report.md") as out:
-            out.write(text.encode())
+        write_text(f"{self._root}/report.md", text)
         return text
 
     def _plot(self) -> None:

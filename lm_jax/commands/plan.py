@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from lm_jax.config import ModelConfig, from_config_dict, to_dict
-from lm_jax.data.rows import replacing
+from lm_jax.data.rows import write_text
 from lm_jax.errors import UserError
 from lm_jax.models.registry import weight_table
 from lm_jax.planning.compiled import Cost, compile_program
@@ -92,9 +92,7 @@ def plan(config: Any, programs: Programs, topology: str | None, output: str | No
         print("\nfitting, by the estimate for a token:")
         print("\n".join(_line(c) for c in report["search"] if c["fits"]) or "none")
     if output is not None and jax.process_index() == 0:
-        epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as file:
-            file.write((json.dumps(report, indent=2) + "\n").encode())
+        write_text(output, json.dumps(report, indent=2) + "\n")
 
 
 def _report(config: Any, model: ModelConfig, target: Target, costs: Sequence[Cost]) -> dict[str, Any]:

@@ -86,6 +86,12 @@ def write_jsonl(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
                 raise UserError(f"{path} row {number}: NaN or infinity is no JSON; remove it first") from error
 
 
+def write_text(path: str, text: str) -> None:
+    """Writes `text` in UTF-8; atomic, as `write_jsonl` is."""
+    with replacing(path) as out:
+        out.write(text.encode())
+
+
 def check_not_input(output: str, given: str | None, key: str = "config.input") -> None:
     """Raises UserError where `output` is the file `given`, which writing would replace."""
     if given and os.path.realpath(output) == os.path.realpath(given):

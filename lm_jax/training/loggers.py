@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from lm_jax.config import split_names
-from lm_jax.data.rows import replacing
+from lm_jax.data.rows import write_text
 from lm_jax.errors import UserError
 from lm_jax.training.metrics import Log, say
 from lm_jax.training.runs import flat_settings, read_settings
@@ -142,6 +142,5 @@ def _kept_id(run: str, name: str, new: Callable[[str], str]) -> str:
     ids = json.loads(path.read_text()) if path.exists() else {}
     if name not in ids:
         ids[name] = new(run)
-        with replacing(str(path)) as out:
-            out.write(json.dumps(ids).encode() + b"\n")
+        write_text(str(path), json.dumps(ids) + "\n")
     return ids[name]
