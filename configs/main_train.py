@@ -61,6 +61,9 @@ def get_config(preset: str = "") -> ConfigDict:
     c.optim.eps = 1e-8
     c.optim.weight_decay = 0.0  # few epochs
     c.optim.clip_norm = 1.0
+    # Steps of the whole run whose loss or gradient may be NaN or infinite: they change nothing, and the data go on. A
+    # few are a freak batch, more are a fault; 0 stops at the first
+    c.optim.skip_limit = 5
 
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0 trains every parameter; 16 or so trains adapters, where a state of the whole does not fit

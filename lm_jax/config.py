@@ -144,6 +144,7 @@ class OptimConfig:
     eps: float
     weight_decay: float  # AdamW, on matrices only
     clip_norm: float  # global gradient norm; 0 turns clipping off
+    skip_limit: int = 5  # steps of a run that may be skipped for a loss or gradient that is not finite; 0: none
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -157,6 +158,8 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"config.optim.{name}: must lie in [0, 1), got {getattr(self, name)}")
+        if self.skip_limit < 0:
+            raise UserError(f"config.optim.skip_limit: must not be negative, got {self.skip_limit}")
 
 
 @dataclasses.dataclass(frozen=True)

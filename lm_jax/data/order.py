@@ -105,19 +105,21 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
     ):
         batch = plan.batch
         check_batch(batch, mesh)
+        self._plan = plan
         self._sharding = batch_sharding(mesh, leading=1)
         self._micro_rows = batch.rows // batch.microbatches
-        self._mine = mine = _own_rows(self._micro_rows, mesh)
+        self._mine = _own_rows(self._micro_rows, mesh)
 
-        def fill(step: int) -> dict[str, np.ndarray]:
+        def fill(step: int, own: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
             rows = plan[step]
-            flat_rows = [rows[m * self._micro_rows + r] for m in range(batch.microbatches) for r in mine]
+            flat_rows = [rows[m * self._micro_rows + r] for m in range(batch.microbatches) for r in own]
             flat = fill_rows(flat_rows, examples, batch.row_length, batch.max_examples_per_row, values)
             if beside is not None:
                 flat |= beside.fill(flat_rows, batch.max_examples_per_row)
-            return {k: v.reshape(batch.microbatches, len(mine), *v.shape[1:]) for k, v in flat.items()}
+            return {k: v.reshape(batch.microbatches, len(own), *v.shape[1:]) for k, v in flat.items()}
 
-        dataset = grain.MapDataset.source(range(len(plan))).map(fill)
+        self._fill = fill
+        dataset = grain.MapDataset.source(range(len(plan))).map(lambda step: fill(step, self._mine))
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def __next__(self) -> dict[str, jax.Array]:
@@ -132,6 +134,14 @@ class BatchIterator(Iterator[dict[str, jax.Array]]):
             return local[:, start : start + end - begin]
 
         return jax.make_array_from_callback(shape, self._sharding, of_device)
+
+    def whole(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays of a step, from 0, with the rows of every process."""
+        return self._fill(step, range(self._micro_rows))
+
+    def examples(self, step: int) -> list[int]:
+        """Numbers of the examples of a step, from 0, ascending."""
+        return sorted(int(item) for row in self._plan[step] for item in row)
 
     def get_state(self) -> dict:
         """The position, for a checkpoint."""

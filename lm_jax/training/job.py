@@ -29,7 +29,9 @@ from lm_jax.training.profile import Tracer, steps_to_trace
 from lm_jax.training.program import StepProgram, assemble, step_program
 from lm_jax.training.provenance import Method
 from lm_jax.training.runs import ModelSource, begin_run, open_model, param_specs
+from lm_jax.training.skipping import Skips
 from lm_jax.training.step import Objective, TrainState, make_evaluate
+from lm_jax.training.watches import open_watches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ def run_job(job: Job, task: Task) -> None:
     """Trains to the end of the plan, from the start or from the newest checkpoint, and says where everything lies.
 
     Raises:
-      UserError: non-finite loss or gradient, a failed or damaged checkpoint.
+      UserError: too many steps with a loss or gradient that is not finite, a failed or damaged checkpoint.
       Stopped: asked to stop before the end.
     """
     config, mesh = job.config, job.mesh
@@ -170,7 +172,8 @@ def run_job(job: Job, task: Task) -> None:
                     costs=[_step_cost(plan[i], task, job) for i in range(num_steps)],
                     evaluate=_evaluation(job, task, frozen) if task.eval_examples else None,
                     eval_every=config.eval_every,
-                    describe=task.describe,
+                    skips=Skips(config.output, config.optim.skip_limit, batches, task.describe),
+                    watches=open_watches(config.output, done),
                     checkpoints=checkpoints,
                     checkpoint_config=config.checkpoints,
                     metrics=metrics,

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import CheckpointConfig
@@ -16,9 +17,11 @@ from lm_jax.distributed.stopping import Stopped
 from lm_jax.errors import UserError
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import peak_flops
-from lm_jax.training.metrics import MetricsWriter, Progress
+from lm_jax.training.metrics import MetricsWriter, Progress, say
 from lm_jax.training.profile import Tracer
+from lm_jax.training.skipping import Skips
 from lm_jax.training.step import TrainState
+from lm_jax.training.watches import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Run:
       batches: positioned at `state.step`.
       costs: of every step.
       evaluate: params -> metrics, or None.
-      describe: example id -> how a user finds that row, for the error that names it.
+      watches: what looks at every step's metrics; they have seen those before `state.step`.
     """
 
     state: TrainState
@@ -51,7 +54,8 @@ class Run:
     costs: list[StepCost]
     evaluate: Callable[[Any], dict[str, float]] | None
     eval_every: int
-    describe: Callable[[int], str]
+    skips: Skips
+    watches: Sequence[Watch]
     checkpoints: Checkpoints
     checkpoint_config: CheckpointConfig
     metrics: MetricsWriter
@@ -62,16 +66,18 @@ class Run:
 def fit(run: Run) -> TrainState:
     """Trains to the end of the plan, saving every `checkpoint_config.every` steps and after the last.
 
-    Metrics are fetched while the next step runs. A checkpoint is written only after its own step's metrics are known
-    to be finite.
+    Metrics are fetched while the next step runs. A step whose loss or gradient is not finite is skipped, and the data
+    go on. A checkpoint that is due after such a step waits for the next one that is not skipped: where the parameters
+    are at fault rather than the batch, the sound checkpoints before are not pushed out by unsound ones.
 
     Raises:
-      UserError: non-finite loss or gradient (names the step and the row), or a failed checkpoint.
+      UserError: more steps skipped than may be (names the step and its rows), parameters that are not finite, or a
+        failed checkpoint.
       Stopped: the run was asked to stop, and is saved as far as it came.
     """
     state = run.state
     first, last = int(state.step), len(run.costs)
-    saved = first
+    saved, due = first, False
     progress = Progress(last, first, "step")
     pending: _Pending | None = None
     num_tokens, num_flops = (np.cumsum([getattr(c, n) for c in run.costs]) for n in ("tokens", "flops"))
@@ -82,7 +88,7 @@ def fit(run: Run) -> TrainState:
             if pending is not None:
                 _finish(run, pending, clock, progress)
             if step > saved:
-                run.checkpoints.save(step, checkpoint_items(state, {"data": run.batches.get_state()}))
+                _save(run, step, state)
             progress.close()
             run.checkpoints.wait()
             raise Stopped(f"stopped after step {step} of {last}, as asked; all is saved: the same command goes on")
@@ -97,22 +103,44 @@ def fit(run: Run) -> TrainState:
         if pending is not None:
             clock = _finish(run, pending, clock, progress)
         pending = _Pending(done, values, waited, int(num_tokens[step]), float(num_flops[step]))
-        saving = done % run.checkpoint_config.every == 0 or done == last
+        due = due or done % run.checkpoint_config.every == 0 or done == last
         evaluate = run.evaluate if done % run.eval_every == 0 or done == last else None
-        if saving or evaluate is not None or run.tracer.ends(done):
+        if due or evaluate is not None or run.tracer.ends(done):
             clock = _finish(run, pending, clock, progress)
             pending = None
             run.tracer.end(done)
             if evaluate is not None:
                 values = evaluate(state.params)
                 run.metrics.write(done, {f"eval_{k}": v for k, v in values.items()})
-            if saving:
-                run.checkpoints.save(done, checkpoint_items(state, {"data": run.batches.get_state()}))
-                saved = done
+            if due and (run.skips.last != done or done == last):
+                _save(run, done, state)
+                saved, due = done, False
             clock = time.perf_counter()  # neither belongs to a training step
     progress.close()
     run.checkpoints.wait()
+    if run.skips.last == last:
+        say(f"warning: step {last}, the last, was skipped: no loss was seen of the final parameters; evaluate them first")
     return state
+
+
+def _save(run: Run, step: int, state: TrainState) -> None:
+    """Begins to save.
+
+    Raises:
+      UserError: not finite, though the loss and the gradient that led there were; or as `Checkpoints.save`.
+    """
+    if not _all_finite((state.params, state.opt_state)):
+        raise UserError(
+            f"step {step}: its update made parameters that are not finite; nothing is saved of it and the last "
+            "checkpoint is intact: lower config.optim.learning_rate"
+        )
+    progress = {"data": run.batches.get_state(), "skipped_steps": int(state.skipped)}
+    run.checkpoints.save(step, checkpoint_items(state, progress))
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def checkpoint_items(state: TrainState, progress: Any) -> dict[str, Any]:
@@ -131,11 +159,16 @@ def checkpoint_items(state: TrainState, progress: Any) -> dict[str, Any]:
 def resume(checkpoints: Checkpoints, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
     """A checkpoint, the newest by default, as (state, data position)."""
     items = checkpoints.restore(checkpoint_items(abstract, None), step)
-    optimizer = items["optimizer"]
+    optimizer, progress = items["optimizer"], items["progress"]
     state = TrainState(
-        optimizer["step"], items["params"], optimizer["opt_state"], items.get("objective", abstract.carried)
+        step=optimizer["step"],
+        params=items["params"],
+        opt_state=optimizer["opt_state"],
+        carried=items.get("objective", abstract.carried),
+        # Runs from before steps were skipped do not have it
+        skipped=jax.device_put(np.int32(progress.get("skipped_steps", 0)), abstract.skipped.sharding),
     )
-    return state, items["progress"]["data"]
+    return state, progress["data"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,18 +181,16 @@ class _Pending:
 
 
 def _finish(run: Run, pending: _Pending, clock: float, progress: Progress) -> float:
-    """Waits for a step's metrics, checks and writes them; returns the time at which the step was done."""
+    """Waits for a step's metrics, looks at them and writes them; returns the time at which the step was done."""
     values = {k: np.asarray(v).item() for k, v in jax.device_get(pending.values).items()}
     now = time.perf_counter()
     seconds = now - clock
-    bad = values.pop("bad_example")
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            row = f" (first seen in {run.describe(bad)})" if bad >= 0 else ""
-            raise UserError(
-                f"step {pending.step}: {name} is {values[name]}{row}; the last checkpoint is intact: lower "
-                f"config.optim.learning_rate, check that row's text and weights, or train in float32"
-            )
+    if said := run.skips.look(pending.step, values):
+        progress.say(said)
+        values = {k: v for k, v in values.items() if math.isfinite(v)}
+    del values["bad_example"]
+    for warning in filter(None, (watch.look(pending.step, values) for watch in run.watches)):
+        progress.say(warning)
     cost = run.costs[pending.step - 1]
     peak = peak_flops()
     run.metrics.write(
@@ -175,6 +206,6 @@ def _finish(run: Run, pending: _Pending, clock: float, progress: Progress) -> fl
             "data_wait_fraction": min(pending.waited / seconds, 1.0),
         },
     )
-    shown = {short: f"{values[name]:.4g}" for name, short in run.shown.items()}
+    shown = {short: f"{values.get(name, math.nan):.4g}" for name, short in run.shown.items()}
     progress.update(pending.step, {**shown, "tokens/s": f"{cost.tokens / seconds:.0f}"})
     return now

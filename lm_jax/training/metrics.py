@@ -115,6 +115,13 @@ class Progress:
             values = "  ".join(f"{k} {v}" for k, v in shown.items())
             print(f"{self._unit} {done}/{self._total}  {values}  left {left:.0f}s", file=sys.stderr, flush=True)
 
+    def say(self, line: str) -> None:
+        """A line that the bar leaves readable."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            say(line)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -30,8 +30,9 @@ from lm_jax.training.lock import NAME, lock
 from lm_jax.training.metrics import say
 from lm_jax.training.provenance import Method, made_with, origin
 
-# Where a run lies and on what it computes may change between a run and its continuation; what it learns may not.
-_MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "loggers", "profile", "reference_cache")
+# Where a run lies, on what it computes and when it gives up may change between a run and its continuation; what it
+# learns may not.
+_MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "loggers", "profile", "reference_cache", "optim.skip_limit")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,17 +53,24 @@ class Objective:
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step changes."""
+    """Everything that a step changes.
+
+    Attributes:
+      step: batches seen, the skipped ones too; the optimiser and its schedule have seen `step - skipped`.
+      carried: of the objective.
+      skipped: steps whose loss or gradient was not finite, so that they changed nothing but these two counts.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
-    carried: Any = None  # of the objective
+    carried: Any
+    skipped: jax.Array
 
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation, carried: Any = None) -> "TrainState":
-        step = jnp.zeros((), jnp.int32)
-        return cls(step=step, params=params, opt_state=optimizer.init(params), carried=carried)
+        zero = jnp.zeros((), jnp.int32)
+        return cls(step=zero, params=params, opt_state=optimizer.init(params), carried=carried, skipped=zero)
 
 
 def make_train_step(
@@ -75,6 +82,10 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step function, to be jitted by the caller with the state's shardings and the state donated.
 
+    A step whose loss or gradient norm is not finite is skipped: parameters, optimiser and carry stay bit for bit as
+    they are, and the schedule does not move. Nothing of it waits for the host, and no batch is ever let through after
+    so many skips, as `optax.apply_if_finite` does: it is the caller who looks at `skipped_steps` and ends the run.
+
     Args:
       assemble: (what is trained, what is not, number of the step and of the microbatch, from 0) -> the objective's
         parameters.
@@ -82,7 +93,7 @@ def make_train_step(
 
     Returns:
       (state, batch, frozen) -> (state, metrics): the objective's metrics and what its carry reads, `loss`, `grad_norm`
-      (before clipping), `learning_rate` and `bad_example`.
+      (before clipping), `learning_rate`, `skipped_steps` (of the run so far, this one included) and `bad_example`.
     """
 
     def loss_fn(trained, frozen, at, micro, totals):
@@ -108,16 +119,26 @@ def make_train_step(
         if left := jax.tree.leaves(rest)[0].shape[0]:
             summed, _ = jax.lax.scan(accumulate, summed, (jnp.arange(1, left + 1), rest))
         grads, metrics, bad = summed
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        skipped = state.skipped + ~finite
         carried = objective.carry.update(state.carried, totals, metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A choice of elements rather than a branch: it is fused into the update, which then is still done in place
+        params, opt_state, carried = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state, carried),
+            (state.params, state.opt_state, state.carried),
+        )
         metrics |= known
         metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step),
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.skipped),
+            "skipped_steps": skipped,
             "bad_example": bad,
         }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, carried), metrics
+        return TrainState(state.step + 1, params, opt_state, carried, skipped), metrics
 
     return train_step
 

@@ -1,0 +1,71 @@
+"""Steps that are skipped because their loss or gradient is not finite: each one is told, and too many end the run."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lm_jax.data.order import BatchIterator
+from lm_jax.data.rows import replacing
+from lm_jax.distributed.processes import everywhere
+from lm_jax.errors import UserError
+
+_NAMED = 8  # rows of a step that a line lists
+
+
+class Skips:
+    """What is told of the steps that `make_train_step` skipped.
+
+    Args:
+      output: the run directory.
+      limit: steps of a run that may be skipped.
+      describe: example number -> how a user finds that row.
+
+    Attributes:
+      last: the step that was skipped last, 0 before there is one.
+    """
+
+    def __init__(self, output: str, limit: int, batches: BatchIterator, describe: Callable[[int], str]):
+        self._output, self._limit, self._batches, self._describe = output, limit, batches, describe
+        self.last = 0
+
+    def look(self, step: int, values: Mapping[str, float]) -> str | None:
+        """What there is to say of a step, None where it was not skipped.
+
+        Args:
+          values: its metrics.
+
+        Raises:
+          UserError: it is one too many. The batch is in the run directory by then.
+        """
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if not bad:
+            return None
+        self.last = step
+        example, skipped = int(values["bad_example"]), int(values["skipped_steps"])
+        where = f" (in {self._describe(example)})" if example >= 0 else ""
+        what = f"step {step}: {bad[0]} is {values[bad[0]]}{where}"
+        examples = self._batches.examples(step - 1)
+        rows = ", ".join(map(self._describe, examples[:_NAMED]))
+        rows += f" and {len(examples) - _NAMED} more" if len(examples) > _NAMED else ""
+        if skipped <= self._limit:
+            return f"{what}; skipped, number {skipped} of at most {self._limit}; the step's rows: {rows}"
+        written = everywhere(lambda: self._write(step), "the batch that is written down")
+        raise UserError(
+            f"{what}; {skipped - 1} steps were skipped for such before and config.optim.skip_limit={self._limit}; the "
+            f"step's rows: {rows}; {written}; the last checkpoint is intact: check those rows' text and weights, lower "
+            "config.optim.learning_rate, or train in float32; docs/troubleshooting.md has more under NaN"
+        )
+
+    def _write(self, step: int) -> str:
+        """The step's batch as arrays [M, B, ...], and the names of its rows; returns what to say of it."""
+        names = [self._describe(i) for i in self._batches.examples(step - 1)]
+        arrays: dict[str, Any] = {"rows": np.array(names), **self._batches.whole(step - 1)}
+        path = f"{self._output}/skipped/step_{step}.npz"
+        try:
+            with replacing(path) as out:
+                np.savez(out, **arrays)
+        except OSError as e:  # what is wrong with the step is the error to tell
+            return f"its batch could not be written ({e.strerror or e})"
+        return f"its batch is in {path}"
