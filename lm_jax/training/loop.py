@@ -119,7 +119,7 @@ def fit(run: Run) -> TrainState:
     progress.close()
     run.checkpoints.wait()
     if run.skips.last == last:
-        say(f"warning: step {last}, the last, was skipped: no loss was seen of the final parameters; evaluate them first")
+        say(f"warning: step {last}, the last, was skipped: no loss was seen of the final parameters; evaluate them")
     return state
 
 

@@ -69,8 +69,8 @@ class TrainState(flax.struct.PyTreeNode):
 
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation, carried: Any = None) -> "TrainState":
-        zero = jnp.zeros((), jnp.int32)
-        return cls(step=zero, params=params, opt_state=optimizer.init(params), carried=carried, skipped=zero)
+        step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two: each is donated
+        return cls(step=step, params=params, opt_state=optimizer.init(params), carried=carried, skipped=skipped)
 
 
 def make_train_step(
@@ -122,14 +122,15 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         skipped = state.skipped + ~finite
-        carried = objective.carry.update(state.carried, totals, metrics)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # A choice of elements rather than a branch: it is fused into the update, which then is still done in place
-        params, opt_state, carried = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, carried),
-            (state.params, state.opt_state, state.carried),
+
+        def update(params, opt_state, carried):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            carried = objective.carry.update(carried, totals, metrics)
+            return optax.apply_updates(params, updates), opt_state, carried
+
+        # A branch rather than a choice of elements, which would need room for both
+        params, opt_state, carried = jax.lax.cond(
+            finite, update, lambda *kept: kept, state.params, state.opt_state, state.carried
         )
         metrics |= known
         metrics |= {

@@ -64,6 +64,8 @@ def computed(directory):
     params = jax.jit(Decoder(model, compute).init)(jax.random.key(0), ids, ids, ids)["params"]
     params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.2 * rng.standard_normal(x.shape)), params)
 
+    skipped = {}
+
     def on_mesh(sizes, microbatches):
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
@@ -81,6 +83,16 @@ def computed(directory):
                 make_train_step(objective, optimizer, schedule), donate_argnums=0, out_shardings=(shardings, None)
             )
             state, metrics = step(state, arrays)
+            # One row, on one part of the mesh, that is not finite: nowhere does anything change
+            kept = jax.device_get(jax.tree.map(jnp.copy, (state.params, state.opt_state)))
+            ids = arrays["example_ids"][..., :1]
+            state, told = step(state, {**arrays, "weights": jnp.where(ids == ids[0, 0, 0], 3e38, arrays["weights"])})
+            now = jax.device_get(jax.tree.map(jnp.copy, (state.params, state.opt_state)))
+            skipped[name_of(sizes)] = {
+                "loss": str(told["loss"]),
+                "count": int(state.skipped),
+                "same": all(map(np.array_equal, jax.tree.leaves(kept), jax.tree.leaves(now))),
+            }
         return abstract_like(abstract, shardings), state, {k: float(v) for k, v in metrics.items()}, scores
 
     def cuts(tree):
@@ -116,12 +128,13 @@ def computed(directory):
         }
         if sizes == (2, 2, 2):
             with Checkpoints(directory, keep=1) as checkpoints:
-                checkpoints.save(1, checkpoint_items(state, {"data": {"next": 1}}))
+                checkpoints.save(1, checkpoint_items(state, {"data": {"next": 1}, "skipped_steps": 1}))
             saved = state
 
     with Checkpoints(directory, keep=1) as checkpoints:
         restored, position = resume(checkpoints, abstract)  # as the last mesh, 1x8x1, lays it out
     leaves = [jax.tree.leaves(tree) for tree in (restored, saved, abstract)]
+    found["skipped"] = skipped
     found["restored"] = {
         "position": position,
         "equal": all(bool(np.array_equal(a, b)) for a, b, _ in zip(*leaves, strict=True)),
@@ -153,6 +166,12 @@ def test_step_equals_one_device(found, sizes):
     for what in ("metrics", "gradients", "params"):
         assert max(here[what].values()) < RTOL, {k: v for k, v in here[what].items() if v >= RTOL}
     assert min(here["moved"].values()) > 1e-4, "some parameter did not move, so its gradient was not seen"
+
+
+def test_a_skipped_step_changes_nothing(found, sizes):
+    """And what the other tests compare is the state after it."""
+    for where in (sizes, ONE):
+        assert found["skipped"][name_of(where)] == {"loss": "nan", "count": 1, "same": True}
 
 
 def test_each_device_holds_its_share(found, sizes):
