@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import fcntl
 import os
 import runpy
 import shlex
@@ -20,6 +19,7 @@ from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import Decoder
+from lm_jax.training.lock import locked
 
 _LOCKS: list[int] = []  # of `alone_in`, in every thread
 _LOG: contextvars.ContextVar[Path | None] = contextvars.ContextVar("log", default=None)
@@ -70,21 +70,17 @@ def alone_in(directory: Path) -> Iterator[None]:
     Raises:
       UserError: another process has it.
     """
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = locked(
+        directory, "another process is at work there, or a step that outlived its command; wait for its end"
+    )
+    if descriptor is None:
+        yield
+        return
+    _LOCKS.append(descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{directory}: another process is at work there, or a step that outlived its command; wait for its "
-                "end, or give another config.output"
-            ) from error
-        _LOCKS.append(descriptor)
-        try:
-            yield
-        finally:
-            _LOCKS.remove(descriptor)
+        yield
     finally:
+        _LOCKS.remove(descriptor)
         os.close(descriptor)
 
 

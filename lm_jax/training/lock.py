@@ -1,4 +1,4 @@
-"""One run at a time in a run directory."""
+"""One run at a time in a directory."""
 
 import fcntl
 import os
@@ -21,15 +21,26 @@ def lock(directory: epath.Path) -> None:
     where = os.path.realpath(directory)
     if "://" in str(directory) or where in _HELD:
         return
-    descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    if (descriptor := locked(directory, "another process is training there; wait for its end")) is not None:
+        _HELD[where] = descriptor
+
+
+def locked(directory: os.PathLike[str], taken: str) -> int | None:
+    """A descriptor that keeps others out of the directory until it is closed; None on a file system without locks.
+
+    Args:
+      taken: what to say where another process has it.
+
+    Raises:
+      UserError: another process has it.
+    """
+    descriptor = os.open(os.path.join(directory, NAME), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError(
-            f"{directory}: another process is training there; wait for its end, or give another config.output"
-        ) from error
-    except OSError:  # a file system without locks
+        raise UserError(f"{os.fspath(directory)}: {taken}, or give another config.output") from error
+    except OSError:
         os.close(descriptor)
-        return
-    _HELD[where] = descriptor
+        return None
+    return descriptor
