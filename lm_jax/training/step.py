@@ -122,15 +122,15 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         skipped = state.skipped + ~finite
-
-        def update(params, opt_state, carried):
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            carried = objective.carry.update(carried, totals, metrics)
-            return optax.apply_updates(params, updates), opt_state, carried
-
-        # A branch rather than a choice of elements, which would need room for both
-        params, opt_state, carried = jax.lax.cond(
-            finite, update, lambda *kept: kept, state.params, state.opt_state, state.carried
+        carried = objective.carry.update(state.carried, totals, metrics)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A choice of elements rather than a branch, for which XLA on GPUs brings the condition to the host; on a TPU it
+        # takes no more memory either
+        params, opt_state, carried = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state, carried),
+            (state.params, state.opt_state, state.carried),
         )
         metrics |= known
         metrics |= {

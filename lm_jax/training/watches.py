@@ -85,9 +85,8 @@ class CollapseWatch:
         (chosen, margin, _), (chosen_now, margin_now, _) = before, now = (_means(self._first), _means(self._last))
         chosen_error, margin_error, _ = map(self._error, zip(*self._first, strict=True), zip(*self._last, strict=True))
         lost, gained = chosen - chosen_now, margin_now - margin
-        if (
-            lost <= max(self._NOISE * chosen_error, gained, _WORSE * self._warned)
-            or gained <= max(self._NOISE * margin_error, self._LEAST)
+        if lost <= max(self._NOISE * chosen_error, gained, _WORSE * self._warned) or gained <= max(
+            self._NOISE * margin_error, self._LEAST
         ):
             return None
         self._warned = lost
