@@ -205,6 +205,19 @@ def test_stopped_on_request(runs, undisturbed, number):
     assert_same(runs.finish(name), undisturbed)  # with as many checkpoints: the newest are kept
 
 
+@pytest.mark.parametrize("where", ["evaluation", "save"])
+def test_stopped_at_the_very_end(runs, undisturbed, where):
+    """In the last step's evaluation or save: all of it is done, and the same command finds nothing left to do."""
+    name = f"late_{where}"
+    done = fork("tests.e2e.scripted_training", *runs.flags(name), f"--sigterm_in={where}").ok()
+    assert f"all {STEPS} steps are done; stopped, as asked" in done.stderr, done.stderr[-2000:]
+    assert_same(runs.directory / name, undisturbed)
+    again = fork("musc_train", *runs.flags(name)).ok()
+    assert f"continuing {runs.directory / name} after step {STEPS}" in again.stderr and "done: " in again.stderr
+    assert "as asked" not in again.stderr
+    assert_same(runs.directory / name, undisturbed)
+
+
 def test_two_runs_stay_out_of_one_directory(runs, undisturbed):
     run = Fork("musc_train", *runs.flags("locked"))
     while logged(runs.directory / "locked") < 1:

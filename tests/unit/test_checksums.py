@@ -42,7 +42,10 @@ def test_a_flipped_bit_is_named_where_it_is_looked_for(checkpoint, name, items):
 
 @pytest.mark.parametrize(
     ("how", "says"),
-    [(lambda f: f.unlink(), "is gone"), (lambda f: f.write_bytes(f.read_bytes()[:-1]), "has 999 bytes instead of 1000")],
+    [
+        (lambda file: file.unlink(), "is gone"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "has 999 bytes instead of 1000"),
+    ],
 )
 def test_a_file_that_is_gone_or_short(checkpoint, how, says):
     how(checkpoint / "params/d/0")

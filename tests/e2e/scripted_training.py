@@ -1,0 +1,70 @@
+"""`launch.musc_train`, disturbed from inside, where no signal from outside comes at the right moment.
+
+--sigterm_in=save|evaluation|plots   of the last step; --leak=memory|thread|file|process   a little in every step
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from absl import flags
+
+from launch import cli
+
+_SIGTERM_IN = flags.DEFINE_string("sigterm_in", None, "")
+_LEAK = flags.DEFINE_string("leak", None, "")
+_BYTES = 1 << 17
+
+
+def command():
+    from lm_jax.training import job, plots
+    from lm_jax.training.checkpoints import Checkpoints
+    from lm_jax.training.skipping import Skips
+    from musc_jax.train import MuscTrainConfig, train
+
+    def within(owner, name, does):
+        """The function, which does something before its own work."""
+        original = getattr(owner, name)
+        setattr(owner, name, lambda *args, **given: (does(*args), original(*args, **given))[1])
+
+    def main(config):
+        done, kept = [0], []
+
+        def stop(where):
+            if where == _SIGTERM_IN.value and done[0] == config.max_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def leak():
+            if _LEAK.value == "memory":
+                kept.append(os.urandom(_BYTES))
+            elif _LEAK.value == "thread":
+                threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()
+            elif _LEAK.value == "file":
+                kept.append(open(os.devnull))
+            elif _LEAK.value == "process" and done[0] % 10 == 0:
+                kept.append(
+                    subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+                )
+
+        def step(_, number, values):
+            done[0] = number
+            leak()
+
+        def evaluation(*args):
+            evaluate = made(*args)
+            return lambda trained: (stop("evaluation"), evaluate(trained))[1]
+
+        made, job._evaluation = job._evaluation, evaluation
+        within(Skips, "look", step)
+        within(Checkpoints, "save", lambda *_: stop("save"))
+        within(plots, "plot_run", lambda *_: stop("plots"))
+        train(config)
+
+    return MuscTrainConfig, main
+
+
+if __name__ == "__main__":
+    cli.run(command)
