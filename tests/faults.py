@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.e2e import common
 from tests.e2e.common import Fork, arguments
+from tests.footprint import Work, assert_steady
 from tests.multi_process import test_commands, test_missing, test_training
 from tests.multi_process.common import Group, assert_same, copy_run, logged, newest
 
@@ -35,6 +36,12 @@ class Bench:
             (directory / part).mkdir()
         self.training, self.rows = test_training.Runs(directory / "train"), test_commands.Place(directory / "rows")
         self._made: dict[str, Path] = {}
+        self._work: Work | None = None
+
+    def work(self) -> Work:
+        if self._work is None:
+            self._work = Work(self.directory)
+        return self._work
 
     def undisturbed(self) -> Path:
         return self._once("training", lambda: self.training.finish("undisturbed", 2, 1))
@@ -179,6 +186,16 @@ def disk_full(bench: Bench, number: int) -> str:
     return f"{size} KiB: {lines[0][:120]}"
 
 
+def growth(bench: Bench, number: int) -> str:
+    """No fault: work that goes on for long. Training and generation in turn."""
+    if number % 2:
+        before, after = bench.work().generate(2000, [(400, 500), (1900, 2000)])
+    else:
+        before, after = bench.work().train(1000, [(200, 250), (950, 1000)])
+    assert_steady(before, after, 0.02)
+    return f"{'generation' if number % 2 else 'training'}: {before} -> {after}"
+
+
 FAULTS = {
     "kill_training": kill_training,
     "kill_command": kill_command,
@@ -187,6 +204,7 @@ FAULTS = {
     "damaged_checkpoint": damaged_checkpoint,
     "damaged_safetensors": damaged_safetensors,
     "disk_full": disk_full,
+    "growth": growth,
 }
 
 

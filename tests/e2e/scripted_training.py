@@ -1,12 +1,11 @@
 """`launch.musc_train`, disturbed from inside, where no signal from outside comes at the right moment.
 
---sigterm_in=save|evaluation|plots   of the last step; --leak=memory|thread|file|process   a little in every step
+--sigterm_in=save|evaluation   of the last step; --leak=memory|thread|file|process   a little in every step
 """
 
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -16,11 +15,11 @@ from launch import cli
 
 _SIGTERM_IN = flags.DEFINE_string("sigterm_in", None, "")
 _LEAK = flags.DEFINE_string("leak", None, "")
-_BYTES = 1 << 17
+_BYTES = 1 << 18
 
 
 def command():
-    from lm_jax.training import job, plots
+    from lm_jax.training import job
     from lm_jax.training.checkpoints import Checkpoints
     from lm_jax.training.skipping import Skips
     from musc_jax.train import MuscTrainConfig, train
@@ -45,9 +44,7 @@ def command():
             elif _LEAK.value == "file":
                 kept.append(open(os.devnull))
             elif _LEAK.value == "process" and done[0] % 10 == 0:
-                kept.append(
-                    subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-                )
+                kept.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
 
         def step(_, number, values):
             done[0] = number
@@ -60,7 +57,6 @@ def command():
         made, job._evaluation = job._evaluation, evaluation
         within(Skips, "look", step)
         within(Checkpoints, "save", lambda *_: stop("save"))
-        within(plots, "plot_run", lambda *_: stop("plots"))
         train(config)
 
     return MuscTrainConfig, main

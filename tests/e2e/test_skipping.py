@@ -36,10 +36,13 @@ class Place:
                 row[f"{side}_token_scores"] = [3e38 if number == BAD and side == "chosen" else 1.0] * length
         self.pairs = common.write_rows(path / "pairs.jsonl", rows)
 
-    def command(self, name: str, *settings: str):
+    def flags(self, name: str, *settings: str) -> list[str]:
         given = (f"model={self.model}", f"input={self.pairs}", f"output={self.path / name}", "weights=columns")
         given += (f"reference_cache={self.path}/reference",)
-        return fork("musc_train", *arguments("musc_train", *given, *SETTINGS, *settings, preset="tiny"))
+        return arguments("musc_train", *given, *SETTINGS, *settings, preset="tiny")
+
+    def command(self, name: str, *settings: str):
+        return fork("musc_train", *self.flags(name, *settings))
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.e2e import common
+from tests.e2e import common, test_skipping
 from tests.e2e.common import arguments
 from tests.multi_process.common import Group, assert_close, assert_same, copy_run, logged, newest
 
@@ -76,6 +77,20 @@ def test_killed_and_resumed_is_bit_equal(runs, two):
     line = group.members[1 - killed].wait().error(noise=True)
     assert f"process {killed} is gone" in line, line
     assert_same(runs.finish(name, 2, 2), two)
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_all(tmp_path):
+    """And one too many ends all, with the whole batch written once."""
+    place = test_skipping.Place(tmp_path)
+    group = Group("musc_train", *place.flags("limited", "optim.skip_limit=1"), processes=2, devices=1)
+    said = {i: done.error(noise=True) for i, done in group.wait().items()}
+    (first,) = test_skipping.skipped_steps(tmp_path / "limited")
+    assert test_skipping.saved_steps(tmp_path / "limited") == [6] and first == 5, "nothing to see"
+    assert "step 7: " in said[0] and test_skipping.NAME in said[0] and "1 steps were skipped" in said[0], said
+    assert said[1] == said[0] or "process 0" in said[1], said
+    with np.load(tmp_path / "limited" / "skipped" / "step_7.npz", allow_pickle=False) as batch:
+        assert batch["tokens"].shape[:2] == (1, 2) and len(batch["rows"]) == 2 and test_skipping.NAME in batch["rows"]
+    assert [p.name for p in (tmp_path / "limited" / "skipped").iterdir()] == ["step_7.npz"]
 
 
 def test_resumed_on_another_number_of_processes(runs, two, stopped):

@@ -1,0 +1,34 @@
+"""Nothing grows while a command works; the short form of what `make faults` does at length."""
+
+import pytest
+
+from tests.footprint import Work, assert_steady
+
+pytestmark = pytest.mark.slow
+
+STEPS, TRAINING = 140, [(60, 80), (120, 140)]  # lines of metrics
+ROWS, GENERATION = 240, [(60, 120), (180, 240)]
+GROWTH = 0.015  # of some 700 MiB, so 0.17 MiB a step and 0.09 a row
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Work:
+    return Work(tmp_path_factory.mktemp("work"))
+
+
+def test_training(work):
+    assert_steady(*work.train(STEPS, TRAINING), GROWTH)
+
+
+def test_generation(work):
+    assert_steady(*work.generate(ROWS, GENERATION), GROWTH)
+
+
+@pytest.mark.parametrize("what", ["memory", "thread", "file", "process"])
+def test_a_leak_is_seen(work, what):
+    """A quarter of a MiB, a thread or a file in every step, a process in every tenth."""
+    before, after = work.train(STEPS, TRAINING, f"--leak={what}", module="tests.e2e.scripted_training")
+    with pytest.raises(AssertionError, match="MiB"):
+        assert_steady(before, after, GROWTH)
+    name = {"memory": "resident", "thread": "threads", "file": "files", "process": "children"}[what]
+    assert getattr(after, name) > getattr(before, name)
