@@ -15,7 +15,7 @@ from launch import cli
 
 _SIGTERM_IN = flags.DEFINE_string("sigterm_in", None, "")
 _LEAK = flags.DEFINE_string("leak", None, "")
-_BYTES = 1 << 18
+_BYTES = 1 << 20
 
 
 def command():
