@@ -10,6 +10,7 @@ from tests.e2e import common
 from tests.e2e.common import SMALL_TRAIN, Fork, arguments
 
 EVERY = 0.02  # seconds between two looks
+_FEW = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,8 @@ class _Lines:
 
 
 def assert_steady(before: Footprint, after: Footprint, growth: float) -> None:
-    """`growth`: share by which the memory may grow; nothing else may."""
+    """`growth`: share by which the memory may grow. Pools of threads fill up, a few at most; processes do not grow."""
     what = f"{before} -> {after}"
     assert after.resident < (1 + growth) * before.resident, what
-    assert after.threads <= before.threads and after.files <= before.files and after.children <= before.children, what
+    assert after.threads <= before.threads + _FEW and after.files <= before.files + _FEW, what
+    assert after.children <= before.children, what

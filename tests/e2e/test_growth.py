@@ -6,7 +6,7 @@ from tests.footprint import Work, assert_steady
 
 pytestmark = pytest.mark.slow
 
-STEPS, TRAINING = 140, [(60, 80), (120, 140)]  # lines of metrics
+STEPS, TRAINING = 240, [(110, 140), (210, 240)]  # lines of metrics; what compiling took is given back by then
 ROWS, GENERATION = 240, [(60, 120), (180, 240)]
 GROWTH = 0.03  # of some 700 MiB, so a third of a MiB a step and a sixth a row
 

@@ -64,7 +64,7 @@ def skipped_steps(output) -> list[int]:
 
 
 def saved_steps(output) -> list[int]:
-    return sorted(int(p.name) for p in (output / "checkpoints").iterdir())
+    return sorted(int(p.name) for p in (output / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def contents(output, step=STEPS) -> dict:

@@ -85,7 +85,8 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(tmp_path):
     group = Group("musc_train", *place.flags("limited", "optim.skip_limit=1"), processes=2, devices=1)
     said = {i: done.error(noise=True) for i, done in group.wait().items()}
     (first,) = test_skipping.skipped_steps(tmp_path / "limited")
-    assert test_skipping.saved_steps(tmp_path / "limited") == [6] and first == 5, "nothing to see"
+    # The save of step 6 may be under way when all end
+    assert {*test_skipping.saved_steps(tmp_path / "limited")} <= {6} and first == 5
     assert "step 7: " in said[0] and test_skipping.NAME in said[0] and "1 steps were skipped" in said[0], said
     assert said[1] == said[0] or "process 0" in said[1], said
     with np.load(tmp_path / "limited" / "skipped" / "step_7.npz", allow_pickle=False) as batch:
