@@ -22,7 +22,7 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults.py lists: TIMES of each
+# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults lists: TIMES of each
 TIMES ?= 3
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m tests.faults --times=$(TIMES)

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lm_jax.config import ModelConfig
@@ -296,7 +297,11 @@ def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def appears_whole(output: Path) -> Iterator[Path]:
-    """A sibling directory to write into, renamed to `output` at the end and removed on an error."""
+    """A sibling directory to write into, renamed to `output` at the end and removed on an error.
+
+    Raises:
+      UserError: safetensors could not write, which it says in an error of its own.
+    """
     partial = output.absolute().parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
     partial.mkdir(parents=True)
@@ -307,8 +312,10 @@ def appears_whole(output: Path) -> Iterator[Path]:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         os.rename(partial, output)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise UserError(f"{output}: {error}; nothing is left there: make room, then export again") from error
         raise
 
 

@@ -405,6 +405,29 @@ def test_a_failed_export_leaves_nothing(failing, source, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_under_an_export_is_one_line(source, tmp_path):
+    """safetensors writes by itself, with errors of its own."""
+    code = """
+        import resource, signal, sys
+        from lm_jax import hf_io
+        from lm_jax.errors import UserError
+        from lm_jax.models.registry import read_model_config
+        source, out = sys.argv[1:]
+        config = read_model_config(source)
+        params = hf_io.load_params(source, config, None)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            hf_io.export_hf(params, config, out, source, "float32")
+            said = ""
+        except UserError as error:
+            said = str(error)
+        assert out in said and "make room" in said, said
+    """
+    run_python(code, source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_export_leaves_nothing_that_looks_whole_and_can_be_repeated(source, tmp_path):
     code = """
         import os, sys
