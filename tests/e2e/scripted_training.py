@@ -1,6 +1,7 @@
 """`launch.musc_train`, disturbed from inside, where no signal from outside comes at the right moment.
 
---sigterm_in=save|evaluation   of the last step; --leak=memory|thread|file|process   a little in every step
+--sigterm_in=save|evaluation   of the last step
+--leak                         memory, a thread and a file in every step, a process in every tenth
 """
 
 import os
@@ -14,7 +15,7 @@ from absl import flags
 from launch import cli
 
 _SIGTERM_IN = flags.DEFINE_string("sigterm_in", None, "")
-_LEAK = flags.DEFINE_string("leak", None, "")
+_LEAK = flags.DEFINE_bool("leak", False, "")
 _BYTES = 1 << 20
 
 
@@ -37,18 +38,15 @@ def command():
                 os.kill(os.getpid(), signal.SIGTERM)
 
         def leak():
-            if _LEAK.value == "memory":
-                kept.append(os.urandom(_BYTES))
-            elif _LEAK.value == "thread":
-                threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()
-            elif _LEAK.value == "file":
-                kept.append(open(os.devnull))
-            elif _LEAK.value == "process" and done[0] % 10 == 0:
+            kept.extend((os.urandom(_BYTES), open(os.devnull)))
+            threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()
+            if done[0] % 10 == 0:
                 kept.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
 
         def step(_, number, values):
             done[0] = number
-            leak()
+            if _LEAK.value:
+                leak()
 
         def evaluation(*args):
             evaluate = made(*args)
