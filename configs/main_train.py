@@ -104,6 +104,7 @@ def get_config(preset: str = "") -> ConfigDict:
         c.checkpoints.every = 50
     elif preset in _PODS:
         c.model, c.mesh.tensor, c.lora.rank, c.compute.remat = _PODS[preset]
+        c.compute.logprob_chunk = 1024  # a block of the embedding is read from memory once for so many tokens
         c.batch.rows = 128  # two for each of fsdp's 64 parts
         if c.lora.rank:
             c.optim.learning_rate = 1e-4  # adapters take ten times as much

@@ -123,7 +123,12 @@ def load(given: dict[str, Any]) -> dict[str, Any]:
     leaves = jax.tree.leaves(params)
     total = sum(float(np.sum(np.asarray(x), dtype=np.float64)) for x in leaves)
     seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "bytes": material.peak_memory() - before, "parameters": sum(x.size for x in leaves), "sum": total}
+    return {
+        "seconds": seconds,
+        "bytes": material.peak_memory() - before,
+        "parameters": sum(x.size for x in leaves),
+        "sum": total,
+    }
 
 
 def growth(given: dict[str, Any]) -> dict[str, Any]:

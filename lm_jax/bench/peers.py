@@ -130,7 +130,12 @@ def load(given: dict[str, Any]) -> dict[str, Any]:
     network = transformers.AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
     total = sum(float(p.detach().double().sum()) for p in network.parameters())  # every weight is read
     seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "bytes": material.peak_memory() - before, "parameters": network.num_parameters(), "sum": total}
+    return {
+        "seconds": seconds,
+        "bytes": material.peak_memory() - before,
+        "parameters": network.num_parameters(),
+        "sum": total,
+    }
 
 
 def _network(given: dict[str, Any], **options):

@@ -10,6 +10,11 @@ from lm_jax.errors import UserError
 from tests.e2e.common import arguments, run
 
 
+@pytest.fixture(autouse=True)
+def compiled_as_for_a_user(monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+
+
 def measured(path, *rows):
     done = run("bench", *arguments("bench", f"output={path}", f"rows={rows}", preset="tiny")).ok()
     report = json.loads((path / "bench.json").read_text())["rows"]
