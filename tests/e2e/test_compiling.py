@@ -15,14 +15,17 @@ STEPS = 200
 
 @pytest.mark.slow
 def test_200_steps_of_real_lengths_compile_once_and_wait_for_no_data(tmp_path, shared_data):
-    """A thirty-second of every real text, packed anew each epoch: rows of every mixture, one shape."""
+    """A thirty-second of every real text, packed anew each epoch: rows of every mixture, one shape.
+
+    The model is wide enough for a step to take longer than what the scheduler gives to others, which is no waiting.
+    """
     real = json.loads((shared_data / "musc_tdpo_demo.json").read_text())
     texts = [[row[name] for name in ("instruction", "chosen", "rejected")] for row in real]
     rows = [
         dict(zip(("prompt", "chosen", "rejected"), (text[: 4 + len(text) // 32] for text in row), strict=True))
         for row in texts
     ]
-    model = common.make_model(tmp_path / "model")
+    model = common.make_model(tmp_path / "model", hidden_size=128, intermediate_size=512)
     pairs = common.write_rows(tmp_path / "pairs.jsonl", rows)
     given = (f"model={model}", f"input={pairs}", f"output={tmp_path / 'run'}", "weights=uniform", "epochs=100")
     shape = ("max_length=128", "batch.row_length=256", "batch.rows=2", f"max_steps={STEPS}", "checkpoints.every=100")
