@@ -98,7 +98,7 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
     """Log-probs of every response, packed; entropies too, as `launch.score` has them."""
     config, tokenizer, params, mesh = _opened(given)
     rows = material.responses(given["pairs"], tokenizer, tokenizer.eos_token_id, given["max_length"])
-    segments = [Segment(*(np.array(x, np.int32) for x in row)) for row in rows]
+    segments = [Segment(np.array(prompt, np.int32), np.array(response, np.int32)) for prompt, response in rows]
     compute, parts = ComputeConfig(given["dtype"]), mesh.size
     batch = BatchConfig(2 * parts, max(given["max_length"], 1024), 1, max_examples_per_row=64)
     for _ in range(2):

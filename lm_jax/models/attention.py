@@ -7,6 +7,7 @@ padding: its queries give zeros. Implementations register themselves in IMPLEMEN
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,8 @@ def chosen(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, head_dim: int) -
 
 def _on_tpu(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
     # Not of the default backend: a plan compiles for devices that are not here
-    device = getattr(mesh, "abstract_mesh", mesh).abstract_device
+    abstract: Any = getattr(mesh, "abstract_mesh", mesh)
+    device = abstract.abstract_device
     return jax.default_backend() == "tpu" if device is None else device.platform == "tpu"
 
 

@@ -5,6 +5,8 @@ Blocks of other segments it visits and masks: its grid is fixed when it is compi
 Axes: B rows, T tokens, H query heads, K key/value heads, E head_dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -37,12 +39,13 @@ def splash_attention(q, k, v, segment_ids, *, window: int | None, interpret: boo
 def _kernel(heads: int, length: int, window: int | None, interpret: bool):
     shape = (length, length)
     if window is None or window >= length:
-        mask = splash_attention_mask.CausalMask(shape)
+        mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask(shape)
     else:
         mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), offset=0)
     block = next(b for b in _BLOCKS if length % b == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash_attention_kernel.BlockSizes(**{f"block_{name}": block for name in names})
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    sizes = splash_attention_kernel.BlockSizes(**blocks)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
