@@ -71,7 +71,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.batch.max_examples_per_row = 256  # answers to multiple-choice questions are short
 
     _here(c, c.get_ref("max_length"))
-    c.compute.logprob_chunk = 256  # tokens a row whose logits exist at once
+    c.compute.logprob_chunk = 256  # tokens of a device whose logits exist at once (by 8,192 words of the vocabulary)
     return c
 
 

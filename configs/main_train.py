@@ -82,7 +82,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.compute.dtype = c.get_ref("dtype")
     c.compute.remat = "full"  # least memory; `none` is fastest where it fits
     c.compute.attention = "auto"  # the platform's kernel
-    c.compute.logprob_chunk = 256  # tokens a row whose logits exist at once
+    c.compute.logprob_chunk = 256  # tokens of a device whose logits exist at once (by 8,192 words of the vocabulary)
     c.compute.scan_unroll = 1  # layers compiled together; all of them is fastest for a small model on a CPU
 
     c.checkpoints = ConfigDict()
@@ -104,6 +104,7 @@ def get_config(preset: str = "") -> ConfigDict:
         c.checkpoints.every = 50
     elif preset in _PODS:
         c.model, c.mesh.tensor, c.lora.rank, c.compute.remat = _PODS[preset]
+        c.compute.logprob_chunk = 1024  # a block of the embedding is read from memory once for so many tokens
         c.batch.rows = 128  # two for each of fsdp's 64 parts
         if c.lora.rank:
             c.optim.learning_rate = 1e-4  # adapters take ten times as much

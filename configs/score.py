@@ -33,6 +33,6 @@ def get_config() -> ConfigDict:
     c.compute.dtype = c.get_ref("dtype")
     c.compute.remat = "none"  # no gradient, nothing to recompute
     c.compute.attention = "auto"  # the platform's kernel
-    c.compute.logprob_chunk = 256  # tokens a row whose logits exist at once
+    c.compute.logprob_chunk = 256  # tokens of a device whose logits exist at once (by 8,192 words of the vocabulary)
     c.compute.scan_unroll = 1  # not read here: a forward pass gains nothing from more
     return c

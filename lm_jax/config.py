@@ -89,7 +89,7 @@ class ComputeConfig:
     dtype: str  # matmuls and activations: float32 | bfloat16; softmax, norms and losses are always fp32
     remat: str = "none"  # none | full | a name of lm_jax.models.decoder.REMAT_POLICIES
     attention: str = "auto"  # auto | a name of lm_jax.models.attention.IMPLEMENTATIONS
-    logprob_chunk: int = 256  # tokens of a row whose logits exist at one time
+    logprob_chunk: int = 256  # tokens of a device that the head works on at one time; of a row in the weighing pass
     scan_unroll: int = 1  # layers that one iteration of the scan holds: more copy less and compile longer
 
     def __post_init__(self):

@@ -7,12 +7,13 @@ padding: its queries give zeros. Implementations register themselves in IMPLEMEN
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm_jax.models import blockwise_attention
+from lm_jax.models import blockwise_attention, splash_attention
 from lm_jax.sharding import BATCH_AXES
 
 
@@ -36,10 +37,12 @@ def attention(
     Returns:
       [B, T, H, E] in q's dtype; zeros at padding.
     """
-    if implementation == "auto":
-        implementation = "blockwise"
-    fn = functools.partial(IMPLEMENTATIONS[implementation], window=window)
     mesh = jax.sharding.get_abstract_mesh()
+    if implementation == "auto":
+        implementation = chosen(mesh, q.shape[-1])
+    fn = functools.partial(IMPLEMENTATIONS[implementation], window=window)
+    if implementation == "splash":
+        fn = functools.partial(fn, interpret=not _on_tpu(mesh))
     if mesh.empty or mesh.size == 1:
         return fn(q, k, v, segment_ids)
     # Rows and heads are independent, so each device attends over what it holds, with no collective inside.
@@ -50,6 +53,21 @@ def attention(
         fn, in_specs=(heads, heads, heads, PartitionSpec(BATCH_AXES, None)), out_specs=heads, check_vma=False
     )
     return sharded(q, k, v, segment_ids)
+
+
+def chosen(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, head_dim: int) -> str:
+    """The implementation that "auto" stands for on the devices of a mesh; on those of this machine if it is empty.
+
+    On a GPU it is the CPU's: what cuDNN offers through `jax.nn.dot_product_attention` ignores segments.
+    """
+    return "splash" if _on_tpu(mesh) and splash_attention.fits(head_dim) else "blockwise"
+
+
+def _on_tpu(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
+    # Not of the default backend: a plan compiles for devices that are not here
+    abstract: Any = getattr(mesh, "abstract_mesh", mesh)
+    device = abstract.abstract_device
+    return jax.default_backend() == "tpu" if device is None else device.platform == "tpu"
 
 
 def kv_head_repeats(num_heads: int, num_kv_heads: int, parts: int) -> int:
@@ -79,5 +97,6 @@ def reference_attention(q, k, v, segment_ids, *, window):
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "blockwise": blockwise_attention.blockwise_attention,
+    "splash": splash_attention.splash_attention,
     "reference": reference_attention,
 }

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
-from lm_jax.data.order import BatchIterator, Beside, check_batch, plan_batches
+from lm_jax.data.order import BatchIterator, Beside, batch_shapes, check_batch, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.distributed.processes import stops_before
 from lm_jax.distributed.stopping import Stopped, deferred
 from lm_jax.errors import UserError
+from lm_jax.models.attention import chosen
 from lm_jax.models.decoder import check_compute
 from lm_jax.models.lora import adapter_specs, init_adapters
 from lm_jax.models.quantized import check_quantizer
@@ -26,7 +27,7 @@ from lm_jax.training.loggers import check_loggers, open_loggers
 from lm_jax.training.loop import Run, StepCost, fit, resume
 from lm_jax.training.metrics import MetricsWriter, say, training_records
 from lm_jax.training.profile import Tracer, steps_to_trace
-from lm_jax.training.program import StepProgram, assemble, step_program
+from lm_jax.training.program import StepProgram, assemble, compile_ahead, step_program
 from lm_jax.training.provenance import Method
 from lm_jax.training.runs import ModelSource, begin_run, open_model, param_specs
 from lm_jax.training.skipping import Skips
@@ -148,14 +149,22 @@ def run_job(job: Job, task: Task) -> None:
     plan = plan_batches(lengths, config.batch, config.epochs, config.seed)
     num_steps = min(len(plan), config.max_steps or len(plan))
     per_step = len(task.examples) * config.epochs / len(plan)
-    say(f"{len(task.examples)} {task.unit}: {num_steps} steps of about {per_step:.1f} on mesh {dict(mesh.shape)}")
     model, dtype = job.policy.config, config.compute.dtype
+    attention = config.compute.attention
+    attention = chosen(mesh, model.head_dim) if attention == "auto" else attention
+    say(
+        f"{len(task.examples)} {task.unit}: {num_steps} steps of about {per_step:.1f} on mesh {dict(mesh.shape)}, "
+        f"attention {attention}"
+    )
     program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps, config.seed)
     batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
     checkpointing = Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep)
     with deferred(), jax.set_mesh(mesh), checkpointing as checkpoints:
+        shapes = batch_shapes(config.batch, mesh, task.values, task.beside)
+        compiling = compile_ahead(program, mesh, shapes)
         frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
         state = _start_state(job, program, checkpoints, batches)
+        compiling.join()
         if done := int(state.step):
             say(f"continuing {config.output} after step {done}")
         tracer = Tracer(steps_to_trace(config.profile), done, num_steps, f"{config.output}/profile")

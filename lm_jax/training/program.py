@@ -1,6 +1,8 @@
 """The jitted training step of a run and the shapes of what it takes, known from settings alone."""
 
+import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +92,23 @@ def step_program(
         frozen=frozen,
         begin=jax.jit(begin, out_shardings=shardings, donate_argnums=0),
     )
+
+
+def compile_ahead(program: StepProgram, mesh: jax.sharding.Mesh, batch: Any) -> threading.Thread:
+    """Compiles the step beside whatever comes next; once the thread has ended, the first step finds it compiled.
+
+    Args:
+      batch: ShapeDtypeStructs of what the step will be given.
+    """
+
+    def compile_step():
+        # What goes wrong here goes wrong in the first step again, where it is reported
+        with jax.set_mesh(mesh), contextlib.suppress(Exception):
+            program.step.lower(program.state, batch, program.frozen).compile()
+
+    thread = threading.Thread(target=compile_step, name="compile", daemon=True)
+    thread.start()
+    return thread
 
 
 def assemble(trained, frozen, lora: LoraConfig, key: jax.Array | None = None):

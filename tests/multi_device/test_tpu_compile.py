@@ -26,6 +26,30 @@ DECODE_MESH = (2, 1, 8)
 SLOTS, PROMPTS, PROMPT_LENGTH, CONTEXT = 64, 16, 1024, 2048
 
 
+def attention_gradient(mesh):
+    """With a window, heads of 128 and fewer key/value heads than the 8 tensor parts."""
+    import jax
+    import jax.numpy as jnp
+
+    from lm_jax.models.attention import attention
+
+    def total(q, k, v, segment_ids):
+        return jnp.sum(attention(q, k, v, segment_ids, window=1000).astype(jnp.float32))
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+
+
+def attention_shapes(mesh):
+    import jax
+    import jax.numpy as jnp
+
+    from lm_jax.sharding import batch_sharding
+
+    rows = batch_sharding(mesh)
+    heads = [jax.ShapeDtypeStruct((4, 1500, n, 128), jnp.bfloat16, sharding=rows) for n in (16, 4, 4)]
+    return *heads, jax.ShapeDtypeStruct((4, 1500), jnp.int32, sharding=rows)
+
+
 def computed():
     """Runs in a process of its own: compiles all programs and returns the bytes that each takes on a chip."""
     import jax
@@ -109,6 +133,7 @@ def computed():
             "decode": decoding.decode.lower(
                 params, slots, given(bool, SLOTS), given(jnp.int32, 2), strengths, 16, model, compute, filters
             ),
+            "attention": attention_gradient(mesh).lower(*attention_shapes(mesh)),
         }
         found = {
             "params": sum(x.size for x in jax.tree.leaves(shapes)),
@@ -124,6 +149,7 @@ def computed():
                 "aliased": memory.alias_size_in_bytes,
                 "temporary": memory.temp_size_in_bytes,
                 "collectives": [c for c in ("all-gather", "reduce-scatter", "all-reduce") if c in text],
+                "kernels": text.count("tpu_custom_call"),
                 "whole_batch": sorted(set(re.findall(rf"\w+\[{ROWS},{ROW_LENGTH},\d\d+\]", text))),
             }
     return found
@@ -151,6 +177,12 @@ def test_scoring_pass_compiles(found):
     score = found["score"]
     assert params < score["arguments"] < 1.02 * params
     assert 0 < score["temporary"] < found["train"]["temporary"], "scoring keeps nothing for a backward pass"
+
+
+@pytest.mark.parametrize(("program", "kernels"), [("train", 4), ("score", 1), ("attention", 3)])
+def test_attention_is_the_kernel(found, program, kernels):
+    """Once forward, again where it is rematerialised, and one kernel for d q and one for d k and d v."""
+    assert found[program]["kernels"] == kernels
 
 
 @pytest.mark.parametrize("program", ["train", "score"])

@@ -1,6 +1,8 @@
 """Every attention implementation against torch, its gradient, and who may see whom, proved by gradient."""
 
 import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from lm_jax.models import blockwise_attention
-from lm_jax.models.attention import IMPLEMENTATIONS, attention
+from lm_jax.models.attention import IMPLEMENTATIONS, attention, chosen
 
 BLOCK = 16  # instead of 64, so that short rows have several blocks
 REAL_BLOCK = blockwise_attention._block
@@ -28,6 +30,8 @@ CASES = {
     "window-over-a-block": (40, RAGGED, 2, 2, 21),
     "window-over-the-row": (20, ([20],), 2, 2, 4096),
 }
+# Interpreted, the TPU's kernel takes seconds a case, and has a test of its own below
+LIVELY = [name for name in IMPLEMENTATIONS if name != "splash"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +47,9 @@ def make_segments(length, rows):
     return ids
 
 
-def make_qkv(rows, length, heads, kv_heads, seed=0, dtype=np.float32):
+def make_qkv(rows, length, heads, kv_heads, seed=0, dtype=np.float32, head_dim=HEAD_DIM):
     rng = np.random.default_rng(seed)
-    shapes = [(rows, length, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads)]
+    shapes = [(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads)]
     return [jnp.asarray(2 * rng.standard_normal(s), dtype) for s in shapes]
 
 
@@ -75,8 +79,9 @@ def with_gradients(q, k, v, segment_ids, d_out, window, implementation):
     return [out, *pull_back(d_out)]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "implementation"), [*itertools.product(CASES, LIVELY), ("ragged", "splash"), ("window-of-one", "splash")]
+)
 def test_equals_torch(name, implementation):
     length, rows, heads, kv_heads, window = CASES[name]
     segment_ids = make_segments(length, rows)
@@ -102,7 +107,21 @@ def test_unpatched_block(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("window", [None, 150])
+def test_splash_equals_blockwise(window, head_dim, monkeypatch):
+    """Over several of the kernel's blocks, two query heads a key/value head, padding within a block and beyond."""
+    monkeypatch.setattr(blockwise_attention, "_block", REAL_BLOCK)
+    length, rows = 300, ([40, 170, 60],)
+    segment_ids = make_segments(length, rows)
+    q, k, v = make_qkv(1, length, 2, 1, head_dim=head_dim)
+    d_out = make_qkv(1, length, 2, 1, seed=1, head_dim=head_dim)[0]
+    splash, blockwise = (with_gradients(q, k, v, segment_ids, d_out, window, i) for i in ("splash", "blockwise"))
+    for what, a, b in zip(("out", "d_q", "d_k", "d_v"), splash, blockwise, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(), err_msg=what)
+
+
+@pytest.mark.parametrize("implementation", LIVELY)
 def test_bfloat16(implementation):
     """Inputs and outputs in bf16, softmax in fp32: near torch's fp32 result on the same inputs."""
     segment_ids = make_segments(40, RAGGED)
@@ -115,7 +134,7 @@ def test_bfloat16(implementation):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2e-2, atol=1.5e-2 * np.abs(b).max(), err_msg=what)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", LIVELY)
 @pytest.mark.parametrize("window", [None, 6])
 def test_sees_only_earlier_tokens_of_its_segment(implementation, window):
     """d out[t] / d v[s] is nonzero exactly where t may see s; d out[t] / d k[s] and d q[s] are exactly 0 elsewhere."""
@@ -148,6 +167,15 @@ def test_blocks_of_other_segments_are_not_visited():
     out = np.isnan(attention(q, k, v, segment_ids, implementation="blockwise"))
     assert out[:, BLOCK : 2 * BLOCK].all()
     assert not out[:, :BLOCK].any() and not out[:, 2 * BLOCK :].any()
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "expected"),
+    [("tpu", 128, "splash"), ("tpu", 64, "splash"), ("tpu", 80, "blockwise"), ("cuda", 128, "blockwise")],
+)
+def test_what_auto_stands_for(platform, head_dim, expected):
+    device = types.SimpleNamespace(platform=platform)
+    assert chosen(types.SimpleNamespace(abstract_device=device), head_dim) == expected
 
 
 def test_auto_is_the_cpus():

@@ -22,6 +22,7 @@ from tests.documents import PAGES, Command, all_commands, page_text
 
 # launcher -> tests that run it as a user does, with the keys of the documented commands at small sizes
 RUN_BY = {
+    "bench": ("tests/e2e/test_bench.py",),
     "evaluate": ("tests/e2e/test_evaluate.py", "tests/e2e/test_judged.py", "tests/parity/test_lm_eval.py"),
     "export_hf": ("tests/e2e/test_docs.py", "tests/e2e/test_musc_train.py", "tests/e2e/test_lora.py"),
     "generate": ("tests/e2e/test_generate.py",),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lm_jax.models import logprobs as head
 from lm_jax.models.logprobs import token_logprobs, token_statistics
 
 B, T, D, V = 3, 11, 8, 29
@@ -17,7 +18,8 @@ MASKS = {
     "empty-row": np.array([[1] * 11, [0] * 11, [0, 1] * 5 + [0]]),
     "none": np.zeros((B, T)),
 }
-CHUNKS = [1, 4, 11, 256]  # 4 does not divide 11
+CHUNKS = [1, 4, 11, 256]  # of 33 tokens; 4 does not divide them
+BLOCKS = [29, 8, 1]  # words at one time; 8 does not divide the vocabulary
 
 
 @functools.cache
@@ -29,9 +31,15 @@ def inputs():
     return hidden, embedding, targets, rng.standard_normal((2, B, T)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames="chunk")
-def ours(hidden, embedding, targets, mask, cotangents, chunk):
-    """[log-probs, entropies, d hidden, d embedding]"""
+@pytest.fixture(params=BLOCKS[:1])
+def block(request, monkeypatch):
+    monkeypatch.setattr(head, "BLOCK", request.param)
+    return request.param
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "block"))
+def ours(hidden, embedding, targets, mask, cotangents, chunk, block=None):
+    """[log-probs, entropies, d hidden, d embedding]; `block` keeps compiled ones apart."""
     fn = functools.partial(token_logprobs, targets=targets, mask=mask, chunk=chunk)
     outputs, pull_back = jax.vjp(fn, hidden, embedding)
     return [*outputs, *pull_back(tuple(cotangents))]
@@ -48,12 +56,12 @@ def theirs(hidden, embedding, targets, mask, cotangents):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_equals_torch(mask, chunk):
+@pytest.mark.parametrize(("chunk", "block"), [*((c, BLOCKS[0]) for c in CHUNKS), (4, 8), (11, 1)], indirect=["block"])
+def test_equals_torch(mask, chunk, block):
     hidden, embedding, targets, cotangents = inputs()
     mask = MASKS[mask]
     expected = theirs(hidden, embedding, targets, mask, cotangents)
-    got = ours(hidden, embedding, targets, mask, cotangents, chunk)
+    got = ours(hidden, embedding, targets, mask, cotangents, chunk, block)
     for what, a, b in zip(("log-probs", "entropies", "d hidden", "d embedding"), got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=what)
     for what, a in zip(("log-probs", "entropies", "d hidden"), got, strict=False):
@@ -75,8 +83,8 @@ def test_without_entropy():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_top1(chunk):
+@pytest.mark.parametrize(("chunk", "block"), [(4, 29), (11, 8)], indirect=["block"])
+def test_top1(chunk, block):
     """1 where the target is torch's argmax, 0 elsewhere and outside the mask; the log-probs beside it are the same."""
     hidden, embedding, targets, _ = inputs()
     best = torch.argmax(torch.tensor(hidden) @ torch.tensor(embedding).T, -1).numpy()
@@ -100,8 +108,9 @@ def test_masked_out_targets_are_not_read():
         np.testing.assert_array_equal(a, b)
 
 
-def test_large_logits():
-    """No overflow at logits in the hundreds, where exp alone would be infinite."""
+@pytest.mark.parametrize("block", BLOCKS[:2], indirect=True)
+def test_large_logits(block):
+    """No overflow at logits in the hundreds, where exp alone would be infinite, and the largest may come late."""
     hidden, embedding, targets, _ = inputs()
     logprobs, entropies = token_logprobs(200 * hidden, embedding, targets, np.ones((B, T)), 4)
     log_probs = torch.log_softmax(torch.tensor(200 * hidden).double() @ torch.tensor(embedding).double().T, dim=-1)
@@ -123,8 +132,21 @@ def test_bfloat16_gives_float32():
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2e-2, atol=1e-2 * np.abs(b).max())
 
 
-def temporary_bytes(length, chunk, vocab=4096, width=16):
-    """Peak temporary memory of the compiled gradient of the sum of one row's log-probs and entropies."""
+def test_a_frozen_embedding_costs_no_gradient():
+    """No product with its shape is in the program, where only the hidden states are differentiated."""
+    hidden, embedding, targets, _ = map(jnp.asarray, inputs())
+
+    def loss(hidden, embedding):
+        return jnp.sum(token_logprobs(hidden, embedding, targets, MASKS["all"], 4, with_entropy=False)[0])
+
+    def products(argnums):
+        return str(jax.make_jaxpr(jax.grad(loss, argnums))(hidden, embedding)).count("dot_general")
+
+    assert products(0) == products((0, 1)) - 1 == 3  # logits, once more for the gradient, d hidden
+
+
+def temporary_bytes(length, chunk, vocab, width=16, rows=1, dtype=jnp.float32):
+    """Peak temporary memory of the compiled gradient of the sum of the log-probs and entropies of `rows` rows."""
     struct = jax.ShapeDtypeStruct
 
     def loss(hidden, embedding, targets, mask):
@@ -133,21 +155,27 @@ def temporary_bytes(length, chunk, vocab=4096, width=16):
     compiled = (
         jax.jit(jax.grad(loss, argnums=(0, 1)))
         .lower(
-            struct((1, length, width), jnp.float32),
+            struct((rows, length, width), dtype),
             struct((vocab, width), jnp.float32),
-            struct((1, length), jnp.int32),
-            struct((1, length), jnp.float32),
+            struct((rows, length), jnp.int32),
+            struct((rows, length), jnp.float32),
         )
         .compile()
     )
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_does_not_grow_with_length_times_vocabulary():
-    """Four times the tokens cost a few copies of [T, D], and one chunk's logits are what a chunk costs."""
-    vocab, width, chunk = 4096, 16, 32
-    short, long = temporary_bytes(256, chunk), temporary_bytes(1024, chunk)
-    per_token = (long - short) / 768
-    assert per_token < 10 * width * 4, f"{per_token} bytes a token"
-    assert short < 8 * chunk * vocab * 4
-    assert temporary_bytes(1024, 1024) > 4 * long, "whole logits would show"
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_memory_is_one_tile(dtype):
+    """At the vocabulary of Qwen2.5 and 8,192 tokens far below 300 MB, and the same for other ways to lay them out.
+
+    Twice the tokens cost copies of [N, D] and of numbers a token, whose logits would be 608 KB each.
+    """
+    vocab, width, chunk = 152_064, 16, 256
+    found = temporary_bytes(2048, chunk, vocab, rows=4, dtype=dtype)
+    tile = chunk * head.BLOCK * 4
+    assert found < 4 * tile < 300e6
+    assert temporary_bytes(8192, chunk, vocab, dtype=dtype) == pytest.approx(found, rel=0.05)
+    per_token = (temporary_bytes(16_384, chunk, vocab, dtype=dtype) - found) / 8192
+    assert per_token < 10 * width * 4 + 100, f"{per_token} bytes a token"
+    assert temporary_bytes(2048, 8192, vocab, rows=4, dtype=dtype) > 4 * found, "a large tile would show"
