@@ -46,16 +46,17 @@ def full_in_training(bench: Bench, number: int) -> str:
 
 
 def full_in_rows(bench: Bench, number: int) -> str:
-    return _full_in(bench, number, ("generate", "musc_pairs", "score")[number % 3], bench.rng.randrange(4, 9, 4))
+    return _full_in(bench, number, ("generate", "musc_pairs", "score")[number % 3])
 
 
 def full_in_export(bench: Bench, number: int) -> str:
-    model = Path(bench.rows.model) / "model.safetensors"
-    return _full_in(bench, number, "export_hf", bench.rng.randrange(8, model.stat().st_size // 1024, 4))
+    return _full_in(bench, number, "export_hf")
 
 
-def _full_in(bench: Bench, number: int, name: str, size: int) -> str:
+def _full_in(bench: Bench, number: int, name: str) -> str:
     whole, out = bench.written(name), bench.directory / f"full_{name}_{number}"
+    pages = sum(-(-len(content) // 4096) for content in contents(whole).values())
+    size = 4 * bench.rng.randrange(1, max(2, pages))  # KiB, too few for what is written
     with _small_disk(out, size) as enlarge:
         if enlarge is None:
             return NOT_TRIED
