@@ -110,3 +110,21 @@ def test_weights_are_equal_but_for_rounding(both):
 def test_exports_are_equal(both):
     one, two = (load_file(out / "hf" / "model.safetensors") for out in both)
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_judged_benchmark_gives_the_same_files(tmp_path):
+    """Responses and verdicts by the same small model, whose verdicts nobody can read."""
+    model = common.make_model(tmp_path / "model", max_position_embeddings=1024)
+    criteria = [["is it short?", "主需", "form", "length"], ["is it long?", "次需", "form", "length"]]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"prompt": f"say {i} cats", "criteria": criteria} for i in range(5)]))
+    small = ("decode.slots=4", "decode.max_length=1024", "max_new_tokens=8", "mesh.fsdp=2", "mesh.tensor=1")
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"out_{processes}"
+        given = (f"input={rows}", f"output={out}", f"model={model}", f"judge.model={model}")
+        flags = arguments("evaluate", *given, *small, *(f"judge.{s}" for s in small), preset="cfbench")
+        Group("evaluate", *flags, processes=processes, devices=2 // processes).ok()
+        found.append({str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()})
+    assert found[0] == found[1] and {"scores.json", "verdicts.jsonl", "responses.jsonl"} <= found[0].keys()
