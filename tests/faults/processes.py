@@ -62,14 +62,15 @@ def kill_rounds(bench: Bench, number: int) -> str:
 
 def stop_training(bench: Bench, number: int) -> str:
     whole, name = bench.undisturbed(), f"stopped_{number}"
-    output, step = bench.training.directory / name, bench.rng.randrange(1, test_training.STEPS - 3)
+    output, step = bench.training.directory / name, bench.rng.randrange(1, test_training.STEPS // 2)
     victims = bench.rng.choice([(0,), (1,), (0, 1)])
     group = bench.training.start(name, 2, 1)
     group.until(lambda: logged(output) >= step)
     for victim in victims:
         os.kill(group.pids()[victim], bench.rng.choice([signal.SIGTERM, signal.SIGINT]))
-    assert all("as asked" in done.stderr for done in group.ok().values())
+    heeded = {"as asked" in done.stderr for done in group.ok().values()}
     saved, _ = newest(output)
+    assert heeded == {saved < test_training.STEPS}, heeded  # it may come after the end
     assert_same(bench.training.finish(name, 2, 1), whole)
     return f"process {victims} asked after step {step}, saved at {saved}"
 
