@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax.data.rows import check_not_input, replacing
+from lm_jax.data.rows import check_file_output, check_not_input, replacing
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
@@ -61,8 +61,7 @@ def write_report(config: ReportConfig) -> None:
     Raises:
       UserError: anything the user can mend, naming file or row.
     """
-    if Path(config.output).is_dir():
-        raise UserError(f"{config.output}: is a directory; give config.output a file name")
+    check_file_output(config.output)
     check_not_input(config.output, config.input)
     data = report_data(config)
     if jax.process_index() == 0:
