@@ -198,6 +198,7 @@ class LoraConfig:
 class CheckpointConfig:
     every: int  # steps between saves; the last step is always saved
     keep: int  # newest checkpoints kept
+    remote: str | None = None  # gs:// or s3:// address of a copy to resume from elsewhere
 
     def __post_init__(self):
         for name in ("every", "keep"):

@@ -5,10 +5,13 @@ Where the server is and who asks is for those libraries' own settings to say: AW
 """
 
 import contextlib
+import hashlib
 import importlib.util
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,13 +100,17 @@ def is_directory(path: str) -> bool:
         return _system(path).isdir(path)
 
 
-def find(path: str) -> dict[str, int]:
-    """Every object below `path/`, by its name there: bytes."""
+def find(path: str) -> dict[str, str]:
+    """Every object below `path/`, by its name there: what changes when its content does."""
     with accessing(path):
         system = _system(path)
         root = system._strip_protocol(path).rstrip("/") + "/"
         found = system.find(root, detail=True)
-        return {name.removeprefix(root): info["size"] for name, info in found.items() if name.startswith(root)}
+        return {
+            name.removeprefix(root): f"{info['size']} {info.get('ETag') or info.get('etag')}"
+            for name, info in found.items()
+            if name.startswith(root)
+        }
 
 
 def read(path: str) -> bytes | None:
@@ -157,6 +164,27 @@ def download(path: str, names: Iterable[str], directory: str | os.PathLike) -> N
             _system(path).get_file(f"{path}/{name}", str(target))
 
     _each(one, names)
+
+
+def cached(path: str, versions: Mapping[str, str], changing: Sequence[str] = ()) -> Path:
+    """A directory of this machine's with the objects `path/NAME`, downloaded unless they are there already.
+
+    Args:
+      versions: names and versions, as `find` has them.
+      changing: further names, of objects that there may be and whose new versions are no reason to download again.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lm_jax"
+    digest = hashlib.sha256(json.dumps([path, sorted(versions.items())]).encode()).hexdigest()[:16]
+    target = home / f"{path.rstrip('/').rpartition('/')[2]}-{digest}"
+    if target.is_dir():
+        return target
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix=".arriving-") as directory:
+        arriving = Path(directory, "whole")
+        download(path, [*versions, *(name for name in changing if exists(f"{path}/{name}"))], arriving)
+        with contextlib.suppress(OSError):  # another process was first
+            arriving.rename(target)
+    return target
 
 
 def _each(do: Callable[[str], None], names: Iterable[str]) -> None:
