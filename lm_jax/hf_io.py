@@ -84,7 +84,8 @@ def _from_bucket(model: str) -> Path:
         wanted = [
             name
             for name in found
-            if name in COPIED_FILES or name.startswith(tuple(f"{d}/" for d in COPIED_DIRS))
+            if name in COPIED_FILES
+            or name.startswith(tuple(f"{d}/" for d in COPIED_DIRS))
             or re.fullmatch(r"config\.json|README\.md|[^/]*\.safetensors(\.index\.json)?", name)
         ]
         return storage.cached(model, {name: found[name] for name in wanted})

@@ -1,4 +1,4 @@
-"""Objects in buckets: gs:// through gcsfs, s3:// through s3fs. An object appears whole or not at all; none is appended to.
+"""Objects in buckets: gs:// through gcsfs, s3:// through s3fs. One appears whole or not at all; none is appended to.
 
 Where the server is and who asks is for those libraries' own settings to say: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
 ~/.aws, or GOOGLE_APPLICATION_CREDENTIALS and the machine's account. Buckets are never made here.

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -31,6 +31,8 @@ _SCRIPTS = ("data.js", "state.js", "tokens.js", "charts.js", "cards.js", "main.j
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
     """`configs/report.py` says what each key is for."""
+
+    addresses: ClassVar = ("output",)
 
     model: str | None
     input: str

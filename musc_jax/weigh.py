@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -47,6 +47,8 @@ _SUMMED = 4096  # responses read together for the table at the end
 @dataclasses.dataclass(frozen=True)
 class WeighConfig:
     """`configs/musc_token_weights.py` says what each key is for."""
+
+    addresses: ClassVar = ("output",)
 
     model: str
     input: str

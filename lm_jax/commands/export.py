@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 from lm_jax import hf_io
 from lm_jax.commands.hub import check_push, push
@@ -18,6 +19,8 @@ from lm_jax.training.runs import ModelSource, open_model, read_settings
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """`configs/export_hf.py` says what each key is for."""
+
+    addresses: ClassVar = ("output",)
 
     model: str
     output: str

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -26,6 +26,8 @@ from lm_jax.training.runs import open_model
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
     """`configs/score.py` says what each key is for."""
+
+    addresses: ClassVar = ("output",)
 
     model: str
     input: str

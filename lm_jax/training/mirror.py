@@ -179,6 +179,7 @@ def _fetch_step(there: str, names: list[str], target: Path) -> bool:
 
 def _fetch_file(there: str, target: Path) -> None:
     if (content := storage.read(there)) is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.tmp")
         temporary.write_bytes(content)
         temporary.replace(target)

@@ -89,7 +89,12 @@ class Fork:
     """
 
     def __init__(
-        self, name: str, *flags: str, devices: int = 1, cache: Path | None = None, settings: dict[str, str] | None = None
+        self,
+        name: str,
+        *flags: str,
+        devices: int = 1,
+        cache: Path | None = None,
+        settings: dict[str, str] | None = None,
     ):
         self._directory = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._directory.name) / n for n in ("out", "err"))

@@ -2,16 +2,22 @@
 
 import json
 import os
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
+from etils import epath
 
-from lm_jax import storage
+from lm_jax import hf_io, storage
 from lm_jax.data.rows import check_file_output, check_not_input, read_rows, replacing, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
+from lm_jax.training import mirror
+from lm_jax.training.checksums import write_checksums
+from lm_jax.training.runs import open_model
 from tests import object_store
+from tests.checkpoints import make_checkpoint, make_tokenizer
 
 pytest.importorskip("s3fs", reason="pip install 'lm-jax[remote]'")
 pytest.importorskip("moto", reason="moto[s3] and flask are the S3 server of the tests")
@@ -164,3 +170,96 @@ def test_faults_of_a_store_are_one_line(server, bucket, monkeypatch):
         assert "give a local directory" in line_of(partial(create, address))
     with server.refusing(lambda method, path: True):
         assert "weights" in line_of(lambda: create(f"{bucket}/weights"))
+
+
+def checkpoint_of_two(run, step, save=b"first"):
+    """As two processes leave it in the directory that both see."""
+    root = run / "checkpoints" / str(step)
+    shutil.rmtree(root, ignore_errors=True)
+    for process in (0, 1):
+        (root / f"params/ocdbt.process_{process}").mkdir(parents=True, exist_ok=True)
+        (root / f"params/ocdbt.process_{process}/d").write_bytes(b"%d of %d" % (process, step))
+    (root / "_CHECKPOINT_METADATA").write_bytes(save)
+    for process in (0, 1):
+        write_checksums(epath.Path(root), process)
+    return root
+
+
+def test_a_checkpoint_counts_once_every_process_has_copied_its_part(bucket, tmp_path):
+    run, remote = tmp_path / "run", f"{bucket}/run"
+    root = checkpoint_of_two(run, 3)
+    (run / "metrics.jsonl").write_text('{"step": 3}\n')
+    (run / "config.json").write_text("{}")
+    (run / "model").mkdir()
+    mirror.push_settings(remote, str(run))
+    first, second = (mirror.Mirror(remote, str(run), 1, process, 2) for process in (0, 1))
+    first.push(3)
+    assert mirror.whole_steps(remote) == {}
+    second.push(3)
+    assert set(mirror.whole_steps(remote)) == {3}
+    mirror.fetch(remote, str(tmp_path / "other"))
+    other = tmp_path / "other/checkpoints/3"
+    files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+    assert files == sorted(str(p.relative_to(other)) for p in other.rglob("*") if p.is_file())
+    assert all((root / f).read_bytes() == (other / f).read_bytes() for f in files)
+    assert (tmp_path / "other/metrics.jsonl").read_text() == '{"step": 3}\n'
+    # Saved once more, by processes that were killed and started again: parts of two saves make no checkpoint
+    checkpoint_of_two(run, 3, b"again")
+    second.push(3)
+    assert mirror.whole_steps(remote) == {}
+    first.push(3)
+    checkpoint_of_two(run, 5)
+    second.push(5), first.push(5)
+    assert set(mirror.whole_steps(remote)) == {5}
+    assert not [name for name in storage.find(f"{remote}/checkpoints") if name.startswith("3/")]
+
+
+def test_the_newest_start_has_the_copy(bucket, tmp_path):
+    checkpoint_of_two(tmp_path / "run", 1)
+    old = mirror.Mirror(f"{bucket}/run", str(tmp_path / "run"), 1, 0, 1)
+    old.push(1)
+    mirror.Mirror(f"{bucket}/run", str(tmp_path / "elsewhere"), 1, 0, 1)
+    assert "has taken it over" in line_of(lambda: old.push(2))
+
+
+def test_a_copy_cannot_write_elsewhere(server, bucket, tmp_path):
+    put(server, f"{bucket}/run/x", b"")
+    assert "leads out" in line_of(lambda: storage.download(f"{bucket}/run", ["../../x"], tmp_path / "here"))
+
+
+def test_an_export_in_a_bucket_is_whole_or_fails_to_load(server, bucket, tmp_path):
+    make_checkpoint(tmp_path / "source", "llama")
+    make_tokenizer(tmp_path / "source")
+    source = open_model(str(tmp_path / "source"))
+    params = hf_io.load_params(source.directory, source.config, None)
+
+    def export(name):
+        hf_io.export_hf(params, source.config, f"{bucket}/{name}", source.directory, "float32", 20_000)
+
+    export("whole")
+    puts = [path.rpartition("/")[2] for method, path in server.asked if method == "PUT" and "/whole/" in path]
+    assert puts[-1] == "config.json" and puts.count("model.safetensors.index.json") == 1
+    assert "not empty" in line_of(lambda: export("whole"))
+    with server.refusing(lambda method, path: method == "PUT" and path.endswith(".index.json")):
+        assert "no access" in line_of(lambda: export("failed"))
+    assert server.names(f"{bucket}/failed") == []
+    assert "no bucket" in line_of(lambda: hf_io.check_output("s3://no-such-bucket/model"))
+
+
+def test_a_model_is_read_from_a_bucket_and_downloaded_once(server, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_checkpoint(tmp_path / "source", "llama")
+    make_tokenizer(tmp_path / "source")
+    (tmp_path / "source/pytorch_model.bin").write_bytes(b"not to be touched")
+    storage.upload(tmp_path / "source", os.listdir(tmp_path / "source"), f"{bucket}/model")
+    local, there = open_model(str(tmp_path / "source")), open_model(f"{bucket}/model")
+    assert there.identity() == local.identity()
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+    asked = len(server.asked)
+    assert open_model(f"{bucket}/model") == there
+    assert not [path for method, path in server.asked[asked:] if method == "GET" and path.endswith(".safetensors")]
+    make_checkpoint(tmp_path / "source", "llama", seed=1)
+    storage.upload(tmp_path / "source", ["model.safetensors"], f"{bucket}/model")
+    assert open_model(f"{bucket}/model").identity() == open_model(str(tmp_path / "source")).identity()
+    assert "no config.json there" in line_of(lambda: open_model(f"{bucket}/absent"))
+    assert "gs://" in line_of(lambda: open_model("ftp://host/model"))
