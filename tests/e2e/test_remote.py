@@ -13,7 +13,7 @@ from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.mirror import whole_steps
 from tests import object_store
 from tests.e2e import common
-from tests.e2e.common import SMALL_TRAIN, TIMING, Done, Fork, arguments
+from tests.e2e.common import SMALL_SCORE, SMALL_TRAIN, TIMING, Done, Fork, arguments
 
 pytest.importorskip("s3fs", reason="pip install 'lm-jax[remote]'")
 pytest.importorskip("moto", reason="moto[s3] and flask are the S3 server of the tests")
@@ -142,3 +142,60 @@ def test_a_copy_belongs_to_one_run(machines, undisturbed):
     system.pipe_file(f"s3://runs/c/checkpoints/8/{arrays}", whole[:-1] + bytes([whole[-1] ^ 1]))
     line = machines.run("seventh", "c", "max_steps=8").error()
     assert "arrives undamaged" in line
+
+
+@pytest.mark.slow
+def test_commands_read_and_write_buckets(machines, server, tmp_path):
+    """Weighing, training on the weights, exporting and scoring, each beside the same on a local disk."""
+    bucket = server.make_bucket("commands")
+    rows = common.read_rows(machines.pairs)
+    pairs = common.write_rows(tmp_path / "pairs.jsonl", [{**r, "perturbed_prompt": r["prompt"][:-3]} for r in rows])
+    asked = common.write_rows(
+        tmp_path / "asked.jsonl", [{"prompt": r["prompt"], "response": r["chosen"]} for r in rows]
+    )
+    system = server.system()
+    system.put(pairs, f"{bucket}/pairs.jsonl"), system.put(asked, f"{bucket}/asked.jsonl")
+    system.put(machines.model, f"{bucket}/model", recursive=True)
+    settings = {**server.settings, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def everything(root: str, model: str, run: str, remote: tuple[str, ...]) -> list[str]:
+        def command(name, *flags, preset=""):
+            done = common.fork(name, *arguments(name, *flags, preset=preset), settings=settings).ok()
+            assert "Traceback" not in done.stderr
+            return done.stderr
+
+        said = [
+            command(
+                "score", f"model={model}", f"input={root}/asked.jsonl", f"output={root}/out/scored.jsonl", *SMALL_SCORE
+            )
+        ]
+        weighed = f"{root}/out/weighed.jsonl"
+        said += [
+            command(
+                "musc_token_weights", f"model={model}", f"input={root}/pairs.jsonl", f"output={weighed}", *SMALL_SCORE
+            )
+        ]
+        given = (f"model={model}", f"input={weighed}", f"output={run}", "weights=store", "max_steps=2", *remote)
+        said += [command("musc_train", *given, *SMALL_TRAIN, preset="tiny")]
+        trained = remote[0].partition("=")[2] if remote else run
+        said += [command("export_hf", f"model={trained}", f"output={root}/out/exported", "dtype=float32")]
+        return said
+
+    copy = (f"checkpoints.remote={bucket}/run",)
+    said = everything(bucket, f"{bucket}/model", str(tmp_path / "run"), copy)
+    everything(str(tmp_path), machines.model, str(tmp_path / "local_run"), ())
+    system.get(f"{bucket}/out", str(tmp_path / "fetched"), recursive=True)
+    for name in ("scored.jsonl", "exported/model.safetensors", "exported/config.json", "exported/tokenizer.json"):
+        assert (tmp_path / "fetched" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    here, there = (common.read_rows(tmp_path / at / "weighed.jsonl") for at in ("out", "fetched"))
+    assert [row["token_weights"]["store"] for row in there] == ["weighed.weights"] * len(rows)
+    assert [row["chosen"] for row in here] == [row["chosen"] for row in there]
+    assert not [line for text in said for line in text.splitlines() if "errno" in line]  # libraries that complain
+    assert server.names(f"{bucket}/out/exported").count("config.json") == 1
+
+    unknown = {**settings, "AWS_ACCESS_KEY_ID": "unknown"}
+    flags = arguments("score", f"model={machines.model}", f"input={asked}", f"output={bucket}/x.jsonl", *SMALL_SCORE)
+    line = common.fork("score", *flags, settings=unknown).error()
+    assert f"{bucket}/x.jsonl" in line and "access" in line and object_store.SECRET not in line
+    flags = arguments("musc_train", f"model={machines.model}", f"input={pairs}", f"output={bucket}/run", preset="tiny")
+    assert "config.checkpoints.remote" in common.fork("musc_train", *flags, settings=settings).error()
