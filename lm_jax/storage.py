@@ -20,6 +20,7 @@ from lm_jax.errors import UserError, without_passwords
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 _CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3"}
+_NO_ACCESS = re.compile("[Cc]redential|Forbidden|Unauthori[sz]ed|RefreshError|Anonymous caller")
 _THREADS = 8  # objects under way at a time
 _SHOWN = 200  # characters of what a server said
 
@@ -67,7 +68,7 @@ def _told(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such object, or no such bucket; check the address"
     said = " ".join(str(error).split())[:_SHOWN]
-    if isinstance(error, PermissionError) or "redential" in type(error).__name__ + said:
+    if isinstance(error, PermissionError) or _NO_ACCESS.search(type(error).__name__ + said):
         return f"no access ({said}); check the credentials, and their rights to the bucket"
     return f"{type(error).__name__} ({said}); check the address, the endpoint and the network"
 

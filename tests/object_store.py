@@ -1,10 +1,12 @@
-"""An S3 server on a loopback port, by moto, which knows who may come in and fails where a test says so."""
+"""Object stores on loopback ports, S3 by moto and a stand-in for GCS, that fail where a test says so."""
 
 import contextlib
 import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator
+
+from tests.gcs_server import GcsServer
 
 SECRET = "not-to-be-shown-anywhere"
 _NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "NO_PROXY")
@@ -23,6 +25,7 @@ class Store:
     settings: dict[str, str]
     refuses: Callable[[str, str], bool] = lambda method, path: False
     asked: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    gcs: GcsServer | None = None
 
     @contextlib.contextmanager
     def refusing(self, refuses: Callable[[str, str], bool]) -> Iterator[None]:
@@ -33,11 +36,18 @@ class Store:
             self.refuses = lambda method, path: False
 
     def make_bucket(self, name: str) -> str:
-        self.system().mkdir(name)
-        return f"s3://{name}"
+        if self.gcs is None:
+            self.system().mkdir(name)
+            return f"s3://{name}"
+        self.gcs.buckets[name] = {}
+        return f"gs://{name}"
 
     def system(self):
         """fsspec's view of it, apart from the one that the project uses."""
+        if self.gcs is not None:
+            import gcsfs
+
+            return gcsfs.GCSFileSystem(use_listings_cache=False)
         import s3fs
 
         return s3fs.S3FileSystem(
@@ -49,12 +59,41 @@ class Store:
 
     def names(self, path: str) -> list[str]:
         """All objects below `path/`."""
-        return sorted(name.removeprefix(path.removeprefix("s3://") + "/") for name in self.system().find(path))
+        return sorted(name.removeprefix(path.partition("://")[2] + "/") for name in self.system().find(path))
+
+
+@contextlib.contextmanager
+def serve_gcs() -> Iterator[Store]:
+    """As `serve`, for gs://."""
+
+    def refuses(method, path):
+        store.asked.append((method, path))
+        return store.refuses(method, path)
+
+    server = GcsServer(refuses)
+    settings = {"STORAGE_EMULATOR_HOST": server.url, "TENSORSTORE_GCS_HTTP_URL": server.url}
+    # Else gcsfs asks another service, which is not here, of what kind a bucket is
+    quiet = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true", "NO_PROXY": "127.0.0.1"}
+    store = Store({**settings, **quiet}, gcs=server)
+    with _environment(store.settings):
+        yield store
+    server.close()
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 @contextlib.contextmanager
 def serve() -> Iterator[Store]:
-    """Within, this process and those that it starts use the server."""
+    """Within, this process and those that it starts use the server for s3://."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -76,12 +115,7 @@ def serve() -> Iterator[Store]:
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Silent)
     settings = ("known", SECRET, f"http://127.0.0.1:{server.port}", "us-east-1", "127.0.0.1")
     store = Store(dict(zip(_NAMES, settings, strict=True)))
-    before = {name: os.environ.get(name) for name in _NAMES}
-    os.environ.update(store.settings)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with _environment(store.settings):
         yield store
-    finally:
-        server.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    server.shutdown()
