@@ -47,7 +47,7 @@ class GcsServer:
         name = query.get("name")
         if query["uploadType"] == "multipart":
             mark = b"--" + re.search('boundary="?([^"]+)"?', kind)[1].encode()
-            told, content = (p.split(b"\n\n", 1)[1] for p in body.replace(b"\r\n", b"\n").split(mark)[1:3])
+            told, content = (p.split(b"\n\n", 1)[1] for p in body.split(mark)[1:3])  # newlines as gcsfs has them
             name, body = json.loads(told)["name"], content.removesuffix(b"\n")
         if int(query.get("ifGenerationMatch", -1)) not in (-1, objects.get(name, (0,))[0]):
             return _error(412)
@@ -96,7 +96,7 @@ def _object(objects, method, name, query, media):
         del objects[name]
         return 204, {}, b""
     if str(generation) == query.get("ifGenerationNotMatch"):
-        return _error(304)
+        return 304, {}, b""
     if media or query.get("alt") == "media":
         return 200, {"x-goog-generation": str(generation), "Content-Type": "application/octet-stream"}, content
     return _json(_described(objects, name))
