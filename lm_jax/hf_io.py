@@ -331,8 +331,10 @@ def appears_whole(output_dir: str | Path) -> Iterator[Path]:
     """
     if storage.is_remote(output_dir):
         with tempfile.TemporaryDirectory() as directory:
-            yield Path(directory)
-            _upload(Path(directory), str(output_dir).rstrip("/"))
+            local = Path(directory, "export")
+            with appears_whole(local) as partial:
+                yield partial
+            _upload(local, str(output_dir).rstrip("/"))
         return
     output = Path(output_dir)
     partial = output.absolute().parent / f".{output.name}.partial"
