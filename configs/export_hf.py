@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = placeholder(str)  # run directory
-    c.output = placeholder(str)  # must not exist, or be empty
+    c.output = placeholder(str)  # local, gs:// or s3://; must not exist, or be empty
     c.step = placeholder(int)  # which checkpoint; none: the newest
     c.dtype = "bfloat16"  # what serving engines expect
     c.adapter = False  # of a run that trained adapters: True writes them alone, for PEFT; else they are merged

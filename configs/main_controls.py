@@ -80,4 +80,6 @@ def _settings(name: str, preset: str, set_by_controls: str) -> ConfigDict:
     config = get(preset) if preset else get()
     for key in set_by_controls.split():
         del config[key]
+    if "checkpoints" in config:
+        del config.checkpoints["remote"]  # a copy is of one run
     return config

@@ -59,6 +59,8 @@ def _settings(name: str, preset: str, set_by_rounds: str) -> ConfigDict:
     config = _file(name, preset)
     for key in set_by_rounds.split():
         del config[key]
+    if "checkpoints" in config:
+        del config.checkpoints["remote"]  # a copy is of one run
     return config
 
 

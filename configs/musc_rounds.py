@@ -46,4 +46,6 @@ def _settings(name: str, preset: str, set_by_rounds: str) -> ConfigDict:
     config = get(preset) if preset else get()
     for key in set_by_rounds.split():
         del config[key]
+    if "checkpoints" in config:
+        del config.checkpoints["remote"]  # a copy is of one run
     return config

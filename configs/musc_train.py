@@ -91,6 +91,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.checkpoints = ConfigDict()
     c.checkpoints.every = 100  # steps lost at most when a machine dies
     c.checkpoints.keep = 2  # the newest, and one to fall back to
+    c.checkpoints.remote = placeholder(str)  # gs:// or s3:// copy, from which another machine goes on; none: no copy
 
     c.loggers = ""  # besides metrics.jsonl and TensorBoard: some of wandb, trackio, mlflow, commas between
     c.profile = placeholder(str)  # FIRST:LAST, steps to trace into the run directory; the first one compiles

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory
     c.input = placeholder(str)  # rows with `prompt` and `response`, or a list of responses as launch.generate writes
-    c.output = placeholder(str)  # JSONL; appears when it is whole
+    c.output = placeholder(str)  # JSONL, local, gs:// or s3://; appears when it is whole
     c.dtype = "float32"  # exact; bfloat16 is faster on accelerators
     c.max_length = 2048  # tokens of prompt + response; longer responses are cut
 

@@ -6,16 +6,23 @@ these dataclasses and refuses a key that is unknown or missing, so no value is e
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from lm_jax.errors import UserError
+from lm_jax.errors import UserError, without_passwords
 
 T = TypeVar("T")
 
 _LARGEST = 10**300  # of whole numbers where a float is expected
+_ADDRESS = re.compile(r"\w+://")
+# Keys that take gs:// and s3:// in every command. A config class adds its own as `addresses`; the others are local.
+_ADDRESSES = frozenset(
+    "model models reference reverse_model judge_model forward reverse input eval_input seeds unlabelled prompts "
+    "responses store reference_cache remote url".split()
+)
 SCHEDULES = ("cosine", "linear", "constant")
 FULL, NF4 = BASES = ("full", "nf4")
 
@@ -198,6 +205,7 @@ class LoraConfig:
 class CheckpointConfig:
     every: int  # steps between saves; the last step is always saved
     keep: int  # newest checkpoints kept
+    remote: str | None = None  # gs:// or s3:// address of a copy to resume from elsewhere
 
     def __post_init__(self):
         for name in ("every", "keep"):
@@ -224,6 +232,11 @@ def from_config_dict(cls: type[T] | types.UnionType, config: Mapping[str, Any], 
     required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise UserError(f"{where}.{missing[0]}: missing key; set it in the config file or with --{where}.{missing[0]}=")
+    for key, value in values.items():
+        if isinstance(value, str) and _ADDRESS.match(value):
+            if key not in _ADDRESSES and key not in getattr(cls, "addresses", ()):
+                cure = ", and the address as config.checkpoints.remote" if "checkpoints" in fields else ""
+                raise UserError(f"{where}.{key}: {without_passwords(value)}: give a local path{cure}")
     converted = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     return typing.cast(type[T], cls)(**converted)
 

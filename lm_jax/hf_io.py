@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from lm_jax import storage
 from lm_jax.config import ModelConfig
-from lm_jax.distributed.processes import barrier, everywhere, reached
+from lm_jax.distributed.processes import at_work, barrier, everywhere, reached
 from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
@@ -48,15 +50,18 @@ COPIED_FILES = (
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 HUB_IGNORED = ["consolidated*", "*/*.safetensors"]  # other formats of the same weights
 COPIED_DIRS = ("additional_chat_templates",)
+_MAKES_WHOLE = ("config.json", "adapter_config.json")
 _COMPARED_ROWS = 4096  # bounds host memory while two embeddings are compared
 
 
 def resolve_model_dir(model: str) -> Path:
-    """The local directory of a model: `model` itself, or the download of that hub id.
+    """The local directory of a model: `model` itself, or what was downloaded of that hub id, gs:// or s3:// address.
 
     Raises:
-      UserError: neither a directory nor a hub id that can be downloaded.
+      UserError: neither a directory nor a hub id or address that can be downloaded.
     """
+    if storage.is_remote(model):
+        return _from_bucket(model.rstrip("/"))
     if model and Path(model).is_dir():
         return Path(model)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
@@ -69,6 +74,21 @@ def resolve_model_dir(model: str) -> Path:
             f"model {model!r}: no such directory, and no such hub id can be downloaded ({reason}); "
             "check the spelling, the network, and HF_TOKEN for gated models"
         ) from error
+
+
+def _from_bucket(model: str) -> Path:
+    with at_work():
+        found = storage.find(model)
+        if "config.json" not in found:
+            raise UserError(f"model {model}: no config.json there; give a model's or a run's directory in a bucket")
+        wanted = [
+            name
+            for name in found
+            if name in COPIED_FILES
+            or name.startswith(tuple(f"{d}/" for d in COPIED_DIRS))
+            or re.fullmatch(r"config\.json|README\.md|[^/]*\.safetensors(\.index\.json)?", name)
+        ]
+        return storage.cached(model, {name: found[name] for name in wanted})
 
 
 def load_params(
@@ -189,7 +209,7 @@ def export_hf(
     Args:
       params: the parameters, sharded in any way.
       config: of the parameters.
-      output_dir: local, absent or empty. It appears whole or not at all.
+      output_dir: local, gs:// or s3://, absent or empty. It appears whole or not at all.
       source_dir: Hugging Face directory whose config.json is kept and whose tokenizer, chat template and generation
         config are copied; None: weights and config.json only.
       dtype: of the tensors: float32 | bfloat16 | float16.
@@ -200,12 +220,12 @@ def export_hf(
       UserError: the output exists and is not empty; `source_dir` describes another model; `params` do not fit `config`;
         a value that overflows in `dtype`.
     """
-    output, writer = Path(output_dir), jax.process_index() == 0
+    writer = jax.process_index() == 0
     if dtype not in DTYPES:
         raise UserError(f"export dtype {dtype!r}: not supported; use {', '.join(DTYPES)}")
     table, flat = weight_table(config), flatten(params)
     _check_params(flat, table, config)
-    everywhere(lambda: check_output(output), "the check of the output")
+    everywhere(lambda: check_output(output_dir), "the check of the output")
     hf_config = {**_hf_config(config, source_dir), "dtype": dtype, "torch_dtype": dtype}
 
     origins = {name: (spec, i) for spec in table for i, name in enumerate(spec.hf_names(config))}
@@ -216,7 +236,7 @@ def export_hf(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    with appears_whole(output) if writer else contextlib.nullcontext() as partial:
+    with appears_whole(output_dir) if writer else contextlib.nullcontext() as partial:
         for file, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
@@ -241,11 +261,15 @@ _OCCUPIED = "output {}: exists and is not empty; choose another directory or rem
 
 def check_output(output_dir: str | Path) -> None:
     """Raises UserError where `export_hf` would refuse the output, for callers that load a large model first."""
-    if _occupied(Path(output_dir)):
+    if _occupied(output_dir):
         raise UserError(_OCCUPIED.format(output_dir))
 
 
-def _occupied(output: Path) -> bool:
+def _occupied(output_dir: str | Path) -> bool:
+    if storage.is_remote(output_dir):
+        storage.check_bucket(str(output_dir))
+        return storage.exists(str(output_dir))
+    output = Path(output_dir)
     return output.exists() and not (output.is_dir() and not any(output.iterdir()))
 
 
@@ -296,12 +320,23 @@ def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def appears_whole(output: Path) -> Iterator[Path]:
-    """A sibling directory to write into, renamed to `output` at the end and removed on an error.
+def appears_whole(output_dir: str | Path) -> Iterator[Path]:
+    """A sibling directory to write into, renamed to `output_dir` at the end and removed on an error.
+
+    Of an address: a temporary one, uploaded at the end. A bucket has no directories that could be renamed: the files
+    without which nothing loads come last, and on an error all go.
 
     Raises:
-      UserError: safetensors could not write, which it says in an error of its own.
+      UserError: safetensors could not write, which it says in an error of its own; a bucket refused.
     """
+    if storage.is_remote(output_dir):
+        with tempfile.TemporaryDirectory() as directory:
+            local = Path(directory, "export")
+            with appears_whole(local) as partial:
+                yield partial
+            _upload(local, str(output_dir).rstrip("/"))
+        return
+    output = Path(output_dir)
     partial = output.absolute().parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
     partial.mkdir(parents=True)
@@ -316,6 +351,18 @@ def appears_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):
             raise UserError(f"{output}: {error}; nothing is left there: make room, then export again") from error
+        raise
+
+
+def _upload(directory: Path, address: str) -> None:
+    names = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
+    last = [name for name in names if name in _MAKES_WHOLE]
+    try:
+        for part in ([name for name in names if name not in last], last):
+            storage.upload(directory, part, address)
+    except BaseException:
+        with contextlib.suppress(UserError):  # what refused may refuse this too
+            storage.remove(f"{address}/{name}" for name in [*last, *names])
         raise
 
 

@@ -28,7 +28,7 @@ def export_peft(
 
     Args:
       adapters: sharded in any way.
-      output_dir: local, absent or empty. It appears whole or not at all.
+      output_dir: local, gs:// or s3://, absent or empty. It appears whole or not at all.
       source_dir: the tokenizer, chat template and generation config are copied from here.
       base: how PEFT finds the model that the adapters belong to: a directory or a hub id.
       card: text of its README.md.
@@ -39,7 +39,7 @@ def export_peft(
     check_output(output_dir)
     host = to_host(adapters)
     if jax.process_index() == 0:
-        with appears_whole(Path(output_dir)) as partial:
+        with appears_whole(output_dir) as partial:
             tensors = peft_tensors(host, config, lora)
             save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
             settings = json.dumps(peft_config(config, lora, base), indent=2) + "\n"

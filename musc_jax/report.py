@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
-from lm_jax.data.rows import check_not_input, replacing
+from lm_jax.data.rows import check_file_output, check_not_input, replacing
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
@@ -31,6 +31,8 @@ _SCRIPTS = ("data.js", "state.js", "tokens.js", "charts.js", "cards.js", "main.j
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
     """`configs/report.py` says what each key is for."""
+
+    addresses: ClassVar = ("output",)
 
     model: str | None
     input: str
@@ -61,8 +63,7 @@ def write_report(config: ReportConfig) -> None:
     Raises:
       UserError: anything the user can mend, naming file or row.
     """
-    if Path(config.output).is_dir():
-        raise UserError(f"{config.output}: is a directory; give config.output a file name")
+    check_file_output(config.output)
     check_not_input(config.output, config.input)
     data = report_data(config)
     if jax.process_index() == 0:

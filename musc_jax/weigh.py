@@ -5,16 +5,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from etils import epath
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
-from lm_jax.data.rows import check_not_input, write_jsonl
+from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.text import Text, TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
@@ -23,6 +22,7 @@ from lm_jax.errors import UserError
 from lm_jax.inference.contrast import Contrast, contrast
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
+from lm_jax.storage import is_remote
 from lm_jax.training.metrics import Progress, say
 from lm_jax.training.runs import ModelSource, open_model, param_specs
 from musc_jax.examples import Pairs, load_pairs, perturbed_prompt
@@ -47,6 +47,8 @@ _SUMMED = 4096  # responses read together for the table at the end
 @dataclasses.dataclass(frozen=True)
 class WeighConfig:
     """`configs/musc_token_weights.py` says what each key is for."""
+
+    addresses: ClassVar = ("output",)
 
     model: str
     input: str
@@ -79,8 +81,7 @@ def weigh_rows(config: WeighConfig) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config.batch, mesh)
     check_compute(config.compute)
-    if epath.Path(config.output).is_dir():
-        raise UserError(f"{config.output}: is a directory; give config.output a file name")
+    check_file_output(config.output)
     check_not_input(config.output, config.input)
     source = open_model(config.model)
     param_specs(source.config, mesh)
@@ -110,7 +111,7 @@ def weigh_rows(config: WeighConfig) -> None:
         tokens = int(store.lengths.sum())
         report = {"rows": len(pairs), "tokens": tokens, "same_prompts": same, "store": store.path}
         report |= {"output": config.output, "weights": _summary(store, rules)}
-        if "://" not in store.path:
+        if not is_remote(store.path):
             report["store_bytes_per_token"] = round(_bytes(store.path) / max(tokens, 1) / len(fields), 3)
         print(json.dumps(report))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 from lm_jax import hf_io
 from lm_jax.commands.hub import check_push, push
@@ -10,6 +11,7 @@ from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.peft_io import export_peft
 from lm_jax.sharding import make_mesh
+from lm_jax.storage import is_remote
 from lm_jax.training.metrics import training_records
 from lm_jax.training.runs import ModelSource, open_model, read_settings
 
@@ -17,6 +19,8 @@ from lm_jax.training.runs import ModelSource, open_model, read_settings
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """`configs/export_hf.py` says what each key is for."""
+
+    addresses: ClassVar = ("output",)
 
     model: str
     output: str
@@ -33,6 +37,8 @@ class ExportConfig:
             raise UserError(f"config.dtype: cannot export {self.dtype!r}; choose from {', '.join(hf_io.DTYPES)}")
         if self.max_shard_bytes < 1:
             raise UserError(f"config.max_shard_bytes: must be at least 1, got {self.max_shard_bytes}")
+        if self.push_to_hub and is_remote(self.output):
+            raise UserError("config.push_to_hub: uploads what lies on a local disk; give config.output a local path")
 
 
 def export(config: ExportConfig) -> None:

@@ -3,17 +3,16 @@
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-from etils import epath
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.layouts import prompt_with_tools
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
-from lm_jax.data.rows import read_rows, write_jsonl
+from lm_jax.data.rows import check_file_output, read_rows, write_jsonl
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
@@ -27,6 +26,8 @@ from lm_jax.training.runs import open_model
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
     """`configs/score.py` says what each key is for."""
+
+    addresses: ClassVar = ("output",)
 
     model: str
     input: str
@@ -64,8 +65,7 @@ def score_rows(config: ScoreConfig) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config.batch, mesh)
     check_compute(config.compute)
-    if epath.Path(config.output).is_dir():
-        raise UserError(f"{config.output}: is a directory; give config.output a file name")
+    check_file_output(config.output)
     source = open_model(config.model)
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
@@ -102,7 +102,6 @@ def score_rows(config: ScoreConfig) -> None:
         else:
             row |= next(each)
     if jax.process_index() == 0:
-        epath.Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(config.output, rows)
         truncated = sum(e.truncated for e in encoded)
         report = {"rows": len(rows), "truncated": truncated, "without_response": len(responses) - len(items)}

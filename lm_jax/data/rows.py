@@ -1,21 +1,26 @@
 """Rows of plain data: JSON Lines, JSON, Parquet and `datasets` directories in; JSON Lines out."""
 
 import contextlib
+import io
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
 
+from lm_jax import storage
 from lm_jax.errors import UserError
 from lm_jax.strict_json import no_doubled_keys
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _ROWS = 64  # of a Parquet file that are held at once
 _LINE = 64 << 20  # bytes of a .jsonl row: a hundred times the longest context
+_BUFFER = 1 << 20  # bytes read at a time of a file in a bucket
 _UNPACKED, _RATIO = 4 << 30, 100  # bytes that a Parquet file may unpack to, or times its own size, whichever is more
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -29,14 +34,19 @@ def stream_rows(path: str, columns: Sequence[str] = ()) -> Iterator[dict[str, An
     """The rows of `path`, in their order, one after the other. Only of .json is the whole file read at once.
 
     Args:
-      path: a .jsonl, .json (one list of objects) or .parquet file, local or gs://; a directory that `datasets` saved
-        with save_to_disk; or a hub id `org/name`. Where a dataset has several splits: `path:split`.
+      path: a .jsonl, .json (one list of objects) or .parquet file, local, gs:// or s3://; a directory that `datasets`
+        saved with save_to_disk; or a hub id `org/name`. Where a dataset has several splits: `path:split`.
       columns: columns that every row must have.
 
     Raises:
       UserError: missing, empty or broken file (with line and column), a row that is no object, a missing column, an
-        unknown suffix, a split that has to be chosen.
+        unknown suffix, a split that has to be chosen; a bucket that gives no access.
     """
+    with storage.accessing(path):
+        yield from _stream_rows(path, columns)
+
+
+def _stream_rows(path: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     file = epath.Path(path)
     location, split = path, None
     if not file.exists() and re.search(r":\w+$", path):
@@ -94,22 +104,46 @@ def write_text(path: str, text: str) -> None:
 
 def check_not_input(output: str, given: str | None, key: str = "config.input") -> None:
     """Raises UserError where `output` is the file `given`, which writing would replace."""
-    if given and os.path.realpath(output) == os.path.realpath(given):
+    if given and _place(output) == _place(given):
         raise UserError(f"config.output={output!r}: {key} itself; give another file name")
+
+
+def _place(path: str) -> str:
+    return path if storage.is_remote(path) else os.path.realpath(path)
+
+
+def check_file_output(output: str) -> None:
+    """Raises UserError where `output`, local, gs:// or s3://, cannot be a file that `replacing` makes.
+
+    For callers that do something slow first.
+    """
+    if storage.is_remote(output):
+        storage.check_bucket(output)
+    if storage.is_directory(output) if storage.is_remote(output) else os.path.isdir(output):
+        raise UserError(f"{output}: is a directory; give config.output a file name")
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path`, local or gs://, when the block ends, and is gone if it raises."""
-    target = epath.Path(path)
+    """A new file that takes the place of `path`, when the block ends, and is gone if it raises.
+
+    Of an address, gs:// or s3://, it lies among the local temporary files until then.
+    """
+    if storage.is_remote(path):
+        with tempfile.TemporaryDirectory() as directory:
+            directory_path, _, name = path.rpartition("/")
+            with open(os.path.join(directory, name), "wb") as out:
+                yield out
+            storage.upload(directory, [name], directory_path)
+        return
+    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as out:
             yield out
             out.flush()
-            if "://" not in path:
-                os.fsync(out.fileno())
+            os.fsync(out.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -172,7 +206,8 @@ def _lines(file: epath.Path, longest: int = -2) -> Iterator[str]:
       longest: bytes of a line that are still taken; -2: any number.
     """
     offset = 0
-    with file.open("rb") as source:
+    # A bucket's files know no bound of a line; a BufferedReader does
+    with io.BufferedReader(file.open("rb"), _BUFFER) if storage.is_remote(file) else file.open("rb") as source:
         for number, line in enumerate(iter(lambda: source.readline(longest + 1), b""), 1):
             if 0 < longest < len(line):
                 raise UserError(

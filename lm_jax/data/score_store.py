@@ -27,6 +27,7 @@ import numpy as np
 import tensorstore as ts
 
 from lm_jax.errors import UserError
+from lm_jax.storage import check_bucket, is_remote
 
 _META = "store.json"
 _META_TYPES = {"key": dict, "fields": list, "data": str, "lengths_sha256": str}
@@ -34,6 +35,8 @@ _FORMAT = 1
 _CHUNK = 1 << 16  # values a chunk file: few files for long data, yet cheap to rewrite for a batch of scattered rows
 _SCAN = 1 << 22  # values looked at together by missing(): 16 MiB
 _CHECKSUM = "crc32c"  # stores of before there was one are read as they are
+_DRIVERS = {"gs": "gcs", "s3": "s3"}
+_RETRIES = 6  # of a request that got no answer: about a minute
 _CACHE_BYTES = 64 << 20  # chunks kept decoded, so that scattered rows of one chunk decode it once; always revalidated
 
 
@@ -41,7 +44,7 @@ class ScoreStore:
     """Float32 values per token, for several fields, by 0-based row number.
 
     Attributes:
-      path: where it lies; a local directory or gs://bucket/directory.
+      path: where it lies; a local directory, gs://bucket/directory or s3://bucket/directory.
       key: the fingerprint given at creation.
       fields: names of the values.
       lengths: int64 [rows], tokens a row.
@@ -63,7 +66,7 @@ class ScoreStore:
         """The store at `path`, made if there is none. Safe to call from many processes at once.
 
         Args:
-          path: local directory or gs:// address.
+          path: local directory, gs:// or s3:// address.
           key: what the values depend on (data, model, tokenizer, template, length, dtype), JSON-able.
           lengths: [rows] tokens a row, >= 0.
           fields: names of the values, of letters, digits and underscores.
@@ -84,6 +87,8 @@ class ScoreStore:
             "checksum": _CHECKSUM,
             "lengths_sha256": _lengths_digest(lengths),
         }
+        if _kvstore(path)["driver"] != "file":
+            check_bucket(path)  # tensorstore would try for ever to write where there is none
         with _storage(path):
             found, generation = _read_meta(path)
             _clear_locks(path)
@@ -247,13 +252,29 @@ def _lengths_digest(lengths: np.ndarray) -> str:
     return hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest()
 
 
-def _kvstore(path: str, inner: str = "") -> dict[str, str]:
-    if path.startswith("gs://"):
-        bucket, _, prefix = path.removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": f"{prefix.rstrip('/')}/{inner}".lstrip("/")}
-    if "://" in path:
-        raise UserError(f"score store {path}: neither a local directory nor gs://bucket/directory; give one of these")
-    return {"driver": "file", "path": f"{os.path.abspath(os.path.expanduser(path))}/{inner}"}
+def _kvstore(path: str, inner: str = "") -> dict[str, Any]:
+    """What tensorstore calls the place `path/inner`."""
+    if not is_remote(path):
+        return {"driver": "file", "path": f"{os.path.abspath(os.path.expanduser(path))}/{inner}"}
+    scheme, _, rest = path.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    if scheme not in _DRIVERS or not bucket:
+        raise UserError(f"score store {path}: give a local directory, gs://bucket/directory or s3://bucket/directory")
+    spec = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{prefix.rstrip('/')}/{inner}".lstrip("/")}
+    return spec | _s3_settings() if scheme == "s3" else spec
+
+
+def _s3_settings() -> dict[str, Any]:
+    """What other libraries read in the environment by themselves."""
+    env = os.environ
+    found = {
+        "endpoint": env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"),
+        "aws_region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
+        # Else it complains of each file under ~/.aws that is not there
+        "aws_credentials": {"type": "environment"} if env.get("AWS_ACCESS_KEY_ID") else None,
+    }
+    # 32 times by default, for many minutes
+    return {k: v for k, v in found.items() if v} | {"s3_request_retries": {"max_retries": _RETRIES}}
 
 
 def _clear_locks(path: str) -> None:
@@ -262,7 +283,7 @@ def _clear_locks(path: str) -> None:
     tensorstore writes a chunk into its lock file and renames that. One that is there already it neither refuses nor
     cuts, so a shorter chunk would keep the tail of what was killed, and could not be read.
     """
-    if "://" in path:
+    if is_remote(path):
         return
     for lock in Path(path).expanduser().rglob("*.__lock"):
         with contextlib.suppress(OSError), lock.open("r+b") as file:  # OSError: held, or gone meanwhile

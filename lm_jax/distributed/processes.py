@@ -34,7 +34,7 @@ def everywhere(value: Callable[[], Any], what: str = "what process 0 makes known
         return value()
     here, text = None, b""
     if jax.process_index() == 0:
-        with _at_work():
+        with at_work():
             here = value()
         text = json.dumps(here).encode()
         given = {"value": here} if len(text) <= _SMALL else {"size": len(text)}
@@ -45,7 +45,7 @@ def everywhere(value: Callable[[], Any], what: str = "what process 0 makes known
 
 
 @contextlib.contextmanager
-def _at_work() -> Iterator[None]:
+def at_work() -> Iterator[None]:
     """Within, the others wait for as long as it takes: for an upload, for a server's answers."""
     done = threading.Event()
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -27,14 +27,14 @@ class Checkpoints:
     Args:
       directory: of the checkpoints; made if need be.
       keep: newest checkpoints kept; None to read only, which leaves the directory as it is.
+      copy: called with each step that is whole, in the background, before the next one is written.
     """
 
-    def __init__(self, directory: str, keep: int | None):
+    def __init__(self, directory: str, keep: int | None, copy: Callable[[int], None] | None = None):
         policies = ocp.training
-        self._directory = directory
-        absolute = directory if "://" in directory else os.path.abspath(directory)  # orbax refuses relative paths
+        self._directory, self._copy = directory, copy
         self._checkpointer = ocp.training.Checkpointer(
-            absolute,
+            os.path.abspath(directory),  # orbax refuses relative paths
             # When to save is the training loop's decision, which also has to save the final step.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.preservation_policies.LatestN(keep),
@@ -92,6 +92,8 @@ class Checkpoints:
                 raise TimeoutError(f"{root} did not appear")
             time.sleep(0.1)
         write_checksums(root, jax.process_index())
+        if self._copy is not None:
+            self._copy(step)
 
     def check(self) -> None:
         """Raises UserError where the save under way has failed by now; does not wait."""
@@ -109,6 +111,8 @@ class Checkpoints:
         (step, saved), self._saving = self._saving, None
         try:
             saved.result()
+        except UserError as e:
+            raise UserError(f"checkpoint of step {step}: not copied, though whole in {self._directory}: {e}") from e
         except Exception as e:
             raise self._not_written(step, e) from e
 

@@ -4,6 +4,7 @@ Each process sums what it wrote, when the checkpoint is whole, into `checksums.P
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Collection
@@ -21,14 +22,27 @@ def _writer(file: str) -> int:
     return int(own[1]) if own else 0
 
 
+def written_by(checkpoint: str | os.PathLike, process: int) -> list[str]:
+    """The files that a process wrote, and its sums; of process 0 those that belong to nobody, too."""
+    return [*_written_by(epath.Path(checkpoint), process), _name(process)]
+
+
+def _written_by(checkpoint: epath.Path, process: int) -> list[str]:
+    return [f for f in _files(checkpoint) if _writer(f) == process]
+
+
+def _name(process: int) -> str:
+    return f"checksums.{process}.json"
+
+
 def write_checksums(checkpoint: epath.Path, process: int) -> None:
     """Sums the files that this process wrote; process 0 those that belong to nobody, too."""
-    files = [f for f in _files(checkpoint) if _writer(f) == process]
+    files = _written_by(checkpoint, process)
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = dict(zip(files, pool.map(lambda f: _sum(checkpoint / f), files), strict=True))
     temporary = checkpoint / f".checksums.{process}.tmp"
     temporary.write_text(json.dumps({"crc32": sums}) + "\n")
-    temporary.rename(checkpoint / f"checksums.{process}.json")
+    temporary.rename(checkpoint / _name(process))
 
 
 def damage(

@@ -26,6 +26,7 @@ from lm_jax.training.flops import forward_flops, train_flops
 from lm_jax.training.loggers import check_loggers, open_loggers
 from lm_jax.training.loop import Run, StepCost, fit, resume
 from lm_jax.training.metrics import MetricsWriter, say, training_records
+from lm_jax.training.mirror import Mirror
 from lm_jax.training.profile import Tracer, steps_to_trace
 from lm_jax.training.program import StepProgram, assemble, compile_ahead, step_program
 from lm_jax.training.provenance import Method
@@ -158,7 +159,9 @@ def run_job(job: Job, task: Task) -> None:
     )
     program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps, config.seed)
     batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
-    checkpointing = Checkpoints(f"{config.output}/checkpoints", config.checkpoints.keep)
+    copy = _mirror(config)
+    keep = config.checkpoints.keep
+    checkpointing = Checkpoints(f"{config.output}/checkpoints", keep, None if copy is None else copy.push)
     with deferred(), jax.set_mesh(mesh), checkpointing as checkpoints:
         shapes = batch_shapes(config.batch, mesh, task.values, task.beside)
         compiling = compile_ahead(program, mesh, shapes)
@@ -166,6 +169,8 @@ def run_job(job: Job, task: Task) -> None:
         state = _start_state(job, program, checkpoints, batches)
         compiling.join()
         if done := int(state.step):
+            if copy is not None:
+                copy.push_missing(done)
             say(f"continuing {config.output} after step {done}")
         tracer = Tracer(steps_to_trace(config.profile), done, num_steps, f"{config.output}/profile")
         with (
@@ -199,6 +204,12 @@ def run_job(job: Job, task: Task) -> None:
         _say_summary(config.output, records, task.shown, num_steps, time.monotonic() - job.began)
     if stops:
         raise Stopped(f"{config.output}: all {num_steps} steps are done; stopped, as asked")
+
+
+def _mirror(config: TrainConfig) -> Mirror | None:
+    if (remote := config.checkpoints.remote) is None:
+        return None
+    return Mirror(remote, config.output, config.checkpoints.keep, jax.process_index(), jax.process_count())
 
 
 def _lengths(examples: Sequence[Example], beside: Beside | None, batch: BatchConfig) -> np.ndarray:

@@ -18,13 +18,15 @@ from jax.sharding import NamedSharding
 
 from lm_jax import hf_io
 from lm_jax.config import FULL, NF4, LoraConfig, ModelConfig, from_config_dict
-from lm_jax.distributed.processes import everywhere
+from lm_jax.distributed.processes import at_work, everywhere
 from lm_jax.errors import UserError
 from lm_jax.models.lora import abstract_adapters, merge
 from lm_jax.models.quantized import is_quantized, leaf_specs, leaves, quantize_params, replacement
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
 from lm_jax.sharding import param_spec
+from lm_jax.storage import is_remote
+from lm_jax.training import mirror
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.lock import NAME, lock
 from lm_jax.training.metrics import say
@@ -32,7 +34,8 @@ from lm_jax.training.provenance import Method, made_with, origin
 
 # Where a run lies, on what it computes and when it gives up may change between a run and its continuation; what it
 # learns may not.
-_MAY_CHANGE = ("output", "mesh", "compute", "checkpoints", "loggers", "profile", "reference_cache", "optim.skip_limit")
+_SAVING = ("checkpoints.every", "checkpoints.keep")
+_MAY_CHANGE = ("output", "mesh", "compute", *_SAVING, "loggers", "profile", "reference_cache", "optim.skip_limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def open_model(model: str, step: int | None = None) -> ModelSource:
-    """Finds a model: a Hugging Face directory, a run directory, or a hub id.
+    """Finds a model: a Hugging Face directory, a run directory, or a hub id; what lies in a bucket is downloaded.
 
     Args:
       step: which checkpoint of a run directory; None for the newest.
@@ -131,8 +134,11 @@ def open_model(model: str, step: int | None = None) -> ModelSource:
     Raises:
       UserError: nothing there, or an architecture that is not supported.
     """
+    if is_remote(model):
+        with at_work():
+            model = str(mirror.cached_run(model.rstrip("/"), step) or model)
     root = epath.Path(model)
-    if (root / "checkpoints").is_dir() and (root / "model").is_dir():
+    if not is_remote(model) and (root / "checkpoints").is_dir() and (root / "model").is_dir():
         with Checkpoints(f"{model}/checkpoints", keep=None) as checkpoints:
             steps = checkpoints.steps()
         step = steps[-1] if step is None and steps else step
@@ -210,8 +216,8 @@ def begin_run(
     root = epath.Path(output)
     description = {"command": command, "config": config}
     if trains_adapters:
-        name = source.run or config["model"]
-        name = str(epath.Path(name).absolute()) if "://" not in name and epath.Path(name).exists() else name
+        name = config["model"] if is_remote(config["model"]) else source.run or config["model"]
+        name = str(epath.Path(name).absolute()) if not is_remote(name) and epath.Path(name).exists() else name
         description["base"] = {"model": name, "step": source.step, "identity": source.identity()}
     before = read_settings(source.run).get("origin") if source.run else None
     description |= {
@@ -219,7 +225,33 @@ def begin_run(
         "origin": origin(config["model"], source.directory, config["input"], before),
         "made_with": made_with(),
     }
-    everywhere(lambda: _begin_run(root, description, source), "the run directory")
+    remote = config.get("checkpoints", {}).get("remote")
+    everywhere(lambda: _begin_mirrored(root, description, source, remote), "the run directory")
+
+
+def _begin_mirrored(root: epath.Path, description: dict[str, Any], source: ModelSource, remote: str | None) -> None:
+    if remote is None:
+        _begin_run(root, description, source)
+        return
+    path, there = root / "config.json", epath.Path(remote) / "config.json"
+    begun = mirror.holds_run(remote)
+    if begun:
+        check_same_settings(there, description, _MAY_CHANGE)
+        if path.exists() and path.read_bytes() != there.read_bytes():
+            raise UserError(f"{remote}: the copy of another run than {root}; give another config.checkpoints.remote")
+        if not path.exists():
+            _check_free(root)
+        lock(root)
+        mirror.fetch(remote, str(root))
+    _begin_run(root, description, source)
+    if not begun:
+        mirror.push_settings(remote, str(root))
+
+
+def _check_free(root: epath.Path) -> None:
+    # What a start that was killed leaves behind is no reason to refuse.
+    if root.exists() and {p.name for p in root.iterdir()} - {"model", "config.json.tmp", NAME}:
+        raise UserError(f"{root}: not empty and not a run directory; give another config.output")
 
 
 def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSource) -> None:
@@ -228,9 +260,7 @@ def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSourc
         check_same_settings(path, description, _MAY_CHANGE)
         lock(root)
         return
-    # What a start that was killed leaves behind is no reason to refuse.
-    if root.exists() and {p.name for p in root.iterdir()} - {"model", "config.json.tmp", NAME}:
-        raise UserError(f"{root}: not empty and not a run directory; give another config.output")
+    _check_free(root)
     lock(root)
     if (root / "model").exists():
         shutil.rmtree(root / "model")

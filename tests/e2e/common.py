@@ -85,13 +85,20 @@ class Fork:
     """`start` without the imports: the same code, exit status and signals, forked from a process that has them.
 
     `name` may also be a module of the tests that runs as a launcher does. `cache`: where compiled programs are kept,
-    for runs that nothing kills.
+    for runs that nothing kills. `settings`: environment variables.
     """
 
-    def __init__(self, name: str, *flags: str, devices: int = 1, cache: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        *flags: str,
+        devices: int = 1,
+        cache: Path | None = None,
+        settings: dict[str, str] | None = None,
+    ):
         self._directory = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._directory.name) / n for n in ("out", "err"))
-        arguments = (name, flags, devices, cache, str(self._out), str(self._err))
+        arguments = (name, flags, devices, cache, settings or {}, str(self._out), str(self._err))
         self.process = _FORKS.Process(target=_forked, args=arguments)
         self.process.start()
 
@@ -101,15 +108,16 @@ class Fork:
             return Done(self.process.exitcode, *(p.read_text() if p.exists() else "" for p in (self._out, self._err)))
 
 
-def fork(name: str, *flags: str, devices: int = 1) -> Done:
+def fork(name: str, *flags: str, devices: int = 1, settings: dict[str, str] | None = None) -> Done:
     """`run` without the imports; see `Fork`."""
-    return Fork(name, *flags, devices=devices).wait()
+    return Fork(name, *flags, devices=devices, settings=settings).wait()
 
 
-def _forked(name, flags, devices, cache, out, err):
+def _forked(name, flags, devices, cache, settings, out, err):
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
+    os.environ.update(settings)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if cache is not None:
         import jax

@@ -299,5 +299,21 @@ def test_addresses_of_buckets():
     assert score_store._kvstore("gs://b/runs/x/", "d/") == {"driver": "gcs", "bucket": "b", "path": "runs/x/d/"}
     assert score_store._kvstore("gs://b", "d/") == {"driver": "gcs", "bucket": "b", "path": "d/"}
     assert score_store._kvstore("gs://b/x") == {"driver": "gcs", "bucket": "b", "path": "x/"}
-    with pytest.raises(UserError, match="score store s3://b/x: neither a local directory nor gs://"):
-        create("s3://b/x")
+    with pytest.raises(UserError, match="score store ftp://b/x: give a local directory, gs://"):
+        create("ftp://b/x")
+
+
+def test_s3_is_told_what_it_does_not_read_by_itself(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(name, raising=False)
+    spec = score_store._kvstore("s3://b/x", "d/")
+    assert [spec.pop(name) for name in ("driver", "bucket", "path")] == ["s3", "b", "x/d/"]
+    assert set(spec) == {"s3_request_retries"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://host")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    found = score_store._kvstore("s3://b/x")
+    assert (found["endpoint"], found["aws_region"]) == ("http://host", "eu-west-1")
+    assert found["aws_credentials"] == {"type": "environment"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://other")
+    assert score_store._kvstore("s3://b/x")["endpoint"] == "http://other"
