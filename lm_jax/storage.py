@@ -38,7 +38,7 @@ def check_address(path: str) -> None:
     if not re.match(r"[\w.-]+(/|$)", rest):
         raise UserError(f"{without_passwords(path)}: no bucket in it; give {scheme}://bucket/name")
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
-        raise UserError(f"{path}: {PACKAGES[scheme]} is not installed; pip install 'lm-jax[remote]'")
+        raise UserError(f"{path}: {PACKAGES[scheme]} is not installed; pip install -e '.[remote]'")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from tests import object_store
 from tests.e2e import common
 from tests.e2e.common import SMALL_SCORE, SMALL_TRAIN, TIMING, Done, Fork, arguments
 
-pytest.importorskip("s3fs", reason="pip install 'lm-jax[remote]'")
+pytest.importorskip("s3fs", reason="pip install -e '.[remote]'")
 pytest.importorskip("moto", reason="moto[s3] and flask are the S3 server of the tests")
 
 STEPS = 24

@@ -26,10 +26,10 @@ ROWS = [{"id": i, "text": "naïve\u2028text" * i} for i in range(5)]
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def server(request):
     if request.param == "s3":
-        pytest.importorskip("s3fs", reason="pip install 'lm-jax[remote]'")
+        pytest.importorskip("s3fs", reason="pip install -e '.[remote]'")
         pytest.importorskip("moto", reason="moto[s3] and flask are the S3 server of the tests")
     else:
-        pytest.importorskip("gcsfs", reason="pip install 'lm-jax[remote]'")
+        pytest.importorskip("gcsfs", reason="pip install -e '.[remote]'")
     with object_store.serve() if request.param == "s3" else object_store.serve_gcs() as store:
         yield store
 
@@ -125,7 +125,7 @@ def test_faults_are_one_line(server, bucket):
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(storage.PACKAGES, "s3", "no_such_library")
-    assert "pip install 'lm-jax[remote]'" in line_of(lambda: read_rows("s3://bucket/rows.jsonl"))
+    assert "pip install -e '.[remote]'" in line_of(lambda: read_rows("s3://bucket/rows.jsonl"))
 
 
 def test_the_output_may_not_be_the_input(bucket):
