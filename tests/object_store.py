@@ -108,8 +108,12 @@ def serve() -> Iterator[Store]:
         store.asked.append((method, path))
         known = "Credential=known/" in environ.get("HTTP_AUTHORIZATION", "")
         if not known or store.refuses(method, path):
-            start_response("403 Forbidden", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+            # All of the request is read and a HEAD gets no body, else the next answer on the connection is unreadable
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+            body = b"" if method == "HEAD" else body
+            start_response("403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [body]
         return inner(environ, start_response)
 
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Silent)
