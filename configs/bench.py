@@ -3,8 +3,9 @@
     python -m launch.bench --config=configs/bench.py --config.output=runs/bench
 
 Expect: a line a row and peer with both times, the ratio, tokens/s and whether both computed the same. The peers need
-torch and TRL (`pip install -e '.[test]'`); `--config.rows=('growth',)` needs neither. Without model and input the rows
-run on the demo's pairs and a random model of 4M parameters. Preset: `:tiny`, small models and few rows, some minutes.
+torch and TRL (`pip install -e '.[test]'`); `--config.rows="('growth',)"` needs neither. Without model and input the
+rows run on the demo's pairs and a random model of 4M parameters. Preset: `:tiny`, small models and few rows, some
+minutes.
 """
 
 from ml_collections import ConfigDict

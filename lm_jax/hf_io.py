@@ -350,7 +350,8 @@ def appears_whole(output_dir: str | Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):
-            raise UserError(f"{output}: {error}; nothing is left there: make room, then export again") from error
+            cure = "nothing is left there: see that there is room, then export again"
+            raise UserError(f"{output}: {error}; {cure}") from error
         raise
 
 

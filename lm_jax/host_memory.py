@@ -23,13 +23,10 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return
-    for parameter, value in (
-        (_ARENA_MAX, 1),
-        (_MMAP_THRESHOLD, _LARGE),
-        (_TRIM_THRESHOLD, _LARGE),
-        (_TOP_PAD, _PAD),
-    ):
-        mallopt(parameter, value)
+    # Older ones refuse a threshold this large, and with any of the others set they keep the smallest one for good
+    if mallopt(_MMAP_THRESHOLD, _LARGE):
+        for parameter, value in ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, _LARGE), (_TOP_PAD, _PAD)):
+            mallopt(parameter, value)
 
 
 def _computes_on_cpu() -> bool:

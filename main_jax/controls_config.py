@@ -29,7 +29,12 @@ COMMANDS = {
 # How things are computed and which are compared, not what comes out of one of them
 _PLACES = (*(s for s in COMMANDS if s != "rounds"), *(f"rounds.{part}" for part in (*SAMPLED, *DIRECTIONS)))
 _HOW = ("mesh", *(f"compute.{key}" for key in ("remat", "attention", "logprob_chunk", "scan_unroll")))
-MAY_CHANGE = ("output", "arms", *(f"{place}.{key}" for place in _PLACES for key in _HOW))
+_TRAINED = ("train", *(f"rounds.{direction}" for direction in DIRECTIONS))
+MAY_CHANGE = (
+    *("output", "arms"),
+    *(f"{place}.{key}" for place in _PLACES for key in _HOW),
+    *(f"{place}.optim.skip_limit" for place in _TRAINED),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "output",
     *(f"{s}.{k}" for s in SAMPLED for k in ("mesh", "compute", "decode.slots", "decode.chunk", "max_failed_share")),
     *(f"{d}.{k}" for d in DIRECTIONS for k in ("mesh", "compute", "checkpoints", "loggers", "profile")),
+    *(f"{d}.optim.skip_limit" for d in DIRECTIONS),
 )
 
 

@@ -48,6 +48,7 @@ _MAY_CHANGE = (
     *("pairs.mesh", "pairs.compute", "pairs.decode", "pairs.max_failed_share"),
     *("weights.mesh", "weights.compute", "weights.batch"),
     *("train.mesh", "train.compute", "train.checkpoints", "train.loggers", "train.profile"),
+    "train.optim.skip_limit",
 )
 
 

@@ -10,7 +10,7 @@ import transformers
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from lm_jax.bench.material import conversational
+from lm_jax.bench.material import trl_rows
 
 
 def dpo_oracle(
@@ -54,7 +54,7 @@ def dpo_oracle(
                 use_cpu=True,
                 report_to="none",
             ),
-            train_dataset=Dataset.from_list([conversational(row) for row in pairs]),
+            train_dataset=Dataset.from_list(trl_rows(pairs, "pairs")),
             processing_class=transformers.AutoTokenizer.from_pretrained(model_dir),
         )
         rows = list(trainer.train_dataset)

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,8 +16,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lm_jax.bench.material import prepare
+from lm_jax.bench.material import PROMPT_LENGTHS, SLOT_LENGTH, prepare
 from lm_jax.data.rows import replacing
+from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 from lm_jax.training.metrics import say
 
@@ -40,10 +42,20 @@ class BenchConfig:
     growth: tuple[int, ...]
 
     def __post_init__(self):
+        if not self.rows:
+            raise UserError(f"config.rows: none given; choose from {', '.join(ROWS)}")
         if unknown := [row for row in self.rows if row not in ROWS]:
             raise UserError(f"config.rows: unknown {unknown[0]!r}; choose from {', '.join(ROWS)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"config.dtype: unknown {self.dtype!r}; choose float32 or bfloat16")
+        for name in ("max_length", "prompts", "layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
+        most = SLOT_LENGTH - PROMPT_LENGTHS[1]
+        if not 1 <= self.new_tokens <= most:
+            raise UserError(f"config.new_tokens={self.new_tokens}: must lie between 1 and {most}")
+        if not self.growth or min(self.growth) < 1:
+            raise UserError(f"config.growth={self.growth}: give at least one factor, of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +106,14 @@ def bench(config: BenchConfig) -> None:
     Raises:
       UserError: a peer that is not installed, or a side that failed; rows before it are in `bench.json`.
     """
+    if processes.link is not None:
+        raise UserError("launch.bench starts processes of its own to compare; start it in one process")
     for row in config.rows:
         for module in ROWS[row].needs:
             if importlib.util.find_spec(module) is None:
                 raise UserError(
                     f"config.rows: {row} needs {module}, which is not installed; run in the checkout: pip install -e "
-                    f"'.[test]', or leave the row out: --config.rows={tuple(r for r in config.rows if r != row)}"
+                    f"'.[test]', or leave the row out: {_flag(tuple(r for r in config.rows if r != row))}"
                 )
     output = Path(config.output)
     model = prepare(output, config.model, config.input, config.num_pairs, config.layers)
@@ -111,7 +125,6 @@ def bench(config: BenchConfig) -> None:
             "dtype": config.dtype,
             "max_length": config.max_length,
             "row_length": 2 * config.max_length,
-            "rows": 2 * max(1, _cores() // 2),
             "prompts": config.prompts,
             "new_tokens": config.new_tokens,
             "factors": config.growth,
@@ -131,6 +144,10 @@ def bench(config: BenchConfig) -> None:
             file.write((json.dumps(report, indent=1) + "\n").encode())
         _plot(output / f"{name}.png", name, found)
     say(f"written: {output}/bench.json, {output}/*.png")
+
+
+def _flag(rows: tuple[str, ...]) -> str:
+    return "--config.rows=" + shlex.quote(str(rows))
 
 
 def _fresh(path: Path) -> Path:
@@ -155,7 +172,7 @@ def _side(side: str, row: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _line(row: str, peer: str, ours: Result, theirs: Result, ratio: float, said: str, same: bool) -> str:

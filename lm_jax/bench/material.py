@@ -2,7 +2,7 @@
 
 import json
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import numpy as np
 
 from lm_jax.commands.steps import make_random_model
 from lm_jax.config import ModelConfig, RopeConfig
+from lm_jax.data.preference import preference_rows
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.lab.demo import make_demo
 
-_PROMPT_LENGTHS = (20, 200)  # tokens
+PROMPT_LENGTHS = (20, 200)  # tokens
+SLOT_LENGTH = 512  # tokens of a prompt and its answer
 
 
 def prepare(directory: Path, model: str | None, pairs: str | None, num_pairs: int | None, layers: int) -> str:
@@ -34,8 +36,7 @@ def prepare(directory: Path, model: str | None, pairs: str | None, num_pairs: in
         if model is None:
             model = str(directory / "model")
             make_random_model(Path(model), demo.tokenizer, _small(demo.vocab_size, layers), 0)
-    rows = [row for row in map(conversational, read_rows(pairs)) if row["chosen"] != row["rejected"]]
-    write_jsonl(str(directory / "pairs.jsonl"), rows[:num_pairs])
+    write_jsonl(str(directory / "pairs.jsonl"), trl_rows(read_rows(pairs), pairs)[:num_pairs])
     return str(model)
 
 
@@ -43,16 +44,10 @@ def _small(vocab_size: int, layers: int) -> ModelConfig:
     return ModelConfig("llama", vocab_size, layers, 256, 576, 8, 4, 32, RopeConfig(1e4), 1e-6, 2048)
 
 
-def conversational(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with `instruction` and `input`, or with `prompt`, as TRL's row; texts of the former become messages."""
-    if "prompt" in row:
-        return {name: row[name] for name in ("prompt", "chosen", "rejected")}
-    question = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "chosen": [{"role": "assistant", "content": row["chosen"]}],
-        "rejected": [{"role": "assistant", "content": row["rejected"]}],
-    }
+def trl_rows(rows: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Preference rows of any layout in TRL's, without identical pairs; see `preference_rows`."""
+    found = preference_rows(rows, where).rows
+    return [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in found]
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:
@@ -63,7 +58,9 @@ def prompts(path: str, tokenizer: Any, number: int) -> list[str]:
     """Pieces of the chosen responses' text, of 20 to 200 tokens."""
     text = " ".join(_text(row["chosen"]) for row in read_pairs(path))
     ids, rng = tokenizer(text)["input_ids"], np.random.default_rng(0)
-    shortest, longest = _PROMPT_LENGTHS
+    shortest, longest = PROMPT_LENGTHS
+    if len(ids) <= longest:
+        raise UserError(f"config.input: its chosen responses have {len(ids)} tokens in all; give more than {longest}")
     lengths = rng.integers(shortest, longest + 1, number)
     starts = rng.integers(0, len(ids) - longest, number)
     return [tokenizer.decode(ids[s : s + n]) for s, n in zip(starts, lengths, strict=True)]

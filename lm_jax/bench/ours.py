@@ -41,7 +41,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
         "dtype": given["dtype"],
         "max_length": given["max_length"],
         "batch.row_length": given["row_length"],
-        "batch.rows": given["rows"],
+        "batch.rows": 2 * jax.device_count(),
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "launch.musc_train", "--config=configs/musc_train.py:tiny", *flags]
@@ -79,7 +79,7 @@ def generate(given: dict[str, Any]) -> dict[str, Any]:
     requests = [Request(str(i), text) for i, text in enumerate(texts)]
     sampling, seconds = SamplingConfig(given["new_tokens"], temperature=0.0), []
     for slots in (48, 64):
-        decode = DecodeConfig(slots=slots, max_length=512, chunk=8)
+        decode = DecodeConfig(slots=slots, max_length=material.SLOT_LENGTH, chunk=8)
         generator = LocalGenerator(params, config, tokenizer, (), ComputeConfig(given["dtype"]), decode, mesh)
         for _ in range(2):
             begin = time.perf_counter()

@@ -68,11 +68,12 @@ def fit(run: Run) -> TrainState:
 
     Metrics are fetched while the next step runs. A step whose loss or gradient is not finite is skipped, and the data
     go on. A checkpoint that is due after such a step waits for the next one that is not skipped: where the parameters
-    are at fault rather than the batch, the sound checkpoints before are not pushed out by unsound ones.
+    are at fault rather than the batch, the sound checkpoints before are not pushed out by unsound ones. A
+    run that is asked to stop is saved as it is.
 
     Raises:
-      UserError: more steps skipped than may be (names the step and its rows), parameters that are not finite, or a
-        failed checkpoint.
+      UserError: more steps skipped than may be (names the step and its rows), or all of them, parameters that are not
+        finite, or a failed checkpoint.
       Stopped: the run was asked to stop, and is saved as far as it came.
     """
     state = run.state
@@ -109,6 +110,11 @@ def fit(run: Run) -> TrainState:
             clock = _finish(run, pending, clock, progress)
             pending = None
             run.tracer.end(done)
+            if done == run.skips.number == last:
+                raise UserError(
+                    f"all {last} steps were skipped, since their loss or gradient was not finite; nothing was trained "
+                    "and nothing is saved: check the model and the rows, or train in float32"
+                )
             if evaluate is not None:
                 values = evaluate(state.params)
                 run.metrics.write(done, {f"eval_{k}": v for k, v in values.items()})

@@ -24,11 +24,12 @@ class Skips:
 
     Attributes:
       last: the step that was skipped last, 0 before there is one.
+      number: skipped steps of the run, up to that one.
     """
 
     def __init__(self, output: str, limit: int, batches: BatchIterator, describe: Callable[[int], str]):
         self._output, self._limit, self._batches, self._describe = output, limit, batches, describe
-        self.last = 0
+        self.last = self.number = 0
 
     def look(self, step: int, values: Mapping[str, float]) -> str | None:
         """What there is to say of a step, None where it was not skipped.
@@ -43,19 +44,19 @@ class Skips:
         if not bad:
             return None
         self.last = step
-        example, skipped = int(values["bad_example"]), int(values["skipped_steps"])
+        example, self.number = int(values["bad_example"]), int(values["skipped_steps"])
         where = f" (in {self._describe(example)})" if example >= 0 else ""
         what = f"step {step}: {bad[0]} is {values[bad[0]]}{where}"
         examples = self._batches.examples(step - 1)
         rows = ", ".join(map(self._describe, examples[:_NAMED]))
         rows += f" and {len(examples) - _NAMED} more" if len(examples) > _NAMED else ""
-        if skipped <= self._limit:
-            return f"{what}; skipped, number {skipped} of at most {self._limit}; the step's rows: {rows}"
+        if self.number <= self._limit:
+            return f"{what}; skipped, number {self.number} of at most {self._limit}; the step's rows: {rows}"
         written = everywhere(lambda: self._write(step), "the batch that is written down")
         raise UserError(
-            f"{what}; {skipped - 1} steps were skipped for such before and config.optim.skip_limit={self._limit}; the "
-            f"step's rows: {rows}; {written}; the last checkpoint is intact: check those rows' text and weights, lower "
-            "config.optim.learning_rate, or train in float32; docs/troubleshooting.md has more under NaN"
+            f"{what}; {self.number - 1} steps were skipped for such before and config.optim.skip_limit={self._limit}; "
+            f"the step's rows: {rows}; {written}; the last checkpoint is intact: check those rows' text and weights, "
+            "lower config.optim.learning_rate, or train in float32; docs/troubleshooting.md has more under NaN"
         )
 
     def _write(self, step: int) -> str:

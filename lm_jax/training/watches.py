@@ -65,7 +65,7 @@ class CollapseWatch:
     _NOISE = 4.0  # standard errors of the difference of two means
     _LEAST = 0.1  # gain of the margin, in rewards, below which nothing has been learnt
 
-    _CHOSEN, _MARGIN, _LOGPS = _NAMES = ("rewards/chosen", "rewards/margins", "logps/chosen")
+    _NAMES = ("rewards/chosen", "rewards/margins", "logps/chosen")
 
     def __init__(self):
         self._first: list[list[float]] = []

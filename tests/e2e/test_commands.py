@@ -19,7 +19,8 @@ from tests.e2e.common import SMALL_SCORE, Fork, arguments, fork, run
 LAUNCHERS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # Commands that name no file: what makes them end with an error after their flags were read
 NEEDS_NO_FILES = {
-    name: (f"--config.{key}=0", "must be at least 1") for name, key in (("lab_seed", "rows"), ("lab_ablation", "dev"))
+    name: (f"--config.{key}=0", "must be at least 1")
+    for name, key in (("lab_seed", "rows"), ("lab_ablation", "dev"), ("bench", "layers"))
 }
 
 

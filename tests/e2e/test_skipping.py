@@ -182,3 +182,26 @@ def test_supervised(place):
     line = train("at_once", "optim.skip_limit=0").error()
     assert line.startswith(f"step {first}: loss is nan (in rows.jsonl row 3); 0 steps were skipped"), line
     assert (place.path / "at_once" / "skipped" / f"step_{first}.npz").exists()
+
+
+def test_a_run_of_skipped_steps_alone_trains_nothing(place):
+    model = Path(shutil.copytree(place.model, place.path / "loud"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][:] = 1e38  # finite itself
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "a cat"}]}
+        for i in range(8)
+    ]
+    given = (f"model={model}", f"input={common.write_rows(place.path / 'loud.jsonl', rows)}", "max_steps=2")
+    flags = (
+        *given,
+        f"output={place.path / 'nothing'}",
+        "max_length=64",
+        "batch.row_length=128",
+        "batch.rows=1",
+        "epochs=8",
+    )
+    line = fork("main_train", *arguments("main_train", *flags, preset="tiny")).error()
+    assert "all 2 steps were skipped" in line and "nothing is saved" in line, line
+    assert saved_steps(place.path / "nothing") == []

@@ -422,7 +422,7 @@ def test_a_full_disk_under_an_export_is_one_line(source, tmp_path):
             said = ""
         except UserError as error:
             said = str(error)
-        assert out in said and "make room" in said, said
+        assert out in said and "there is room" in said, said
     """
     run_python(code, source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

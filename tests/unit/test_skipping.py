@@ -14,14 +14,17 @@ from lm_jax.data.order import BatchIterator, plan_batches
 from lm_jax.data.packing import example_lengths
 from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
+from lm_jax.training import runs
 from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.loop import checkpoint_items, resume
 from lm_jax.training.optim import make_optimizer, make_schedule
 from lm_jax.training.skipping import Skips
 from lm_jax.training.step import Objective, TrainState, make_train_step
 from lm_jax.training.supervised import supervised_objective
+from main_jax import controls_config, rounds_config
 from main_jax.losses import mixed_coefficients
 from main_jax.weighting import alpha_carry
+from musc_jax import rounds
 from musc_jax.objective import preference_objective
 from tests.unit import test_step, test_supervised_objective
 
@@ -233,3 +236,15 @@ def test_rows_beyond_some_are_counted(batches, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "examples", lambda step: [*range(128)])
     said = Skips(str(tmp_path), 5, batches, lambda i: f"p.jsonl row {i}").look(1, values(1))
     assert "p.jsonl row 7 and 120 more" in said and "row 8" not in said
+
+
+def test_every_command_that_trains_may_go_on_with_another_limit():
+    changing = {
+        "": runs._MAY_CHANGE,
+        "train.": rounds._MAY_CHANGE,
+        "forward.": rounds_config.MAY_CHANGE,
+        "reverse.": rounds_config.MAY_CHANGE,
+        "rounds.forward.": controls_config.MAY_CHANGE,
+    }
+    assert [] == [part for part, keys in changing.items() if f"{part}optim.skip_limit" not in keys]
+    assert "train.optim.skip_limit" in controls_config.MAY_CHANGE
