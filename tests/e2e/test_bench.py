@@ -34,12 +34,21 @@ def test_scoring_beside_transformers(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_row(tmp_path):
-    report = measured(tmp_path / "out", *ROWS)
+def test_training_beside_trl(tmp_path):
+    report = measured(tmp_path / "out", "train")
     assert set(report["train"]["peers"]) == {"TRL float32", "TRL bfloat16"}
-    points = report["growth"]["ours"]["points"]
-    at = {(p["axis"], p[p["axis"]]): p["bytes"] for p in points}
+
+
+@pytest.mark.slow
+def test_generation_and_loading_beside_transformers(tmp_path):
+    report = measured(tmp_path / "out", "generate", "load")
     assert report["load"]["ours"]["parameters"] > 1e6
+
+
+@pytest.mark.slow
+def test_growth(tmp_path):
+    points = measured(tmp_path / "out", "growth")["growth"]["ours"]["points"]
+    at = {(p["axis"], p[p["axis"]]): p["bytes"] for p in points}
     assert at["length", 1024] < 2.5 * at["length", 512], "memory grows with the square of the length"
 
 
