@@ -387,7 +387,7 @@ def test_interrupted(model, pairs, tmp_path, ctrl_c):
             while not begun():
                 assert process.poll() is None
                 time.sleep(0.05)
-            time.sleep(0.5)
+            time.sleep(1.5)  # by then Python itself has started, also on a busy machine
             process.send_signal(signal.SIGINT)
             status = process.wait(60)
             err.seek(0)
