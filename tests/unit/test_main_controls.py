@@ -290,6 +290,8 @@ def test_the_settings_are_those_of_the_neighbours():
         ("judge", generate.get_config()),
     ):
         whole = whole.to_dict()
+        if section == "train":
+            del whole["checkpoints"]["remote"]  # a part of many runs has no copy of its own
         changed = {k for k in own[section] if own[section][k] != whole[k]}
         assert own[section].keys() < whole.keys()
         assert changed == {"evaluation": {"max_length", "batch"}, "judge": {"max_new_tokens", "temperature"}}.get(
