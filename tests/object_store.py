@@ -75,15 +75,19 @@ def serve_gcs() -> Iterator[Store]:
     # Else gcsfs asks another service, which is not here, of what kind a bucket is
     quiet = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true", "NO_PROXY": "127.0.0.1"}
     store = Store({**settings, **quiet}, gcs=server)
-    with _environment(store.settings):
+    with _environment("gs", store.settings):
         yield store
     server.close()
 
 
 @contextlib.contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
+def _environment(scheme: str, settings: dict[str, str]) -> Iterator[None]:
+    from fsspec import get_filesystem_class
+
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
+    # What fsspec keeps of an earlier server asks at that one's port
+    get_filesystem_class(scheme).clear_instance_cache()
     try:
         yield
     finally:
@@ -120,6 +124,6 @@ def serve() -> Iterator[Store]:
     settings = ("known", SECRET, f"http://127.0.0.1:{server.port}", "us-east-1", "127.0.0.1")
     store = Store(dict(zip(_NAMES, settings, strict=True)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with _environment(store.settings):
+    with _environment("s3", store.settings):
         yield store
     server.shutdown()

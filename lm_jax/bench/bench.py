@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lm_jax.bench.material import PROMPT_LENGTHS, SLOT_LENGTH, prepare
-from lm_jax.data.rows import replacing
+from lm_jax.data.rows import replacing, write_text
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 from lm_jax.training.metrics import say
@@ -140,8 +140,7 @@ def bench(config: BenchConfig) -> None:
             found["peers"][peer] = {**theirs, "same": same, "compared": said, "ratio": ratios}
             print(_line(name, peer, ours, theirs, ratios["seconds"], said, same), flush=True)
         report["rows"][name] = found
-        with replacing(str(output / "bench.json")) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        write_text(f"{output}/bench.json", json.dumps(report, indent=1) + "\n")
         _plot(output / f"{name}.png", name, found)
     say(f"written: {output}/bench.json, {output}/*.png")
 

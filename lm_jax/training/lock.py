@@ -12,14 +12,14 @@ NAME = ".lock"
 
 
 def lock(directory: epath.Path) -> None:
-    """Keeps other processes out of the directory, which is made; where there are no locks, as in a bucket, nothing.
+    """Keeps other processes out of the directory, which is made; on a file system without locks it does nothing.
 
     Raises:
       UserError: another process has it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     where = os.path.realpath(directory)
-    if "://" in str(directory) or where in _HELD:
+    if where in _HELD:
         return
     if (descriptor := locked(directory, "another process is training there; wait for its end")) is not None:
         _HELD[where] = descriptor

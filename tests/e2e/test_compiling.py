@@ -34,8 +34,7 @@ def test_200_steps_of_real_lengths_compile_once_and_wait_for_no_data(tmp_path, s
     tokens = np.diff([r["num_tokens"] for r in records])
     assert len(records) == STEPS and len(set(tokens)) > STEPS / 4, "the steps are too much alike to show anything"
     assert max(r["num_compiles"] for r in records) <= 3
-    # The median: what else the machine does in single steps is no data
-    assert np.median([r["data_wait_fraction"] for r in records[1:]]) < 0.02
+    assert np.mean([r["data_wait_fraction"] for r in records[1:]]) < 0.02
 
 
 def compilations(*flags):

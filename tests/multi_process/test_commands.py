@@ -128,3 +128,9 @@ def test_a_judged_benchmark_gives_the_same_files(tmp_path):
         Group("evaluate", *flags, processes=processes, devices=2 // processes).ok()
         found.append({str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()})
     assert found[0] == found[1] and {"scores.json", "verdicts.jsonl", "responses.jsonl"} <= found[0].keys()
+
+
+def test_parts_of_a_round_wait_for_what_process_0_writes(tmp_path):
+    flags = (f"--file={tmp_path}/rows.jsonl", *arguments("export_hf", "model=m", "output=o"))
+    done = Group("tests.multi_process.scripted_parts", *flags, devices=1).ok()
+    assert {i: member.stdout.split()[-1] for i, member in done.items()} == {0: "whole", 1: "whole"}

@@ -1,0 +1,38 @@
+"""A round of two parts: process 0 takes its time to write the file that every process reads in the second.
+
+--file=PATH
+"""
+
+import contextlib
+import time
+from pathlib import Path
+
+from absl import flags
+
+from launch import cli
+
+_FILE = flags.DEFINE_string("file", None, "")
+
+
+def command():
+    import jax
+
+    from lm_jax.commands.export import ExportConfig
+    from lm_jax.commands.rounds import do_parts
+
+    def main(_):
+        path = Path(_FILE.value)
+
+        def write():
+            if jax.process_index() == 0:
+                time.sleep(1)
+                path.write_text("whole")
+
+        parts = {"write": write, "read": lambda: print(path.read_text())}
+        do_parts(1, parts, lambda _: contextlib.nullcontext())
+
+    return ExportConfig, main
+
+
+if __name__ == "__main__":
+    cli.run(command)
