@@ -14,6 +14,7 @@ from lm_jax.config import BatchConfig, ComputeConfig
 from lm_jax.data.journal import Journal
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import stream_rows
+from lm_jax.data.shares import encode_rows
 from lm_jax.data.text import Text, TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
@@ -151,7 +152,8 @@ def _score_block(model, block, wanted, max_length, batch, compute):
     """({number in the block: value} of wanted items, tokens computed), batch by batch."""
     values = {i: {"fault": item} for i, item in enumerate(block) if isinstance(item, str)}
     texts = [i for i in range(len(block)) if i not in values]
-    encoded = model.encoder.encode_many(*([block[i][part] for i in texts] for part in range(3)))
+    prompts, responses, wheres = ([block[i][part] for i in texts] for part in range(3))
+    encoded = encode_rows(model.encoder, prompts, responses, wheres)
     segments, numbers = [], []
     for i, e in zip(texts, encoded, strict=True):
         if len(e.prompt_ids) + len(e.response_ids) > max_length:

@@ -67,6 +67,19 @@ def _over_devices(text: bytes, size: int) -> Any:
     return json.loads(multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(padded), np.uint8)).tobytes())
 
 
+def gather(part: np.ndarray, what: str) -> list[np.ndarray]:
+    """The int32 arrays [N] of all processes, in every process and in their order. They may differ in length."""
+    from jax.experimental import multihost_utils
+
+    if link is None:
+        return [part]
+    reached(what)
+    sizes = multihost_utils.process_allgather(np.int32(len(part)))
+    padded = 1 << int(sizes.max() - 1).bit_length()  # few shapes to compile
+    found = multihost_utils.process_allgather(np.pad(part, (0, padded - len(part))))
+    return [row[:size] for row, size in zip(found, sizes, strict=True)]
+
+
 def process_0_first(make: Callable[[], T], what: str) -> T:
     """What `make` gives in each process, made in process 0 before the others: of a file that the first one makes."""
     made = make() if jax.process_index() == 0 else None

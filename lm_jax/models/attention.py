@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm_jax.models import blockwise_attention, splash_attention
+from lm_jax.models import blockwise_attention, splash_attention, triton_attention
 from lm_jax.sharding import BATCH_AXES
 
 
@@ -41,8 +41,8 @@ def attention(
     if implementation == "auto":
         implementation = chosen(mesh, q.shape[-1])
     fn = functools.partial(IMPLEMENTATIONS[implementation], window=window)
-    if implementation == "splash":
-        fn = functools.partial(fn, interpret=not _on_tpu(mesh))
+    if implementation in KERNELS:
+        fn = functools.partial(fn, interpret=_platform(mesh) != KERNELS[implementation])
     if mesh.empty or mesh.size == 1:
         return fn(q, k, v, segment_ids)
     # Rows and heads are independent, so each device attends over what it holds, with no collective inside.
@@ -58,16 +58,18 @@ def attention(
 def chosen(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, head_dim: int) -> str:
     """The implementation that "auto" stands for on the devices of a mesh; on those of this machine if it is empty.
 
-    On a GPU it is the CPU's: what cuDNN offers through `jax.nn.dot_product_attention` ignores segments.
+    On a GPU it is the CPU's, until "triton" has run on one. What cuDNN offers through `jax.nn.dot_product_attention`
+    ignores segments.
     """
-    return "splash" if _on_tpu(mesh) and splash_attention.fits(head_dim) else "blockwise"
+    return "splash" if _platform(mesh) == "tpu" and splash_attention.fits(head_dim) else "blockwise"
 
 
-def _on_tpu(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
-    # Not of the default backend: a plan compiles for devices that are not here
+def _platform(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
+    # Not the default backend: a plan compiles for devices that are not here
     abstract: Any = getattr(mesh, "abstract_mesh", mesh)
     device = abstract.abstract_device
-    return jax.default_backend() == "tpu" if device is None else device.platform == "tpu"
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def kv_head_repeats(num_heads: int, num_kv_heads: int, parts: int) -> int:
@@ -98,5 +100,7 @@ def reference_attention(q, k, v, segment_ids, *, window):
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "blockwise": blockwise_attention.blockwise_attention,
     "splash": splash_attention.splash_attention,
+    "triton": triton_attention.triton_attention,
     "reference": reference_attention,
 }
+KERNELS = {"splash": "tpu", "triton": "gpu"}  # written for one platform, and interpreted on others

@@ -12,6 +12,7 @@ from musc_jax.token_weights import DEFAULT_RULE
 from tests.e2e import common
 from tests.e2e.common import arguments
 from tests.e2e.test_main_filter import candidate
+from tests.lm_eval_tasks import make_tasks
 from tests.multi_process.common import Group
 from tests.unit.test_pairs import instructions
 
@@ -128,6 +129,25 @@ def test_a_judged_benchmark_gives_the_same_files(tmp_path):
         Group("evaluate", *flags, processes=processes, devices=2 // processes).ok()
         found.append({str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()})
     assert found[0] == found[1] and {"scores.json", "verdicts.jsonl", "responses.jsonl"} <= found[0].keys()
+
+
+@pytest.mark.slow
+def test_tasks_of_lm_eval_give_the_same_files(tmp_path):
+    """Choices, written answers and whole texts."""
+    model = common.make_model(tmp_path / "model", max_position_embeddings=256)
+    tasks = ",".join(make_tasks(tmp_path, number=10).values())
+    small = ("max_length=64", "batch.row_length=128", "batch.rows=2", "decode.slots=4", "mesh.fsdp=2", "mesh.tensor=1")
+    outs = [tmp_path / f"out_{processes}" for processes in (1, 2)]
+    for processes, out in enumerate(outs, 1):
+        flags = arguments("evaluate", f"models={model}", f"tasks={tasks}", f"output={out}", *small)
+        Group("evaluate", *flags, processes=processes, devices=2 // processes).ok()
+    one, two = map(files, outs)
+    assert one == two and len(one) == 8  # a result and its samples of three tasks, and two tables
+    rows = [json.loads((out / "table.json").read_text())["rows"] for out in outs]
+    for a, b in zip(*rows, strict=True):
+        assert a["metric"] == b["metric"] and a["values"] == pytest.approx(b["values"], rel=1e-5)
+    (written,) = (name for name in one if name.endswith("write.yaml.samples.jsonl"))
+    assert (outs[0] / written).read_bytes() == (outs[1] / written).read_bytes()
 
 
 def test_parts_of_a_round_wait_for_what_process_0_writes(tmp_path):

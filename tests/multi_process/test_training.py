@@ -45,19 +45,23 @@ def two(runs) -> Path:
     return runs.finish("two", 2, 2)
 
 
-@pytest.fixture(scope="module")
-def stopped(runs, two) -> Path:
-    """A run of two processes of which one was asked to stop."""
-    output = runs.directory / "stopped"
-    group = runs.start("stopped", 2, 2)
+def stop(runs: Runs, name: str, processes: int, devices: int) -> Path:
+    """A run of which one process was asked to stop."""
+    output = runs.directory / name
+    group = runs.start(name, processes, devices)
     group.until(lambda: logged(output) > 1)
     os.kill(group.pids()[1], signal.SIGTERM)
     done = group.ok()
     step, _ = newest(output)
     assert 2 < step < STEPS
-    for i in (0, 1):
-        assert f"stopped after step {step} of {STEPS}, as asked" in done[i].stderr
+    for member in done.values():
+        assert f"stopped after step {step} of {STEPS}, as asked" in member.stderr
     return output
+
+
+@pytest.fixture(scope="module")
+def stopped(runs, two) -> Path:
+    return stop(runs, "stopped", 2, 2)
 
 
 def test_two_processes_equal_one(runs, two):
@@ -98,3 +102,16 @@ def test_resumed_on_another_number_of_processes(runs, two, stopped):
     copy_run(stopped, runs.directory / "elastic")
     assert_close(runs.finish("elastic", 1, 2, "mesh.tensor=2", "mesh.fsdp=1"), two)
     shutil.rmtree(runs.directory / "elastic")
+
+
+@pytest.mark.slow
+def test_stopped_on_four_processes_and_resumed_on_two_and_on_eight(runs, two):
+    """Data, their order and the global batch stay; the mesh does not."""
+    output = stop(runs, "four", 4, 1)
+    for processes, devices in ((2, 1), (8, 1)):
+        name = f"from_four_on_{processes}"
+        copy_run(output, runs.directory / name)
+        tensor = processes // 4 or 1
+        resumed = runs.finish(name, processes, devices, f"mesh.tensor={tensor}", f"mesh.fsdp={processes // tensor}")
+        assert_close(resumed, two)
+        shutil.rmtree(resumed)

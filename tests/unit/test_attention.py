@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lm_jax.models import blockwise_attention
-from lm_jax.models.attention import IMPLEMENTATIONS, attention, chosen
+from lm_jax.models.attention import IMPLEMENTATIONS, KERNELS, attention, chosen
 
 BLOCK = 16  # instead of 64, so that short rows have several blocks
 REAL_BLOCK = blockwise_attention._block
@@ -30,8 +30,8 @@ CASES = {
     "window-over-a-block": (40, RAGGED, 2, 2, 21),
     "window-over-the-row": (20, ([20],), 2, 2, 4096),
 }
-# Interpreted, the TPU's kernel takes seconds a case, and has a test of its own below
-LIVELY = [name for name in IMPLEMENTATIONS if name != "splash"]
+# Interpreted, a kernel takes seconds a case, and has a test of its own below
+LIVELY = [name for name in IMPLEMENTATIONS if name not in KERNELS]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,8 @@ def with_gradients(q, k, v, segment_ids, d_out, window, implementation):
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"), [*itertools.product(CASES, LIVELY), ("ragged", "splash"), ("window-of-one", "splash")]
+    ("name", "implementation"),
+    [*itertools.product(CASES, LIVELY), *itertools.product(("ragged", "window-of-one"), KERNELS)],
 )
 def test_equals_torch(name, implementation):
     length, rows, heads, kv_heads, window = CASES[name]
@@ -107,18 +108,35 @@ def test_unpatched_block(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("window", [None, 150])
-def test_splash_equals_blockwise(window, head_dim, monkeypatch):
+def test_kernels_equal_blockwise(window, head_dim, implementation, monkeypatch):
     """Over several of the kernel's blocks, two query heads a key/value head, padding within a block and beyond."""
     monkeypatch.setattr(blockwise_attention, "_block", REAL_BLOCK)
     length, rows = 300, ([40, 170, 60],)
     segment_ids = make_segments(length, rows)
     q, k, v = make_qkv(1, length, 2, 1, head_dim=head_dim)
     d_out = make_qkv(1, length, 2, 1, seed=1, head_dim=head_dim)[0]
-    splash, blockwise = (with_gradients(q, k, v, segment_ids, d_out, window, i) for i in ("splash", "blockwise"))
-    for what, a, b in zip(("out", "d_q", "d_k", "d_v"), splash, blockwise, strict=True):
+    kernel, loops = (with_gradients(q, k, v, segment_ids, d_out, window, i) for i in (implementation, "blockwise"))
+    for what, a, b in zip(("out", "d_q", "d_k", "d_v"), kernel, loops, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(), err_msg=what)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_gpu_kernel_is_lowered_for_cuda(dtype, head_dim):
+    """As far as one comes without a GPU: forward and backward as Triton's code, no loops of ours in their place."""
+    q, k, v = (jax.ShapeDtypeStruct((2, 300, n, head_dim), dtype) for n in (4, 2, 2))
+    segment_ids = jax.ShapeDtypeStruct((2, 300), jnp.int32)
+
+    def loss(q, k, v, segment_ids):
+        out = IMPLEMENTATIONS["triton"](q, k, v, segment_ids, window=None)
+        return jnp.sum(out.astype(jnp.float32))
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v, segment_ids).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert "mha_forward" in text and "mha_backward" in text and "stablehlo.while" not in text
 
 
 @pytest.mark.parametrize("implementation", LIVELY)

@@ -1,0 +1,103 @@
+"""Three processes, played by threads, encode a share each: all get what one process encodes by itself."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lm_jax.data import shares
+from lm_jax.data.text import TextEncoder
+from lm_jax.errors import UserError
+from tests.unit.test_text import CHATML, byte_level
+
+PROCESSES = 3
+
+
+class Processes:
+    def __init__(self, monkeypatch):
+        self.own = threading.local()
+        self.meeting = threading.Barrier(PROCESSES)
+        self.given = [None] * PROCESSES
+        self.sizes = []
+        index = SimpleNamespace(process_count=lambda: PROCESSES, process_index=lambda: self.own.index)
+        monkeypatch.setattr(shares, "jax", index)
+        monkeypatch.setattr(shares, "gather", self.gather)
+
+    def gather(self, part, _):
+        assert part.dtype == np.int32
+        self.given[self.own.index] = part
+        self.meeting.wait(30)
+        found = list(self.given)
+        self.meeting.wait(30)
+        self.sizes.append(len(part))
+        return found
+
+    def run(self, call):
+        found = [None] * PROCESSES
+
+        def one(index):
+            self.own.index = index
+            try:
+                found[index] = call()
+            except UserError as error:
+                self.meeting.abort()
+                found[index] = str(error)
+            except threading.BrokenBarrierError:
+                found[index] = None
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(PROCESSES)]
+        [t.start() for t in threads], [t.join() for t in threads]
+        return found
+
+
+@pytest.fixture
+def encoder():
+    return TextEncoder(byte_level(CHATML, eos="<|im_end|>"), 60)
+
+
+def turn(role, text):
+    return {"role": role, "content": text}
+
+
+def rows(number):
+    """Of every kind: text, truncated text, a conversation whose middle turn is not learnt."""
+    talk = [turn("assistant", "the sea"), turn("user", "is it wide"), turn("assistant", "it is")]
+    kinds = [("say it ", "blue"), ("say it", "wide " * 40), ([turn("user", "sea?")], talk)]
+    chosen = [kinds[i % 3] for i in range(number)]
+    return [p for p, _ in chosen], [r for _, r in chosen], [f"row {i}" for i in range(number)]
+
+
+def same(a, b):
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+    return a == b and type(a) is type(b)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 20])
+def test_all_get_all_rows(monkeypatch, encoder, number):
+    monkeypatch.setattr(shares, "_BLOCK", 3)
+    expected = encoder.encode_many(*rows(number), True)
+    processes = Processes(monkeypatch)
+    for found in processes.run(lambda: shares.encode_rows(encoder, *rows(number), True)):
+        assert len(found) == number
+        for a, b in zip(found, expected, strict=True):
+            assert all(same(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True)), (a, b)
+    prompts, _, names = rows(number)
+    expected = encoder.encode_prompts(prompts, names)
+    for found in processes.run(lambda: shares.encode_prompts(encoder, prompts, names)):
+        assert len(found) == number and all(map(same, found, expected))
+
+
+def test_the_work_is_divided(monkeypatch, encoder):
+    asked = []
+    monkeypatch.setattr(encoder, "encode_many", lambda p, *_: asked.append(len(p)) or [])
+    Processes(monkeypatch).run(lambda: shares.encode_rows(encoder, *rows(10)))
+    assert sorted(asked) == [2, 4, 4]
+
+
+def test_the_process_that_has_a_bad_row_says_so(monkeypatch, encoder):
+    prompts, responses, names = rows(9)
+    responses[4] = ""
+    said = Processes(monkeypatch).run(lambda: shares.encode_rows(encoder, prompts, responses, names))
+    assert said[0] is said[2] is None and said[1].startswith("row 4: ")
