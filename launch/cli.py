@@ -19,7 +19,6 @@ from lm_jax.distributed import stopping
 from lm_jax.distributed.start import Processes, start
 from lm_jax.distributed.wire import PERIOD
 from lm_jax.errors import UserError, without_passwords
-from lm_jax.host_memory import keep_freed_memory
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have it
 PIPE_CLOSED = 141  # that of one whose reader went away
@@ -68,7 +67,6 @@ def run(
         return rest
 
     def call(_: list[str]) -> int:
-        keep_freed_memory()
         # Checkpointing logs pages at INFO, and the traceback of every thread where a write fails; what fails is raised.
         logging.set_verbosity(logging.FATAL)
         try:

@@ -1,15 +1,18 @@
-"""Tokenising is divided among the processes of a run: each encodes a share of the rows, and all get every row's ids.
+"""Tokenising a file's rows is divided among the processes of a run: each encodes a share, and all get every row's ids.
 
 All of them, since each epoch's batches are drawn from the lengths of all rows, alike for any number of processes.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from lm_jax.data.text import EncodedResponse, Text, TextEncoder
-from lm_jax.distributed.processes import at_work, gather
+from lm_jax.distributed import processes
+from lm_jax.errors import UserError
 
 _BLOCK = 1024  # rows of a process between two exchanges: what is on the way at a time stays small
 
@@ -23,13 +26,14 @@ def encode_rows(
     wheres: Sequence[str],
     assistant_only: bool = False,
 ) -> list[EncodedResponse]:
-    """`encoder.encode_many`, which see; the same rows in every process.
+    """`encoder.encode_many`, which see; every process must give the same rows.
 
     Raises:
-      UserError: in the process whose share has the row; it ends all with that line.
+      UserError: in the process whose share has the row; it ends all with that line. Or the processes' rows differ.
     """
-    if jax.process_count() == 1:
+    if processes.link is None:
         return encoder.encode_many(prompts, responses, wheres, assistant_only)
+    _check_alike(prompts, responses, wheres)
 
     def encode(part: slice) -> list[Arrays]:
         encoded = encoder.encode_many(prompts[part], responses[part], wheres[part], assistant_only)
@@ -40,13 +44,24 @@ def encode_rows(
 
 def encode_prompts(encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
     """`encoder.encode_prompts`, as `encode_rows` is of `encode_many`."""
-    if jax.process_count() == 1:
+    if processes.link is None:
         return encoder.encode_prompts(prompts, wheres)
+    _check_alike(prompts, wheres)
 
     def encode(part: slice) -> list[Arrays]:
         return [(ids,) for ids in encoder.encode_prompts(prompts[part], wheres[part])]
 
     return [ids for (ids,) in _divided(len(prompts), encode)]
+
+
+def _check_alike(*columns: Sequence[Any]) -> None:
+    digest = hashlib.blake2b(digest_size=8)
+    for row in zip(*columns, strict=True):
+        digest.update(repr(row).encode("utf-8", "surrogatepass"))
+    digests = processes.gather(np.frombuffer(digest.digest(), np.int32), "the rows")
+    for process, its in enumerate(digests):
+        if not np.array_equal(its, digests[0]):
+            raise UserError(f"process {process} reads other rows than process 0; give every process the same input")
 
 
 def _arrays(row: EncodedResponse) -> Arrays:
@@ -64,27 +79,27 @@ def _response(arrays: Arrays) -> EncodedResponse:
 
 def _divided(number: int, encode: Callable[[slice], list[Arrays]]) -> Iterator[Arrays]:
     """Each row's arrays, in order, of which this process makes those of its parts."""
-    processes = jax.process_count()
-    share = max(1, min(_BLOCK, -(-number // processes)))
-    for start in range(0, number, share * processes):
+    start = 0
+    while start < number:
+        share = min(_BLOCK, -(-(number - start) // jax.process_count()))
         mine = start + share * jax.process_index()
-        with at_work():
+        with processes.at_work():
             own = encode(slice(mine, mine + share))
-        for part in gather(_packed(own), "the rows' tokens"):
+        for part in processes.gather(_packed(own), "the rows' tokens"):
             yield from _unpacked(part)
+        start += share * jax.process_count()
 
 
 def _packed(rows: list[Arrays]) -> np.ndarray:
-    """Rows of int32 arrays as one: how many arrays, their lengths, their values."""
+    """[N] int32: how many arrays, how many of them a row, their lengths, their values."""
     arrays = [array for row in rows for array in row]
-    head = np.array([len(arrays), *map(len, arrays), len(rows[0]) if rows else 1], np.int32)
-    return np.concatenate([head, *arrays]).astype(np.int32)
+    head = np.array([len(arrays), len(rows[0]) if rows else 1, *map(len, arrays)], np.int32)
+    return np.concatenate([head, *arrays], dtype=np.int32)
 
 
 def _unpacked(packed: np.ndarray) -> Iterator[Arrays]:
-    number = int(packed[0])
-    per_row = int(packed[number + 1])
-    ends = number + 2 + np.cumsum(packed[1 : number + 1])
-    arrays = np.split(packed, [number + 2, *ends])[1:-1]
+    number, per_row = map(int, packed[:2])
+    ends = number + 2 + np.cumsum(packed[2 : number + 2], dtype=np.int64)
+    arrays = [array.copy() for array in np.split(packed, [number + 2, *ends])[1:-1]]  # else one keeps all the others
     for first in range(0, number, per_row):
         yield tuple(arrays[first : first + per_row])

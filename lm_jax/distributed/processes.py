@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _AT_WORK = 0.5  # seconds between two words of it
 _SMALL = 1 << 20  # bytes that go through the hub; more goes from device to device
+_GATHERED = 1 << 22  # int32 of all processes together that a device holds at a time in `gather`
 
 link: Link | None = None  # of a run of many processes, set by `start`
 
@@ -69,15 +70,22 @@ def _over_devices(text: bytes, size: int) -> Any:
 
 def gather(part: np.ndarray, what: str) -> list[np.ndarray]:
     """The int32 arrays [N] of all processes, in every process and in their order. They may differ in length."""
-    from jax.experimental import multihost_utils
-
     if link is None:
         return [part]
+    from jax.experimental import multihost_utils
+
     reached(what)
-    sizes = multihost_utils.process_allgather(np.int32(len(part)))
-    padded = 1 << int(sizes.max() - 1).bit_length()  # few shapes to compile
-    found = multihost_utils.process_allgather(np.pad(part, (0, padded - len(part))))
-    return [row[:size] for row, size in zip(found, sizes, strict=True)]
+    heads = multihost_utils.process_allgather(np.array([jax.process_index(), len(part)], np.int32))
+    longest = int(heads[:, 1].max())
+    # Every device comes to hold a piece of each process; of few lengths, since each one is compiled
+    size = min(1 << max(longest - 1, 0).bit_length(), _GATHERED // len(heads))
+    found: list[list[np.ndarray]] = [[] for _ in heads]
+    for start in range(0, longest, size):
+        own = part[start : start + size]
+        pieces = multihost_utils.process_allgather(np.pad(own, (0, size - len(own))))
+        for (process, length), piece in zip(heads, pieces, strict=True):  # JAX does not say in which order they come
+            found[process].append(piece[: max(length - start, 0)].copy())
+    return [np.concatenate(pieces) for pieces in found]
 
 
 def process_0_first(make: Callable[[], T], what: str) -> T:

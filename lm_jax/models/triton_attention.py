@@ -1,6 +1,7 @@
 """Attention on GPUs: JAX's Pallas-Triton kernel, which honours segments and never visits keys after a block's queries.
 
-Blocks of other segments it visits and masks. It knows no sliding window: rows longer than it go through the loops.
+Blocks of other segments it visits and masks. It knows no sliding window: rows longer than it go through the loops. It
+knows no groups of queries either: keys and values are repeated, and kept so for the backward pass.
 
 Axes: B rows, T tokens, H query heads, K key/value heads, E head_dim.
 """
@@ -22,7 +23,7 @@ def triton_attention(q, k, v, segment_ids, *, window: int | None, interpret: boo
     if window is not None and window < length:
         return blockwise_attention(q, k, v, segment_ids, window=window)
     pad = -length % _BLOCK
-    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))  # it has no groups of queries
+    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
     padded = [jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v)]
     ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
     out = pallas_attention.mha(*padded, ids, sm_scale=dim**-0.5, causal=True, interpret=interpret)

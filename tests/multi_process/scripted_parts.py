@@ -1,4 +1,5 @@
-"""A round of two parts: process 0 takes its time to write the file that every process reads in the second.
+"""Processes that give each other arrays of different lengths, in several pieces. Then a round of two parts: process 0
+takes its time to write the file that every process reads in the second.
 
 --file=PATH
 """
@@ -16,11 +17,17 @@ _FILE = flags.DEFINE_string("file", None, "")
 
 def command():
     import jax
+    import numpy as np
 
     from lm_jax.commands.export import ExportConfig
     from lm_jax.commands.rounds import do_parts
+    from lm_jax.distributed import processes
 
     def main(_):
+        processes._GATHERED = 16
+        for lengths in ((3, 21), (0, 0), (40, 1)):
+            found = processes.gather(np.arange(lengths[jax.process_index()], dtype=np.int32), "the arrays")
+            assert [part.tolist() for part in found] == [list(range(length)) for length in lengths]
         path = Path(_FILE.value)
 
         def write():

@@ -132,8 +132,8 @@ def test_a_judged_benchmark_gives_the_same_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_tasks_of_lm_eval_give_the_same_files(tmp_path):
-    """Choices, written answers and whole texts."""
+def test_tasks_of_lm_eval_give_the_same_results(tmp_path):
+    """Choices, written answers and whole texts; of the log-probs the last digits may differ."""
     model = common.make_model(tmp_path / "model", max_position_embeddings=256)
     tasks = ",".join(make_tasks(tmp_path, number=10).values())
     small = ("max_length=64", "batch.row_length=128", "batch.rows=2", "decode.slots=4", "mesh.fsdp=2", "mesh.tensor=1")
@@ -150,7 +150,7 @@ def test_tasks_of_lm_eval_give_the_same_files(tmp_path):
     assert (outs[0] / written).read_bytes() == (outs[1] / written).read_bytes()
 
 
-def test_parts_of_a_round_wait_for_what_process_0_writes(tmp_path):
+def test_arrays_reach_all_and_parts_of_a_round_wait_for_what_process_0_writes(tmp_path):
     flags = (f"--file={tmp_path}/rows.jsonl", *arguments("export_hf", "model=m", "output=o"))
     done = Group("tests.multi_process.scripted_parts", *flags, devices=1).ok()
     assert {i: member.stdout.split()[-1] for i, member in done.items()} == {0: "whole", 1: "whole"}

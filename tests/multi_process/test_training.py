@@ -100,7 +100,8 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(tmp_path):
 
 def test_resumed_on_another_number_of_processes(runs, two, stopped):
     copy_run(stopped, runs.directory / "elastic")
-    assert_close(runs.finish("elastic", 1, 2, "mesh.tensor=2", "mesh.fsdp=1"), two)
+    assert "after step" in runs.start("elastic", 1, 2, "mesh.tensor=2", "mesh.fsdp=1").ok()[0].stderr
+    assert_close(runs.directory / "elastic", two)
     shutil.rmtree(runs.directory / "elastic")
 
 
@@ -112,6 +113,7 @@ def test_stopped_on_four_processes_and_resumed_on_two_and_on_eight(runs, two):
         name = f"from_four_on_{processes}"
         copy_run(output, runs.directory / name)
         tensor = processes // 4 or 1
-        resumed = runs.finish(name, processes, devices, f"mesh.tensor={tensor}", f"mesh.fsdp={processes // tensor}")
-        assert_close(resumed, two)
-        shutil.rmtree(resumed)
+        mesh = (f"mesh.tensor={tensor}", f"mesh.fsdp={processes // tensor}")
+        assert "after step" in runs.start(name, processes, devices, *mesh).ok()[0].stderr  # it did not begin anew
+        assert_close(runs.directory / name, two)
+        shutil.rmtree(runs.directory / name)

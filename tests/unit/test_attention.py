@@ -139,7 +139,7 @@ def test_the_gpu_kernel_is_lowered_for_cuda(dtype, head_dim):
     assert "mha_forward" in text and "mha_backward" in text and "stablehlo.while" not in text
 
 
-@pytest.mark.parametrize("implementation", LIVELY)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation):
     """Inputs and outputs in bf16, softmax in fp32: near torch's fp32 result on the same inputs."""
     segment_ids = make_segments(40, RAGGED)

@@ -1,5 +1,6 @@
 """Three processes, played by threads, encode a share each: all get what one process encodes by itself."""
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -19,18 +20,18 @@ class Processes:
         self.own = threading.local()
         self.meeting = threading.Barrier(PROCESSES)
         self.given = [None] * PROCESSES
-        self.sizes = []
         index = SimpleNamespace(process_count=lambda: PROCESSES, process_index=lambda: self.own.index)
         monkeypatch.setattr(shares, "jax", index)
-        monkeypatch.setattr(shares, "gather", self.gather)
+        monkeypatch.setattr(shares.processes, "gather", self.gather)
+        monkeypatch.setattr(shares.processes, "link", SimpleNamespace(worked=lambda: None))
 
     def gather(self, part, _):
         assert part.dtype == np.int32
         self.given[self.own.index] = part
         self.meeting.wait(30)
         found = list(self.given)
-        self.meeting.wait(30)
-        self.sizes.append(len(part))
+        with contextlib.suppress(threading.BrokenBarrierError):  # another has left with an error already
+            self.meeting.wait(30)
         return found
 
     def run(self, call):
@@ -63,7 +64,7 @@ def turn(role, text):
 def rows(number):
     """Of every kind: text, truncated text, a conversation whose middle turn is not learnt."""
     talk = [turn("assistant", "the sea"), turn("user", "is it wide"), turn("assistant", "it is")]
-    kinds = [("say it ", "blue"), ("say it", "wide " * 40), ([turn("user", "sea?")], talk)]
+    kinds = [("say it ", "blue"), ("say it", "wide " * 80), ([turn("user", "sea?")], talk)]
     chosen = [kinds[i % 3] for i in range(number)]
     return [p for p, _ in chosen], [r for _, r in chosen], [f"row {i}" for i in range(number)]
 
@@ -78,6 +79,8 @@ def same(a, b):
 def test_all_get_all_rows(monkeypatch, encoder, number):
     monkeypatch.setattr(shares, "_BLOCK", 3)
     expected = encoder.encode_many(*rows(number), True)
+    if number > 2:
+        assert expected[1].truncated and expected[2].loss_mask is not None
     processes = Processes(monkeypatch)
     for found in processes.run(lambda: shares.encode_rows(encoder, *rows(number), True)):
         assert len(found) == number
@@ -101,3 +104,14 @@ def test_the_process_that_has_a_bad_row_says_so(monkeypatch, encoder):
     responses[4] = ""
     said = Processes(monkeypatch).run(lambda: shares.encode_rows(encoder, prompts, responses, names))
     assert said[0] is said[2] is None and said[1].startswith("row 4: ")
+
+
+def test_processes_with_other_rows_are_told(monkeypatch, encoder):
+    prompts, responses, names = rows(9)
+    processes = Processes(monkeypatch)
+
+    def encode():
+        its = [*responses[:-1], "red"] if processes.own.index == 2 else responses
+        return shares.encode_rows(encoder, prompts, its, names)
+
+    assert all("process 2 reads other rows than process 0" in line for line in processes.run(encode))
