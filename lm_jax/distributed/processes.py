@@ -76,9 +76,9 @@ def gather(part: np.ndarray, what: str) -> list[np.ndarray]:
 
     reached(what)
     heads = multihost_utils.process_allgather(np.array([jax.process_index(), len(part)], np.int32))
-    longest = int(heads[:, 1].max())
+    longest = max(1, int(heads[:, 1].max()))
     # Every device comes to hold a piece of each process; of few lengths, since each one is compiled
-    size = min(1 << max(longest - 1, 0).bit_length(), _GATHERED // len(heads))
+    size = min(1 << (longest - 1).bit_length(), _GATHERED // len(heads))
     found: list[list[np.ndarray]] = [[] for _ in heads]
     for start in range(0, longest, size):
         own = part[start : start + size]
