@@ -116,8 +116,8 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(given: dict[str, Any]) -> dict[str, Any]:
-    """Weights onto the mesh, in fp32."""
-    source, mesh = open_model(given["model"]), _mesh()
+    """Weights onto one device, in fp32, as the peer has them."""
+    source, mesh = open_model(given["model"]), make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     before, begin = material.forget_peak(), time.perf_counter()
     params = jax.block_until_ready(source.load_params(mesh, "float32"))
     leaves = jax.tree.leaves(params)
