@@ -6,11 +6,13 @@ and the directory appears under its name only when it is whole.
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.tx
 HUB_IGNORED = ["consolidated*", "*/*.safetensors"]  # other formats of the same weights
 COPIED_DIRS = ("additional_chat_templates",)
 _MAKES_WHOLE = ("config.json", "adapter_config.json")
+_ALIGNED = 64  # bytes
+_THREADS = 4  # layers that are read at a time
 _COMPARED_ROWS = 4096  # bounds host memory while two embeddings are compared
 
 
@@ -139,11 +143,15 @@ def _load(
         ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
         key = tuple((r.start, r.stop) for r in ranges)
         if key not in slices:
-            out = slices[key] = np.empty([len(r) for r in ranges], DTYPES[dtype])
+            out = slices[key] = _aligned([len(r) for r in ranges], DTYPES[dtype])
             if spec.stacked:
-                for i, layer in enumerate(ranges[0]):
+
+                def fill(i: int, layer: int) -> None:
                     out[i] = spec.read_slice(tensors[names[layer]], index[1:], config)
                     check_finite(out[i], names[layer], model_dir)
+
+                with ThreadPoolExecutor(_THREADS) as pool:
+                    list(pool.map(fill, range(len(out)), ranges[0]))
             else:
                 out[...] = spec.read_slice(tensors[names[0]], index, config)
                 check_finite(out, names[0], model_dir)
@@ -151,6 +159,14 @@ def _load(
 
     # Waiting keeps the next tensor's host memory from piling up on this one's.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An empty array that begins where XLA wants one to: on a CPU JAX takes it as it is, for all devices, uncopied."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + _ALIGNED, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNED
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _check_names(model_dir: Path, tensors: Mapping[str, Any], table: Sequence[WeightSpec], config: ModelConfig) -> None:

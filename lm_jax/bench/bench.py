@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lm_jax.bench.material import PROMPT_LENGTHS, SLOT_LENGTH, prepare
+from lm_jax.commands.steps import HUGE_PAGES
 from lm_jax.data.rows import replacing, write_text
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
@@ -158,7 +159,7 @@ def _fresh(path: Path) -> Path:
 
 
 def _side(side: str, row: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    environment = dict(os.environ)
+    environment = HUGE_PAGES | os.environ  # of both sides
     if environment.get("JAX_PLATFORMS", "") == "cpu":
         # One JAX device a core: rows are independent, and small operations run on one core each
         environment.setdefault("JAX_NUM_CPU_DEVICES", str(_cores()))

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import os
 import runpy
 import shlex
@@ -20,6 +21,10 @@ from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import Decoder
 from lm_jax.training.lock import locked
+
+# On a CPU XLA maps a step's temporaries anew in every step: with huge pages the kernel has 512 times fewer to bring in.
+# glibc reads this when a process starts, so that it can only be given to others.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 _LOCKS: list[int] = []  # of `alone_in`, in every thread
 _LOG: contextvars.ContextVar[Path | None] = contextvars.ContextVar("log", default=None)
@@ -47,17 +52,17 @@ def run_step(module: str, *arguments: str) -> None:
         raise UserError(f"this command runs python -m {module} and others; start it in one process")
     shown = f"$ python -m {module} \\\n    " + " \\\n    ".join(map(shlex.quote, arguments))
     command, log = [sys.executable, "-m", module, *arguments], _LOG.get()
-    inherited = tuple(_LOCKS)
+    run = functools.partial(subprocess.run, command, env=HUGE_PAGES | os.environ, pass_fds=tuple(_LOCKS))
     if log is None:
         print(shown, flush=True)
-        if subprocess.run(command, pass_fds=inherited).returncode:
+        if run().returncode:
             raise UserError(f"python -m {module} failed; its error stands above")
         return
     print(f"{module}: see {log}\n", end="", flush=True)  # one write: threads share the console
     with open(log, "ab") as out:
         out.write(f"{shown}\n".encode())
         out.flush()
-        if not subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, pass_fds=inherited).returncode:
+        if not run(stdout=out, stderr=subprocess.STDOUT).returncode:
             return
     error = (log.read_text(errors="replace").splitlines() or [""])[-1]
     raise UserError(f"python -m {module} failed: {error.removeprefix('error: ')}; see {log}")
