@@ -1,17 +1,13 @@
 """Hugging Face checkpoints <-> sharded parameters, streaming: only safetensors, nothing unknown, nothing missing.
 
-Loading reads for every device only its slice, one stacked tensor at a time. Exporting holds one shard in host memory,
-and the directory appears under its name only when it is whole.
+Loading reads for every device only its slice, one stacked tensor at a time. Exporting holds one shard in host memory.
 """
 
 import contextlib
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,15 +15,14 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from lm_jax import storage
 from lm_jax.config import ModelConfig
-from lm_jax.distributed.processes import at_work, barrier, everywhere, reached
+from lm_jax.distributed.processes import barrier, everywhere, reached
 from lm_jax.errors import UserError
+from lm_jax.model_directories import appears_whole, check_output, copy_side_files, write_card
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from lm_jax.strict_json import read_json_object
@@ -37,62 +32,9 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 SAFETENSORS_DTYPES = ("F32", "BF16", "F16")
 # Rotary tables that old Llama checkpoints carry; they follow from config.json.
 IGNORED_TENSORS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
-HUB_IGNORED = ["consolidated*", "*/*.safetensors"]  # other formats of the same weights
-COPIED_DIRS = ("additional_chat_templates",)
-_MAKES_WHOLE = ("config.json", "adapter_config.json")
 _ALIGNED = 64  # bytes
 _THREADS = 4  # layers that are read at a time
 _COMPARED_ROWS = 4096  # bounds host memory while two embeddings are compared
-
-
-def resolve_model_dir(model: str) -> Path:
-    """The local directory of a model: `model` itself, or what was downloaded of that hub id, gs:// or s3:// address.
-
-    Raises:
-      UserError: neither a directory nor a hub id or address that can be downloaded.
-    """
-    if storage.is_remote(model):
-        return _from_bucket(model.rstrip("/"))
-    if model and Path(model).is_dir():
-        return Path(model)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise UserError(f"model {model!r}: no such directory; give one, or a hub id such as Qwen/Qwen3-0.6B")
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
-    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model {model!r}: no such directory, and no such hub id can be downloaded ({reason}); "
-            "check the spelling, the network, and HF_TOKEN for gated models"
-        ) from error
-
-
-def _from_bucket(model: str) -> Path:
-    with at_work():
-        found = storage.find(model)
-        if "config.json" not in found:
-            raise UserError(f"model {model}: no config.json there; give a model's or a run's directory in a bucket")
-        wanted = [
-            name
-            for name in found
-            if name in COPIED_FILES
-            or name.startswith(tuple(f"{d}/" for d in COPIED_DIRS))
-            or re.fullmatch(r"config\.json|README\.md|[^/]*\.safetensors(\.index\.json)?", name)
-        ]
-        return storage.cached(model, {name: found[name] for name in wanted})
 
 
 def load_params(
@@ -112,7 +54,8 @@ def load_params(
       replace: given each parameter as it comes, in fp32 then, returns by path what is kept in its place.
 
     Returns:
-      The parameters, a nested dict. Host memory while loading: the local slices of one stacked tensor.
+      The parameters, a nested dict. Host memory while loading: the local slices of one stacked tensor
+      and, once more, of four of its layers.
 
     Raises:
       UserError: a file that is missing, corrupt or outside the directory; names that are unknown, missing, doubled or
@@ -139,22 +82,21 @@ def _load(
     names, shape = spec.hf_names(config), spec.shape(config)
     slices: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one host array
 
+    def fill(part: tuple[np.ndarray, str, Any]) -> None:
+        target, name, index = part
+        target[...] = spec.read_slice(tensors[name], index, config)
+        check_finite(target, name, model_dir)
+
     def read(index: Any) -> np.ndarray:  # of slices
         ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
         key = tuple((r.start, r.stop) for r in ranges)
         if key not in slices:
             out = slices[key] = _aligned([len(r) for r in ranges], DTYPES[dtype])
+            parts = [(out, names[0], index)]
             if spec.stacked:
-
-                def fill(i: int, layer: int) -> None:
-                    out[i] = spec.read_slice(tensors[names[layer]], index[1:], config)
-                    check_finite(out[i], names[layer], model_dir)
-
-                with ThreadPoolExecutor(_THREADS) as pool:
-                    list(pool.map(fill, range(len(out)), ranges[0]))
-            else:
-                out[...] = spec.read_slice(tensors[names[0]], index, config)
-                check_finite(out, names[0], model_dir)
+                parts = [(out[i], names[layer], index[1:]) for i, layer in enumerate(ranges[0])]
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(fill, parts))
         return slices[key]
 
     # Waiting keeps the next tensor's host memory from piling up on this one's.
@@ -272,23 +214,6 @@ def export_hf(
     barrier("the end of the export")
 
 
-_OCCUPIED = "output {}: exists and is not empty; choose another directory or remove it"
-
-
-def check_output(output_dir: str | Path) -> None:
-    """Raises UserError where `export_hf` would refuse the output, for callers that load a large model first."""
-    if _occupied(output_dir):
-        raise UserError(_OCCUPIED.format(output_dir))
-
-
-def _occupied(output_dir: str | Path) -> bool:
-    if storage.is_remote(output_dir):
-        storage.check_bucket(str(output_dir))
-        return storage.exists(str(output_dir))
-    output = Path(output_dir)
-    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
-
-
 def _check_params(flat: Mapping[str, Any], table: Sequence[WeightSpec], config: ModelConfig) -> None:
     expected = {spec.path: spec.shape(config) for spec in table}
     found = {path: tuple(x.shape) for path, x in flat.items()}
@@ -333,72 +258,6 @@ def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
     if dtype == "float16" and np.isinf(cast).any() and not np.isinf(x.astype(np.float32)).any():
         raise UserError(f"{name}: values overflow in float16; export as bfloat16 or float32")
     return cast
-
-
-@contextlib.contextmanager
-def appears_whole(output_dir: str | Path) -> Iterator[Path]:
-    """A sibling directory to write into, renamed to `output_dir` at the end and removed on an error.
-
-    Of an address: a temporary one, uploaded at the end. A bucket has no directories that could be renamed: the files
-    without which nothing loads come last, and on an error all go.
-
-    Raises:
-      UserError: safetensors could not write, which it says in an error of its own; a bucket refused.
-    """
-    if storage.is_remote(output_dir):
-        with tempfile.TemporaryDirectory() as directory:
-            local = Path(directory, "export")
-            with appears_whole(local) as partial:
-                yield partial
-            _upload(local, str(output_dir).rstrip("/"))
-        return
-    output = Path(output_dir)
-    partial = output.absolute().parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        os.rename(partial, output)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            cure = "nothing is left there: see that there is room, then export again"
-            raise UserError(f"{output}: {error}; {cure}") from error
-        raise
-
-
-def _upload(directory: Path, address: str) -> None:
-    names = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
-    last = [name for name in names if name in _MAKES_WHOLE]
-    try:
-        for part in ([name for name in names if name not in last], last):
-            storage.upload(directory, part, address)
-    except BaseException:
-        with contextlib.suppress(UserError):  # what refused may refuse this too
-            storage.remove(f"{address}/{name}" for name in [*last, *names])
-        raise
-
-
-def copy_side_files(source_dir: str | Path | None, target: Path) -> None:
-    """Copies tokenizer, chat templates and generation config into the directory `target`; not config.json."""
-    if source_dir is None:
-        return
-    for name in COPIED_FILES:
-        if (Path(source_dir) / name).is_file():
-            shutil.copyfile(Path(source_dir) / name, target / name)
-    for name in COPIED_DIRS:
-        if (Path(source_dir) / name).is_dir():
-            shutil.copytree(Path(source_dir) / name, target / name)
-
-
-def write_card(card: str | None, target: Path) -> None:
-    """Writes the model card, where there is one, into the directory `target`."""
-    if card is not None:
-        (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

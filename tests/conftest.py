@@ -1,6 +1,7 @@
 """What tests share: the CPU by default, processes of their own, and the real data where it is at hand."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,14 @@ def optimized():
     disable(False)
     yield
     disable(os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+
+
+@pytest.fixture
+def ctrl_c():
+    """What a background job is started with, deafness to Ctrl-C, is inherited; here it is not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from lm_jax.commands.hub import check_push, push
 from lm_jax.commands.model_card import model_card
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
+from lm_jax.model_directories import check_output
 from lm_jax.peft_io import export_peft
 from lm_jax.sharding import make_mesh
 from lm_jax.storage import is_remote
@@ -51,7 +52,7 @@ def export(config: ExportConfig) -> None:
       UserError: no such run or step, an output that exists, no adapters where they were asked for, an upload that
         failed.
     """
-    hf_io.check_output(config.output)
+    check_output(config.output)
     if config.push_to_hub:
         check_push(config.push_to_hub)
     mesh = make_mesh(config.mesh)

@@ -100,6 +100,6 @@ def _packed(rows: list[Arrays]) -> np.ndarray:
 def _unpacked(packed: np.ndarray) -> Iterator[Arrays]:
     number, per_row = map(int, packed[:2])
     ends = number + 2 + np.cumsum(packed[2 : number + 2], dtype=np.int64)
-    arrays = [array.copy() for array in np.split(packed, [number + 2, *ends])[1:-1]]  # else one keeps all the others
+    arrays = np.split(packed, [number + 2, *ends])[1:-1]
     for first in range(0, number, per_row):
         yield tuple(arrays[first : first + per_row])

@@ -84,7 +84,7 @@ def gather(part: np.ndarray, what: str) -> list[np.ndarray]:
         own = part[start : start + size]
         pieces = multihost_utils.process_allgather(np.pad(own, (0, size - len(own))))
         for (process, length), piece in zip(heads, pieces, strict=True):  # JAX does not say in which order they come
-            found[process].append(piece[: max(length - start, 0)].copy())
+            found[process].append(piece[: max(length - start, 0)])
     return [np.concatenate(pieces) for pieces in found]
 
 

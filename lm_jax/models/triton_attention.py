@@ -7,7 +7,6 @@ Axes: B rows, T tokens, H query heads, K key/value heads, E head_dim.
 """
 
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as pallas_attention
 
 from lm_jax.models.blockwise_attention import blockwise_attention
 
@@ -19,6 +18,8 @@ def triton_attention(q, k, v, segment_ids, *, window: int | None, interpret: boo
 
     `interpret`: as plain operations, for platforms that are no GPU; slow, for tests.
     """
+    from jax.experimental.pallas.ops.gpu.attention import mha  # its lowering is for those who ask for it
+
     length, (heads, dim) = q.shape[1], q.shape[2:]
     if window is not None and window < length:
         return blockwise_attention(q, k, v, segment_ids, window=window)
@@ -26,6 +27,6 @@ def triton_attention(q, k, v, segment_ids, *, window: int | None, interpret: boo
     k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
     padded = [jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v)]
     ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    out = pallas_attention.mha(*padded, ids, sm_scale=dim**-0.5, causal=True, interpret=interpret)
+    out = mha(*padded, ids, sm_scale=dim**-0.5, causal=True, interpret=interpret)
     # Padding attends to padding in there; cut off here, nothing comes back from it either.
     return jnp.where((segment_ids > 0)[..., None, None], out[:, :length], 0)

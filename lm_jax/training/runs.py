@@ -20,6 +20,7 @@ from lm_jax import hf_io
 from lm_jax.config import FULL, NF4, LoraConfig, ModelConfig, from_config_dict
 from lm_jax.distributed.processes import at_work, everywhere
 from lm_jax.errors import UserError
+from lm_jax.model_directories import copy_side_files, resolve_model_dir
 from lm_jax.models.lora import abstract_adapters, merge
 from lm_jax.models.quantized import is_quantized, leaf_specs, leaves, quantize_params, replacement
 from lm_jax.models.registry import read_model_config, weight_table
@@ -147,7 +148,7 @@ def open_model(model: str, step: int | None = None) -> ModelSource:
         return ModelSource(str(root / "model"), read_model_config(root / "model"), model, step, *_base_of(root))
     if step is not None:
         raise UserError(f"{model}: config.step={step} was given but this is no run directory; leave it out")
-    directory = str(hf_io.resolve_model_dir(model))
+    directory = str(resolve_model_dir(model))
     return ModelSource(directory, read_model_config(directory))
 
 
@@ -265,7 +266,7 @@ def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSourc
     if (root / "model").exists():
         shutil.rmtree(root / "model")
     (root / "model").mkdir(parents=True)
-    hf_io.copy_side_files(source.directory, root / "model")
+    copy_side_files(source.directory, root / "model")
     (root / "model" / "config.json").write_text((epath.Path(source.directory) / "config.json").read_text())
     write_settings(path, description)  # last: a directory without config.json is no run
 

@@ -369,14 +369,6 @@ def test_parameters_that_are_not_finite(train, tmp_path):
     assert not [*(tmp_path / "run" / "checkpoints").iterdir()]
 
 
-@pytest.fixture
-def ctrl_c():
-    """What a background job is started with, deafness to Ctrl-C, is inherited; here it is not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_interrupted(model, pairs, tmp_path, ctrl_c):
     """Ctrl-C while it imports and while it trains, when it saves first: one line."""
     given = (f"model={model}", f"input={pairs}", f"output={tmp_path}/run", *SMALL_TRAIN, "epochs=2000")

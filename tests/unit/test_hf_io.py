@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lm_jax import hf_io, weight_files
+from lm_jax import hf_io, model_directories, weight_files
 from lm_jax.errors import UserError
-from lm_jax.hf_io import export_hf, load_params, resolve_model_dir
+from lm_jax.hf_io import export_hf, load_params
+from lm_jax.model_directories import resolve_model_dir
 from lm_jax.models.registry import config_from_hf, read_model_config, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from tests.checkpoints import edit_config, make_checkpoint, make_tokenizer
@@ -380,6 +382,17 @@ def test_other_weight_files_raise_with_the_cure(broken):
         load(path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_device_takes_what_was_read_uncopied(dtype, source, monkeypatch):
+    made, aligned = [], hf_io._aligned
+    monkeypatch.setattr(hf_io, "_aligned", lambda *args: made.append(aligned(*args)) or made[-1])
+    leaves = jax.tree.leaves(load_params(source, read_model_config(source), None, dtype))
+    assert {x.unsafe_buffer_pointer() for x in leaves} == {array.ctypes.data for array in made}
+    before = [array.copy() for array in made]
+    jax.jit(lambda xs: [x + 1 for x in xs], donate_argnums=0)(leaves)  # as a step does with what it trains
+    assert all(map(np.array_equal, made, before)), "other devices may read the same memory"
+
+
 # --- a whole export or none ---
 
 
@@ -480,7 +493,7 @@ def test_resolve_model_dir(source, tmp_path, monkeypatch):
         seen.update(kwargs, model=model)
         return str(source)
 
-    monkeypatch.setattr(hf_io, "snapshot_download", download)
+    monkeypatch.setattr(model_directories, "snapshot_download", download)
     assert resolve_model_dir("Qwen/Qwen3-0.6B") == source
     assert seen["model"] == "Qwen/Qwen3-0.6B" and "*.safetensors" in seen["allow_patterns"]
     for bad in (str(tmp_path / "absent"), "../up", "a/b/c", "", "name with space"):
@@ -490,7 +503,7 @@ def test_resolve_model_dir(source, tmp_path, monkeypatch):
     def offline(model, **kwargs):
         raise FileNotFoundError("cannot reach the hub\nsecond line")
 
-    monkeypatch.setattr(hf_io, "snapshot_download", offline)
+    monkeypatch.setattr(model_directories, "snapshot_download", offline)
     with pytest.raises(UserError, match=r"no such directory, and no such hub id .*cannot reach the hub\)") as error:
         resolve_model_dir("a/b")
     assert "\n" not in str(error.value)

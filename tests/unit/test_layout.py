@@ -18,7 +18,7 @@ LAYERS = (
     ("lm_jax.distributed",),
     ("lm_jax.sharding",),
     ("lm_jax.models",),
-    ("lm_jax.weight_files",),
+    ("lm_jax.weight_files", "lm_jax.model_directories"),
     ("lm_jax.hf_io",),
     ("lm_jax.peft_io",),
     ("lm_jax.data",),

@@ -14,6 +14,7 @@ from lm_jax import hf_io, storage
 from lm_jax.data.rows import check_file_output, check_not_input, read_rows, replacing, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
+from lm_jax.model_directories import check_output
 from lm_jax.training import mirror
 from lm_jax.training.checksums import write_checksums
 from lm_jax.training.runs import open_model
@@ -258,7 +259,7 @@ def test_an_export_in_a_bucket_is_whole_or_fails_to_load(server, bucket, tmp_pat
     with server.refusing(third):
         assert "no access" in line_of(lambda: export("failed"))
     assert server.names(f"{bucket}/failed") == []
-    assert "no bucket" in line_of(lambda: hf_io.check_output(f"{bucket}-not/model"))
+    assert "no bucket" in line_of(lambda: check_output(f"{bucket}-not/model"))
 
 
 def test_a_model_is_read_from_a_bucket_and_downloaded_once(server, bucket, tmp_path, monkeypatch):
