@@ -16,6 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # At these sizes most of the time goes into compiling, and a third of that into optimisations. See `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# Processes that tests start inherit it, and a job that a shell has put in the background is deaf to Ctrl-C
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -46,14 +50,6 @@ def optimized():
     disable(False)
     yield
     disable(os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
-
-
-@pytest.fixture
-def ctrl_c():
-    """What a background job is started with, deafness to Ctrl-C, is inherited; here it is not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -369,7 +369,7 @@ def test_parameters_that_are_not_finite(train, tmp_path):
     assert not [*(tmp_path / "run" / "checkpoints").iterdir()]
 
 
-def test_interrupted(model, pairs, tmp_path, ctrl_c):
+def test_interrupted(model, pairs, tmp_path):
     """Ctrl-C while it imports and while it trains, when it saves first: one line."""
     given = (f"model={model}", f"input={pairs}", f"output={tmp_path}/run", *SMALL_TRAIN, "epochs=2000")
     trains = (tmp_path / "run" / "metrics.jsonl").exists

@@ -188,7 +188,7 @@ def test_what_may_change_between_a_run_and_its_continuation(runs, undisturbed):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_on_request(runs, undisturbed, number, ctrl_c):
+def test_stopped_on_request(runs, undisturbed, number):
     for attempt in range(3):  # on a busy machine the run may end before it is looked at
         name = f"stopped_{number}_{attempt}"
         run = Fork("musc_train", *runs.flags(name))

@@ -78,8 +78,8 @@ def test_one_hangs(hanging):
 
 
 def test_one_that_is_at_work_may_take_its_time():
-    start("--fault=0:busy:3", "--process_timeout=1", processes=2).ok()
-    start("--alone=4", "--process_timeout=1", processes=2).ok()
+    start("--fault=0:busy:3", "--process_timeout=2", processes=2).ok()
+    start("--alone=6", "--process_timeout=2", processes=2).ok()
 
 
 OWN = {
