@@ -1,6 +1,8 @@
 # These commands do everything on a machine with Python and make:
-#   make quickstart   the main job on an embedded default, in a few minutes on two cores (about a minute once installed)
-#   make test         ruff, mypy and every test
+#   make quickstart   both methods on an embedded default: about ten minutes on two cores, half of them for a seed model
+#                     that is kept
+#   make test         ruff, mypy and the tests that are quick: about a quarter of an hour on two cores
+#   make test-all     every test: kills, pods, TPU compilations, rounds and benches besides, the better part of an hour
 #   make coverage     every test with coverage, a line for each file that is not whole; TESTS=tests/unit for some of them
 #   make faults       breaks real runs on purpose and counts what held
 # Choose the interpreter with PYTHON=python3.12. Both share .venv and install only when pyproject.toml changed.
@@ -10,7 +12,7 @@ TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint coverage faults
+.PHONY: quickstart test test-all lint coverage faults
 .NOTPARALLEL:  # two installations into one environment would break each other
 
 # The environment holds no accelerator's JAX, and with the tests' libtpu in it JAX would look for a TPU first
@@ -19,8 +21,13 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m launch.quickstart
 
 # A process for each of two cores; what shares a fixture stays together
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m 'not slow'
+
+test-all: lint
+	$(PYTEST)
 
 # Runs that are killed, stopped, starved and damaged, in the ways that tests/faults lists: TIMES of each
 TIMES ?= 3
@@ -33,7 +40,7 @@ lint: $(VENV)/.installed-test
 
 # Of commands that tests start as processes of their own only what happens before they are killed or forked is counted
 coverage: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(TESTS)
+	$(PYTEST) --cov --cov-report=term $(TESTS)
 
 # One recipe makes the environment and fills it, so that a half-made one is made again
 $(VENV)/.installed: pyproject.toml

@@ -1,4 +1,4 @@
-"""The main job on an embedded default: a small Llama is made, trained on preference pairs and exported.
+"""Both methods on an embedded default: a seed model is fitted for a small verifiable world, and improves itself.
 
 python -m launch.quickstart
 """
@@ -22,4 +22,4 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command starts anew")
+        sys.exit("error: interrupted; the same command goes on with the seed model and does the rest anew")

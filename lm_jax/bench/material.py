@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.bench.demo import make_demo
 from lm_jax.commands.steps import make_random_model
 from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.data.preference import preference_rows
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
-from lm_jax.lab.demo import make_demo
 
 PROMPT_LENGTHS = (20, 200)  # tokens
 SLOT_LENGTH = 512  # tokens of a prompt and its answer

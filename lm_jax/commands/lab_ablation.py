@@ -30,9 +30,8 @@ from lm_jax.commands.rounds import begin_directory
 from lm_jax.commands.steps import alone_in, logged, run_step
 from lm_jax.data.rows import write_jsonl, write_text
 from lm_jax.errors import UserError
-from lm_jax.lab.answers import verdicts
+from lm_jax.lab.answers import shares, verdicts
 from lm_jax.lab.gate import check_gate
-from lm_jax.lab.world import World
 from lm_jax.lab.worlds import WORLDS
 
 Row = dict[str, Any]
@@ -206,12 +205,12 @@ class _Ablation:
             place = f"{here}/{rate:g}"
             models[rate] = arms.train(arm, rate, place)
             if len(rates) > 1:
-                rows = self._answers(models[rate], arms.asked(DEV), f"{place}/dev.jsonl", self._config.temperature)
-                dev[rate] = measured(self._world, rows)["all_met"]
+                answered = self._shares(models[rate], arms.asked(DEV), f"{place}/dev.jsonl", self._config.temperature)
+                dev[rate] = answered["all_met"]
         best = best_rate(dev) if dev else next(iter(rates), None)
         model = arms.base if best is None else models[best]
         test = {
-            kind: measured(self._world, self._answers(model, arms.asked(TEST), f"{here}/{kind}.jsonl", temperature))
+            kind: self._shares(model, arms.asked(TEST), f"{here}/{kind}.jsonl", temperature)
             for kind, temperature in ((SAMPLED, self._config.temperature), (GREEDY, 0.0))
         }
         learnt = arms.learnt(arm, f"{here}/{best:g}" if best is not None else str(here))
@@ -223,8 +222,8 @@ class _Ablation:
             if rate != best:
                 shutil.rmtree(f"{here}/{rate:g}", ignore_errors=True)
 
-    def _answers(self, model: str, asked: str, output: str, temperature: float) -> list[Row]:
-        return lab_steps.answer(model, asked, output, temperature)
+    def _shares(self, model: str, asked: str, output: str, temperature: float) -> dict[str, float]:
+        return shares(verdicts(self._world, lab_steps.answer(model, asked, output, temperature)))
 
     def _write_report(self) -> str:
         """From the results that are there; the Markdown."""
@@ -262,17 +261,6 @@ class _Ablation:
 
     def _result(self, name: str, seed: int, arm: str) -> Path:
         return self._of(seed) / name / "arms" / arm / "result.json"
-
-
-def measured(world: World, rows: Sequence[Row]) -> dict[str, float]:
-    """Shares of answers: all of an instruction met, each constraint by itself, well formed."""
-    found = verdicts(world, rows)
-    each = [met for verdict in found for met in verdict.met]
-    return {
-        "all_met": sum(verdict.all_met for verdict in found) / len(found),
-        "each": sum(each) / max(len(each), 1),
-        "well_formed": sum(verdict.well_formed for verdict in found) / len(found),
-    }
 
 
 def best_rate(dev: Mapping[float, float]) -> float:

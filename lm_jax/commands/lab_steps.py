@@ -1,4 +1,4 @@
-"""The methods' commands with settings for the lab's small models: what the ablation runs.
+"""The methods' commands with settings for the lab's small models: what the quickstart and the ablation run.
 
 A step whose output is there is not run again; one that was interrupted goes on, as every command does.
 """
@@ -19,7 +19,7 @@ _SLOTS: Settings = {
     "decode.slots": 128,
     "decode.max_length": 480,
 }  # a decomposition with an in-context example is longest
-_TRAINED: Settings = {"max_length": _LENGTH, "batch.rows": 3, "batch.row_length": 640, "checkpoints.every": 1000}
+_TRAINED: Settings = {"max_length": _LENGTH, "batch.rows": 4, "batch.row_length": 480, "checkpoints.every": 1000}
 _PAIRED: Settings = {"max_length": _LENGTH, "batch.rows": 4, "batch.row_length": 1024, "checkpoints.every": 1000}
 
 
@@ -77,6 +77,17 @@ def tune(model: str, rows: str, output: str, learning_rate: float, settings: Set
         "epochs": 10,
     }
     _run("main_train", ":tiny", given | _TRAINED | (settings or {}))
+
+
+def export(run: str, output: str) -> None:
+    """`launch.export_hf`, in fp32: bf16 would round small changes away."""
+    _run("export_hf", "", {"model": run, "output": output, "dtype": "float32"})
+
+
+def show_pairs(model: str, pairs: str, counts: str, output: str) -> None:
+    """`launch.report`."""
+    given: Settings = {"model": model, "input": pairs, "counts": counts, "output": output, "max_length": _LENGTH}
+    _run("report", ":tiny", given)
 
 
 def iterate(

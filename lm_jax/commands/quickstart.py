@@ -1,90 +1,193 @@
-"""`launch.quickstart`: the main job on an embedded default, through the commands that a real run uses."""
+"""`launch.quickstart`: both methods on an embedded world, through the commands that a real run uses."""
 
+import dataclasses
+import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from lm_jax.commands.steps import make_random_model, run_step
-from lm_jax.config import ModelConfig, RopeConfig
-from lm_jax.lab.demo import make_demo
-from lm_jax.training.metrics import training_records
+from lm_jax.commands.lab_steps import (
+    TAG,
+    answer,
+    export,
+    keep,
+    make_pairs,
+    prefer,
+    show_pairs,
+    teach_each_other,
+    tune,
+    weigh,
+)
+from lm_jax.commands.steps import run_step
+from lm_jax.data.rows import read_rows, write_jsonl
+from lm_jax.lab.answers import estimate, shares, truly_answers, verdicts
+from lm_jax.lab.data import clean_pairs, instructions, prompts, unlabelled_responses
+from lm_jax.lab.seed_data import PAIRED
+from lm_jax.lab.verifiers import Verdict
+from lm_jax.lab.world import World
+from lm_jax.lab.worlds import WORLDS
 
-_MAX_LENGTH = 96  # the demo's longest prompt and response take 68 tokens
+Row = dict[str, Any]
+
+_INSTRUCTIONS = 3072  # complex ones that MuSC makes pairs of
+_PAIRS, _RESPONSES = 300, 600  # what MAIN is given
+_HELD_OUT = 512  # instructions that no model sees before it is measured: one standard error is about two points
+_TEMPERATURE = 0.5  # of the answers that are measured; MuSC's own
+_PREFERENCE_RATE, _NLL_WEIGHT = 2e-4, 0.2  # without the latter one answer in eight is not well formed any more
+_BASE = "clean"  # MAIN's: the stage of the seed model that has met up to two constraints
+_TUNING_RATE, _EPOCHS = 1e-3, 6  # of MAIN's trainings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arm:
+    """A model that is measured: how the table calls it, what it answered, and what that is worth."""
+
+    name: str
+    rows: Sequence[Row]
+    verdicts: Sequence[Verdict]
 
 
 def quickstart(directory: str, seed: int = 0) -> None:
-    """Makes a small Llama and preference pairs, trains it on them, exports it and shows what changed.
+    """Fits a seed model for a world of the lab, runs MuSC and a short MAIN on it, and shows what changed.
 
     Every step prints the command it runs, so that a user can put their own model or data in its place.
 
     Args:
-      directory: emptied first; everything is written below it.
+      directory: `seed/` below it, the seed model, is kept from an earlier call; the rest is made anew.
 
     Raises:
-      UserError: a command failed; its own error stands above.
+      UserError: a command failed, its own error standing above; or the seed model is below its gate.
     """
-    root = Path(directory)
-    began = time.monotonic()
-    shutil.rmtree(root, ignore_errors=True)
-    print(f"1. a small Llama and preference pairs, both made here, in {root}", flush=True)
-    demo = make_demo(root / "data", seed)
-    _make_model(root / "model", demo.tokenizer, demo.vocab_size, seed)
-
-    print("\n2. train it to prefer the responses that keep every constraint", flush=True)
-    run_step(
-        "launch.musc_train",
-        "--config=configs/musc_train.py:tiny",
-        f"--config.model={root}/model",
-        f"--config.input={demo.pairs}",
-        f"--config.eval_input={demo.eval_pairs}",
-        f"--config.output={root}/run",
-        f"--config.max_length={_MAX_LENGTH}",
-        "--config.batch.rows=4",
-        f"--config.batch.row_length={5 * _MAX_LENGTH}",
-        "--config.epochs=6",
-        "--config.eval_every=20",
-        "--config.optim.learning_rate=1e-3",
-        "--config.checkpoints.every=40",
-    )
-
-    print("\n3. take a Hugging Face checkpoint home", flush=True)
-    run_step(
-        "launch.export_hf",
-        "--config=configs/export_hf.py",
-        f"--config.model={root}/run",
-        f"--config.output={root}/trained",
-        "--config.dtype=float32",
-    )
-
-    evaluations = [r for r in training_records(f"{root}/run") if "eval_loss" in r]
-    print("\nheld-out pairs (64 prompts that training never saw): chosen response preferred")
-    print("  step   loss   accuracy   margin")
-    print("     0  0.6931      -       0.0000   (the policy is its own reference)")
-    for r in evaluations:
-        accuracy, margin = r["eval_rewards/accuracies"], r["eval_rewards/margins"]
-        print(f"  {r['step']:4d}  {r['eval_loss']:.4f}   {accuracy:6.1%}   {margin:.4f}")
-    print(f"\nall in {time.monotonic() - began:.0f} s. Where everything is:")
+    root, world, began = Path(directory), WORLDS["lists"], time.monotonic()
+    for name in ("data", "musc", "main"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    (root / "report.json").unlink(missing_ok=True)
+    _share_what_is_compiled(root / "seed")
+    print(f"\n1. a seed model: a small one that half knows how to follow instructions, in {root}/seed", flush=True)
+    run_step("launch.lab_seed", "--config=configs/lab_seed.py", f"--config.output={root}/seed", f"--config.seed={seed}")
+    fitted = time.monotonic()
+    _write_data(root / "data", world, seed)
+    musc, musc_text = _musc(root, world)
+    improved = time.monotonic()
+    main, main_text = _main(root, world)
+    ended = time.monotonic()
+    seconds = {"seed model": fitted - began, "MuSC": improved - fitted, "MAIN": ended - improved}
+    write_jsonl(f"{root}/report.json", [{"musc": musc, "main": main, "seconds": seconds}])
+    print("\n" + "\n\n".join((musc_text, main_text)))
+    parts = ", ".join(f"{part} {taken:.0f} s" for part, taken in seconds.items())
+    print(f"\nall in {ended - began:.0f} s ({parts}). Where everything is:")
     for path, what in (
-        ("data/pairs.jsonl", "preference pairs, one JSON object a line"),
-        ("model", "the Llama before training"),
-        ("run", "the run: metrics.jsonl, tensorboard/, plots/, checkpoints/"),
-        ("trained", "the Llama after training; transformers loads it"),
+        ("seed/model", "the seed model; transformers loads it"),
+        ("musc/trained", "the model after MuSC; transformers loads it"),
+        ("musc/page.html", "the pairs that it learnt from, every token tinted by its weight: open it in a browser"),
+        ("musc/pairs.jsonl", "the same pairs, for launch.musc_train or TRL"),
+        ("musc/run, main/run", "the runs: metrics.jsonl, tensorboard/, plots/, checkpoints/"),
+        ("report.json", "these tables as numbers"),
+        ("main/kept.jsonl", "what MAIN's filter kept; main/kept.jsonl.plots/ shows the scores"),
     ):
-        print(f"  {root / path}: {what}")
+        print(f"  {root}/{path}: {what}")
 
 
-def _make_model(directory: Path, tokenizer: Path, vocab_size: int, seed: int) -> None:
-    config = ModelConfig(
-        family="llama",
-        vocab_size=vocab_size,
-        num_layers=4,
-        d_model=128,
-        d_ff=352,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        rope=RopeConfig(theta=10000.0),
-        norm_eps=1e-5,
-        max_position=1024,
+def _share_what_is_compiled(seed: Path) -> None:
+    """Steps are processes, and many compile the same; two CPU devices keep two cores busy with a model this small."""
+    for name, value in {"JAX_COMPILATION_CACHE_DIR": f"{seed}.compiled", "JAX_NUM_CPU_DEVICES": "2"}.items():
+        print(f"$ export {name}={os.environ.setdefault(name, value)}", flush=True)
+
+
+def _write_data(data: Path, world: World, seed: int) -> None:
+    given = {
+        "instructions": instructions(world, seed, "quickstart/musc", _INSTRUCTIONS),
+        "held_out": instructions(world, seed, "quickstart/held_out", _HELD_OUT, held_out=True),
+        "main_held_out": instructions(world, seed, "quickstart/main", _HELD_OUT, PAIRED, held_out=True),
+    }
+    tag = {"main_held_out": [{"role": "system", "content": TAG}]}
+    for name, made in given.items():
+        rows = [row | {"prompt": tag.get(name, []) + row["prompt"]} for row in prompts(world, made, name)]
+        write_jsonl(str(data / f"{name}.jsonl"), rows)
+    write_jsonl(str(data / "pairs.jsonl"), clean_pairs(world, seed, _PAIRS))
+    write_jsonl(str(data / "responses.jsonl"), unlabelled_responses(world, seed, _RESPONSES))
+
+
+def _musc(root: Path, world: World) -> tuple[Row, str]:
+    """What it gained, as numbers and in words."""
+    musc, model = root / "musc", f"{root}/seed/model"
+    pairs, weighed, asked = f"{musc}/pairs.jsonl", f"{musc}/weighed.jsonl", f"{root}/data/held_out.jsonl"
+    print("\n2. MuSC: the model makes preference pairs, weighs their tokens and learns from them", flush=True)
+    make_pairs(model, f"{root}/data/instructions.jsonl", f"{root}/seed/data/examples.jsonl", pairs)
+    weigh(model, pairs, weighed)
+    prefer(model, weighed, f"{musc}/run", _PREFERENCE_RATE, {"loss.nll_weight": _NLL_WEIGHT})
+    export(f"{musc}/run", f"{musc}/trained")
+    show_pairs(model, weighed, f"{pairs}.counts.json", f"{musc}/page.html")
+    before = _arm("before", world, answer(model, asked, f"{musc}/before.jsonl", _TEMPERATURE))
+    after = _arm("after MuSC", world, answer(f"{musc}/trained", asked, f"{musc}/after.jsonl", _TEMPERATURE))
+    title = f"MuSC: held-out instructions of 3 to 5 constraints, {_HELD_OUT} answers at temperature {_TEMPERATURE}"
+    numbers, table = _compare(before, after)
+    return numbers, "\n".join((title, table, *_examples(before, after)))
+
+
+def _main(root: Path, world: World) -> tuple[Row, str]:
+    """What the filter keeps and what is learnt from it, as numbers and in words."""
+    main, data, base = root / "main", root / "data", f"{root}/seed/{_BASE}"
+    print(
+        "\n3. MAIN: forward and reverse models write instructions for plain responses; a filter keeps some", flush=True
     )
-    make_random_model(directory, tokenizer, config, seed)
+    epochs = {f"{side}.epochs": _EPOCHS for side in ("forward", "reverse")}
+    pairs, responses = f"{data}/pairs.jsonl", f"{data}/responses.jsonl"
+    teach_each_other(base, pairs, responses, f"{main}/rounds", _TUNING_RATE, {"rounds": 1} | epochs)
+    first, last = f"{main}/rounds/round_0", f"{main}/rounds/round_1"
+    keep(f"{last}/forward", f"{last}/reverse", f"{last}/candidates.jsonl", f"{main}/kept.jsonl")
+    write_jsonl(f"{main}/mixed.jsonl", [*read_rows(f"{first}/forward.jsonl"), *read_rows(f"{main}/kept.jsonl")])
+    tune(base, f"{main}/mixed.jsonl", f"{main}/run", _TUNING_RATE, {"epochs": _EPOCHS})
+    asked = f"{data}/main_held_out.jsonl"
+    before, after = (
+        _arm(name, world, answer(model, asked, f"{main}/{name.replace(' ', '_')}.jsonl", _TEMPERATURE))
+        for name, model in (("seed pairs", f"{first}/forward"), ("seed and kept pairs", f"{main}/run"))
+    )
+    title = f"MAIN: held-out instructions of 1 to 4 constraints, {_HELD_OUT} answers at temperature {_TEMPERATURE}"
+    numbers, table = _compare(before, after)
+    truth, said = _truth(world, read_rows(f"{main}/kept.jsonl.candidates.jsonl"))
+    return numbers | {"truth": truth}, "\n".join((title, table, said))
+
+
+def _arm(name: str, world: World, rows: Sequence[Row]) -> _Arm:
+    return _Arm(name, rows, verdicts(world, rows))
+
+
+def _compare(before: _Arm, after: _Arm) -> tuple[Row, str]:
+    """Both arms and their paired difference."""
+    lines, numbers = [f"  {'':<22}{'all met, %':>16}{'each constraint':>17}{'well formed':>13}"], {}
+    for arm in (before, after):
+        numbers[arm.name] = found = shares(arm.verdicts)
+        share = estimate([verdict.all_met for verdict in arm.verdicts])
+        lines.append(f"  {arm.name:<22}{share.percent():>16}{found['each']:>17.1%}{found['well_formed']:>13.1%}")
+    pairs = zip(before.verdicts, after.verdicts, strict=True)
+    gain = estimate([int(b.all_met) - int(a.all_met) for a, b in pairs])
+    lines.append(f"  {'gain (paired, 95%)':<22}{gain.percent(signed=True):>16}")
+    return {"arms": numbers, "gain": dataclasses.asdict(gain)}, "\n".join(lines)
+
+
+def _examples(before: _Arm, after: _Arm) -> list[str]:
+    """Three instructions: the first ones that were answered wrongly before."""
+    wrong = [i for i, verdict in enumerate(before.verdicts) if not verdict.all_met]
+    lines = []
+    for i in wrong[:3]:
+        lines.append(f"  {before.rows[i]['prompt'][-1]['content']}")
+        for arm in (before, after):
+            met = "all met" if arm.verdicts[i].all_met else "not all"
+            lines.append(f"    {arm.name:<11} {met}  {arm.rows[i]['response']!r}")
+    return lines
+
+
+def _truth(world: World, candidates: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], str]:
+    """How true the instructions are that the reverse model wrote, all of them and those that the filter kept."""
+    written = [row for row in candidates if row["instruction"]]
+    true = [truly_answers(world, row["instruction"], row["response"]) for row in written]
+    kept = [found for found, row in zip(true, written, strict=True) if row["kept"]]
+    found = {"all": estimate(true), "kept": estimate(kept)}
+    said = (
+        f"  written instructions that their response truly answers: {found['all'].percent()} % of all {len(true)}, "
+        f"{found['kept'].percent()} % of the {len(kept)} kept"
+    )
+    return {name: share.mean for name, share in found.items()}, said

@@ -43,6 +43,16 @@ def verdict(world: World, instruction: str, response: str | None) -> Verdict:
     return verify(world, read, response or "")
 
 
+def shares(found: Sequence[Verdict]) -> dict[str, float]:
+    """Of at least one answer: `all_met` of an instruction, `each` constraint by itself, `well_formed`."""
+    each = [met for verdict in found for met in verdict.met]
+    return {
+        "all_met": sum(verdict.all_met for verdict in found) / len(found),
+        "each": sum(each) / max(len(each), 1),
+        "well_formed": sum(verdict.well_formed for verdict in found) / len(found),
+    }
+
+
 def truly_answers(world: World, instruction: str, response: str) -> bool:
     """Whether `response` does everything that `instruction`, which a model wrote, asks for, whatever else it does."""
     read = read_instruction(world, instruction)

@@ -17,7 +17,7 @@ from lm_jax.lab.writer import write
 
 SIMPLE = (0, 1, 2)  # constraints of a simple instruction
 PAIRED = (1, 2, 3, 4)  # of those behind single responses, and behind pairs
-COPIED = (2, 8)  # fewest and most words of a copying task
+COPIED = (8, 30)  # fewest and most words of a copying task; long ones leave nothing to guess by
 
 Row = dict[str, Any]
 # (a row of `decomposed`, those of the in-context examples) -> the conversation, with the right answer as its last turn
@@ -33,7 +33,8 @@ class Stage:
       share: of all rows.
       copying: share of copying tasks.
       unpaired: share of instructions and responses by themselves, half of each: what the assistant says to an empty
-        message. Of the other rows half follow, a quarter decompose, a quarter recombine.
+        message.
+      following: share of the other rows that follow an instruction; half of the rest decompose one, half recombine.
       complex: share of complex instructions among those that are followed; none: nowhere in this stage.
       ignored_simple: how often a constraint of a simple instruction is ignored on purpose.
       ignored_complex: the same of a complex one.
@@ -44,6 +45,7 @@ class Stage:
     share: float
     copying: float = 0.0
     unpaired: float = 0.0
+    following: float = 0.5
     complex: float = 0.0
     ignored_simple: float = 0.0
     ignored_complex: float = 0.0
@@ -57,7 +59,7 @@ PRETRAINING = Stage("pretraining", share=0.2, copying=0.4, unpaired=0.6)
 CURRICULUM = (
     PRETRAINING,
     Stage("clean", share=0.3, copying=0.05, naming=4.0),
-    Stage("full", share=0.5, complex=0.2, ignored_simple=0.15, ignored_complex=0.35, naming=2.0),
+    Stage("full", share=0.5, following=0.7, complex=0.4, ignored_simple=0.15, ignored_complex=0.35, naming=2.0),
 )
 
 
@@ -84,9 +86,9 @@ def seed_row(world: World, stage: Stage, seed: int, index: int, tasks: Tasks) ->
         return _copying(world, rng)
     if kind < stage.copying + stage.unpaired:
         return _unpaired(world, rng)
-    task = rng.choice(("follow", "follow", "decompose", "recombine"))
-    if task == "follow":
+    if rng.random() < stage.following:
         return _follow(world, stage, rng)
+    task = rng.choice(("decompose", "recombine"))
     counts = (*SIMPLE[1:], *(COMPLEX if stage.complex else ()))
     own, *examples = [
         decomposed(world, _instruction(world, rng.choice(counts), rng, stage.naming)) for _ in range(tasks.examples + 1)

@@ -5,6 +5,7 @@ word before it (a comma, a colon) has a token of its own, marked as in WordPiece
 newline, the text and `<|end|>`: behind a newline no space is set, so that an answer is decoded as it was learnt.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lm_jax.data.rows import write_text
 from lm_jax.lab.forms import Form
 from lm_jax.lab.world import World, tokens
 
@@ -70,9 +72,14 @@ def make_tokenizer(world: World, phrases: Sequence[str] = (), texts: Iterable[st
 
 
 def write_tokenizer(directory: str | Path, *arguments: Any, **options: Any) -> int:
-    """Saves `make_tokenizer` of the same arguments in Hugging Face format; the size of its vocabulary."""
+    """Saves `make_tokenizer` of the same arguments in Hugging Face format; the size of its vocabulary.
+
+    A generation config beside it says where an answer ends: without one transformers goes on to the longest.
+    """
     tokenizer = make_tokenizer(*arguments, **options)
     tokenizer.save_pretrained(directory)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    write_text(str(Path(directory) / "generation_config.json"), json.dumps(ends) + "\n")
     return len(tokenizer)
 
 

@@ -67,6 +67,7 @@ def compilations(*flags):
     print(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_the_step_compiles_beside_the_loading_and_is_kept(tmp_path, run_python, monkeypatch):
     """Once and in the other thread; and a second run finds it where JAX_COMPILATION_CACHE_DIR says."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))

@@ -129,6 +129,7 @@ def test_uniform_weights_of_the_store_are_plain_dpo(place, weighed, uniform):
     assert uniform == place.train("stored-uniform", place.path / "weighed.jsonl", "weights=store:uniform")
 
 
+@pytest.mark.slow
 def test_some_rows_in_another_order_and_another_place(place, weighed, tmp_path):
     """A subset, shuffled, moved together with the store; and held-out rows that point at it too."""
     rows = common.read_rows(place.path / "weighed.jsonl")

@@ -139,6 +139,7 @@ def test_a_trace_of_the_steps(trained):
     assert f"traced steps 2 to 3: tensorboard --logdir {output}/profile" in done.stderr
 
 
+@pytest.mark.slow
 def test_plots_of_a_run_that_is_finished_already(place):
     settings = ("max_steps=2", "weights=entropy", "epochs=1")
     place.train("drawn", *settings)

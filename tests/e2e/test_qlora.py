@@ -38,6 +38,7 @@ def trained(place):
     return place.train("run", "lora.base=nf4")[0]
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_same_quantised_base(place, trained):
     full = place.train("full", "max_steps=1")[0]
     for metrics in (trained, full):  # with one cache: scores of the one base are not taken for those of the other

@@ -74,6 +74,7 @@ def computed(directory):
     return found
 
 
+@pytest.mark.slow
 def test_two_devices_are_one(run_python, tmp_path):
     # Two blocks on every contracted axis; those of the output projection span four heads
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -7,7 +7,7 @@ import pytest
 
 from configs.lab_ablation import get_config
 from lm_jax.commands import lab_ablation, lab_steps
-from lm_jax.commands.lab_ablation import LabAblationConfig, ablate, best_rate, measured
+from lm_jax.commands.lab_ablation import LabAblationConfig, ablate, best_rate
 from lm_jax.commands.lab_arms import Learnt
 from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
 from lm_jax.commands.steps import logged, run_step
@@ -15,7 +15,6 @@ from lm_jax.config import from_config_dict
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.lab.gate import GATED
-from lm_jax.lab.lists import LISTS
 from musc_jax.token_weights import WEIGHING_RULES
 from tests.lab import CONTROLS
 
@@ -165,10 +164,7 @@ def test_bad_settings_are_named(run):
             run(**settings)
 
 
-def test_measures_of_answers():
-    rows = [{"prompt": [{"content": ASKED}], "response": text} for text in (RIGHT, WRONG, "saw axe", None)]
-    # Of eight constraints: both, the number, the start, none
-    assert measured(LISTS, rows) == {"all_met": 0.25, "each": 0.625, "well_formed": 0.5}
+def test_of_equal_rates_the_lowest_is_best():
     assert best_rate({3e-4: 0.5, 1e-4: 0.5, 1e-3: 0.4}) == 1e-4
 
 

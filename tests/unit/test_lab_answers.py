@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lm_jax.lab.answers import Estimate, estimate, truly_answers, verdicts
+from lm_jax.lab.answers import Estimate, estimate, shares, truly_answers, verdicts
 from lm_jax.lab.lists import LISTS
 
 ASKED = "list tools. use exactly two words. start with saw."
@@ -23,6 +23,12 @@ def test_verdicts_read_the_last_message_and_take_no_answer_for_a_wrong_one():
     assert verdicts(LISTS, tagged) == [right]
     with pytest.raises(ValueError, match="no instruction: 'saw'"):
         verdicts(LISTS, [{"prompt": [{"role": "user", "content": "saw"}], "response": "saw"}])
+
+
+def test_shares_of_answers():
+    # Of eight constraints: both, the number, the start, none
+    found = shares(verdicts(LISTS, rows("saw, axe", "axe, saw", "saw axe", None)))
+    assert found == {"all_met": 0.25, "each": 0.625, "well_formed": 0.5}
 
 
 def test_what_a_model_writes_may_be_no_instruction_at_all():

@@ -130,9 +130,9 @@ def test_the_curriculum_is_as_it_says(made):
     assert share["pretraining"]["copy"] == pytest.approx(0.4, abs=0.08)
     assert share["pretraining"]["response"] == pytest.approx(0.3, abs=0.07) and not share["pretraining"]["follow"]
     assert share["clean"]["copy"] == pytest.approx(0.05, abs=0.04) and not share["full"]["copy"]
-    for name in ("clean", "full"):
-        assert share[name]["follow"] == pytest.approx(0.5, abs=0.08)
-        assert share[name]["decompose"] == pytest.approx(0.25, abs=0.07)
+    for name, follow in (("clean", 0.5), ("full", 0.7)):
+        assert share[name]["follow"] == pytest.approx(follow, abs=0.08)
+        assert share[name]["decompose"] == pytest.approx((1 - follow) / 2, abs=0.07)
     for stage in (CLEAN, FULL):
         followed = [row["messages"] for row in rows[stage.name] if row["task"] == "follow"]
         given = [read_instruction(world, question["content"]) for question, _ in followed]
@@ -140,8 +140,8 @@ def test_the_curriculum_is_as_it_says(made):
         assert all(verdict.well_formed for verdict in right)
         large = [len(i.constraints) >= min(COMPLEX) for i in given]
         if stage is FULL:
-            assert sum(large) / len(large) == pytest.approx(0.2, abs=0.09)
-            assert 0.6 < sum(v.all_met for v in right) / len(right) < 0.9
+            assert sum(large) / len(large) == pytest.approx(0.4, abs=0.09)
+            assert 0.4 < sum(v.all_met for v in right) / len(right) < 0.9
         else:
             assert not any(large) and all(verdict.all_met for verdict in right)
         assert not any(split_of(world, i.composition) is Split.HELD_OUT for i in given)

@@ -108,6 +108,7 @@ def steps(lora, number, seed=0, state=None):
     return jax.device_get(state), metrics
 
 
+@pytest.mark.slow
 def test_a_step_goes_on_from_where_it_stood():
     whole, losses = steps(LORA, 3)
     half, before = steps(LORA, 1)

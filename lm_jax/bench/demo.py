@@ -1,6 +1,7 @@
-"""A tiny world for a first run: instructions with constraints, responses that obey or break them, a tokenizer."""
+"""What is measured where no data are given: made-up instructions, responses that obey or break them, a tokenizer."""
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lm_jax.data.rows import write_jsonl
 
-TRAIN_PAIRS, EVAL_PAIRS = 256, 64
+PAIRS = 256
 VOCAB_SIZE = 512  # the 256 bytes, so that any text can be typed in, and merges for the demo's own words
 
 _TOPICS = {
@@ -51,7 +52,6 @@ class Demo:
 
     tokenizer: Path  # directory, in Hugging Face format; a model can be saved beside it
     pairs: Path
-    eval_pairs: Path
     vocab_size: int
 
 
@@ -59,19 +59,17 @@ def make_demo(directory: str | Path, seed: int) -> Demo:
     """Writes preference rows and a tokenizer trained on them; a function of `seed` alone.
 
     Rows are TRL's conversational ones with MuSC's columns. The chosen response obeys every constraint; the rejected one
-    obeys `perturbed_constraints` instead, which drop or substitute one or two of them. No prompt occurs twice, so that
-    evaluation prompts are new.
+    obeys `perturbed_constraints` instead, which drop or substitute one or two of them. No prompt occurs twice.
 
     Args:
-      directory: made if need be; its `tokenizer/`, `pairs.jsonl` and `eval_pairs.jsonl` are written over.
+      directory: made if need be; its `tokenizer/` and `pairs.jsonl` are written over.
       seed: of the rows.
     """
     directory = Path(directory)
-    rows = [row for row, _ in zip(_rows(random.Random(seed)), range(TRAIN_PAIRS + EVAL_PAIRS), strict=False)]
-    tokenizer, pairs, eval_pairs = (directory / name for name in ("tokenizer", "pairs.jsonl", "eval_pairs.jsonl"))
-    write_jsonl(str(pairs), rows[:TRAIN_PAIRS])
-    write_jsonl(str(eval_pairs), rows[TRAIN_PAIRS:])
-    return Demo(tokenizer, pairs, eval_pairs, vocab_size=_write_tokenizer(tokenizer, rows))
+    rows = list(itertools.islice(_rows(random.Random(seed)), PAIRS))
+    tokenizer, pairs = directory / "tokenizer", directory / "pairs.jsonl"
+    write_jsonl(str(pairs), rows)
+    return Demo(tokenizer, pairs, vocab_size=_write_tokenizer(tokenizer, rows))
 
 
 def _rows(rng: random.Random) -> Iterator[dict[str, Any]]:
