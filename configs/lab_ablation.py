@@ -59,7 +59,6 @@ def get_config(preset: str = "") -> ConfigDict:
         c.seeds = (0,)
         c.arms = ("seed", "dpo")
         c.seed_rows = 16000
-        c.seed_batch_rows = 1  # most steps for the tokens
         c.gate = 0.8
         c.test = 384
         c.processes = 1

@@ -1,4 +1,4 @@
-"""Both methods on an embedded default: a seed model is fitted for a small verifiable world, and improves itself.
+"""Both methods on an embedded default: a seed model is fitted for a small verifiable world, where answers are checked.
 
 python -m launch.quickstart
 """

@@ -19,6 +19,7 @@ _SLOTS: Settings = {
     "decode.slots": 128,
     "decode.max_length": 480,
 }  # a decomposition with an in-context example is longest
+_COPIES: Settings = {"mesh.data": -1, "mesh.tensor": 1}  # a model this small is not cut
 _TRAINED: Settings = {"max_length": _LENGTH, "batch.rows": 4, "batch.row_length": 480, "checkpoints.every": 1000}
 _PAIRED: Settings = {"max_length": _LENGTH, "batch.rows": 4, "batch.row_length": 1024, "checkpoints.every": 1000}
 
@@ -107,7 +108,7 @@ def answer(
     """`launch.generate`; the rows of `asked` with `response`, a list of several samples."""
     given: Settings = {"model": model, "input": asked, "output": output, "temperature": temperature, "seed": seed}
     given |= {"num_samples": samples}
-    _run("generate", "", given | {"max_new_tokens": 64} | _SLOTS)
+    _run("generate", "", given | {"max_new_tokens": 64} | _SLOTS | _COPIES)
     return read_rows(output)
 
 
@@ -119,7 +120,8 @@ def teach_each_other(
     given |= _TAGS | {"candidates": 3, "learnt_candidates": 1}
     learnt = _TRAINED | {"optim.learning_rate": learning_rate, "epochs": 10}
     given |= {f"{side}.{key}": value for side in ("forward", "reverse") for key, value in learnt.items()}
-    given |= {f"{side}.{key}": value for side in ("instructions", "responses") for key, value in _SLOTS.items()}
+    sampled = _SLOTS | _COPIES
+    given |= {f"{side}.{key}": value for side in ("instructions", "responses") for key, value in sampled.items()}
     given |= {"instructions.temperature": 0.8, "instructions.max_new_tokens": 96, "responses.max_new_tokens": 64}
     _run("main_rounds", ":tiny", given | (settings or {}))
 

@@ -22,6 +22,7 @@ from lm_jax.commands.lab_steps import (
 )
 from lm_jax.commands.steps import run_step
 from lm_jax.data.rows import read_rows, write_jsonl
+from lm_jax.errors import UserError
 from lm_jax.lab.answers import estimate, shares, truly_answers, verdicts
 from lm_jax.lab.data import clean_pairs, instructions, prompts, unlabelled_responses
 from lm_jax.lab.seed_data import PAIRED
@@ -33,9 +34,9 @@ Row = dict[str, Any]
 
 _INSTRUCTIONS = 3072  # complex ones that MuSC makes pairs of
 _PAIRS, _RESPONSES = 300, 600  # what MAIN is given
-_HELD_OUT = 512  # instructions that no model sees before it is measured: one standard error is about two points
+_HELD_OUT = 512  # instructions of 3 and more constraints, in compositions that no model has seen
 _TEMPERATURE = 0.5  # of the answers that are measured; MuSC's own
-_PREFERENCE_RATE, _NLL_WEIGHT = 2e-4, 0.2  # without the latter one answer in eight is not well formed any more
+_PREFERENCE_RATE, _NLL_WEIGHT = 2e-4, 0.2  # without the latter one answer in eight is no longer well formed
 _BASE = "clean"  # MAIN's: the stage of the seed model that has met up to two constraints
 _TUNING_RATE, _EPOCHS = 1e-3, 6  # of MAIN's trainings
 
@@ -50,23 +51,26 @@ class _Arm:
 
 
 def quickstart(directory: str, seed: int = 0) -> None:
-    """Fits a seed model for a world of the lab, runs MuSC and a short MAIN on it, and shows what changed.
+    """Fits a seed model for a world of the lab, runs MuSC and a short MAIN, and shows what they changed.
 
     Every step prints the command it runs, so that a user can put their own model or data in its place.
 
     Args:
-      directory: `seed/` below it, the seed model, is kept from an earlier call; the rest is made anew.
+      directory: `seed/` below it, the seed model, and what was compiled are kept from an earlier call; all else is
+        removed first.
 
     Raises:
       UserError: a command failed, its own error standing above; or the seed model is below its gate.
     """
     root, world, began = Path(directory), WORLDS["lists"], time.monotonic()
-    for name in ("data", "musc", "main"):
-        shutil.rmtree(root / name, ignore_errors=True)
-    (root / "report.json").unlink(missing_ok=True)
-    _share_what_is_compiled(root / "seed")
+    _clear(root)
+    _set_environment(root / "compiled")
     print(f"\n1. a seed model: a small one that half knows how to follow instructions, in {root}/seed", flush=True)
-    run_step("launch.lab_seed", "--config=configs/lab_seed.py", f"--config.output={root}/seed", f"--config.seed={seed}")
+    try:
+        fit = ("--config=configs/lab_seed.py", f"--config.output={root}/seed", f"--config.seed={seed}")
+        run_step("launch.lab_seed", *fit)
+    except UserError as error:
+        raise UserError(f"{error}; to begin with a new seed model: rm -r {root}/seed") from None
     fitted = time.monotonic()
     _write_data(root / "data", world, seed)
     musc, musc_text = _musc(root, world)
@@ -81,32 +85,47 @@ def quickstart(directory: str, seed: int = 0) -> None:
     for path, what in (
         ("seed/model", "the seed model; transformers loads it"),
         ("musc/trained", "the model after MuSC; transformers loads it"),
-        ("musc/page.html", "the pairs that it learnt from, every token tinted by its weight: open it in a browser"),
-        ("musc/pairs.jsonl", "the same pairs, for launch.musc_train or TRL"),
-        ("musc/run, main/run", "the runs: metrics.jsonl, tensorboard/, plots/, checkpoints/"),
+        ("musc/page.html", "200 of the pairs that it learnt from, tokens tinted by weight: open it in a browser"),
+        ("musc/pairs.jsonl", "all of them, for launch.musc_train or TRL"),
+        ("musc/run", "the training: metrics.jsonl, tensorboard/, plots/, checkpoints/"),
+        ("main/kept.jsonl", "what MAIN's filter kept"),
+        ("main/kept.jsonl.plots", "what it chose by"),
+        ("main/run", "the last training, as above"),
         ("report.json", "these tables as numbers"),
-        ("main/kept.jsonl", "what MAIN's filter kept; main/kept.jsonl.plots/ shows the scores"),
     ):
         print(f"  {root}/{path}: {what}")
 
 
-def _share_what_is_compiled(seed: Path) -> None:
-    """Steps are processes, and many compile the same; two CPU devices keep two cores busy with a model this small."""
-    for name, value in {"JAX_COMPILATION_CACHE_DIR": f"{seed}.compiled", "JAX_NUM_CPU_DEVICES": "2"}.items():
-        print(f"$ export {name}={os.environ.setdefault(name, value)}", flush=True)
+def _clear(root: Path) -> None:
+    """What a run left that did not end may be half of an entry, which JAX would never write again."""
+    kept = {"seed", "compiled"} if (root / "report.json").exists() else {"seed"}
+    for path in root.iterdir() if root.exists() else ():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _set_environment(compiled: Path) -> None:
+    """Of the steps, which are processes: many compile the same, and two devices keep two cores busy."""
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_NUM_CPU_DEVICES": "2"}
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR"):
+        print(f"$ export {name}={os.environ[name]}", flush=True)
 
 
 def _write_data(data: Path, world: World, seed: int) -> None:
+    pairs = clean_pairs(world, seed, _PAIRS)
+    seen = {row["messages"][0]["content"] for row in pairs}
+    seen |= {given.text for given in instructions(world, seed, "unlabelled", _RESPONSES, PAIRED)}
     given = {
         "instructions": instructions(world, seed, "quickstart/musc", _INSTRUCTIONS),
         "held_out": instructions(world, seed, "quickstart/held_out", _HELD_OUT, held_out=True),
-        "main_held_out": instructions(world, seed, "quickstart/main", _HELD_OUT, PAIRED, held_out=True),
+        "main_held_out": instructions(world, seed, "quickstart/main", _HELD_OUT, (3, 4), held_out=True, avoid=seen),
     }
     tag = {"main_held_out": [{"role": "system", "content": TAG}]}
     for name, made in given.items():
         rows = [row | {"prompt": tag.get(name, []) + row["prompt"]} for row in prompts(world, made, name)]
         write_jsonl(str(data / f"{name}.jsonl"), rows)
-    write_jsonl(str(data / "pairs.jsonl"), clean_pairs(world, seed, _PAIRS))
+    write_jsonl(str(data / "pairs.jsonl"), pairs)
     write_jsonl(str(data / "responses.jsonl"), unlabelled_responses(world, seed, _RESPONSES))
 
 
@@ -130,25 +149,27 @@ def _musc(root: Path, world: World) -> tuple[Row, str]:
 def _main(root: Path, world: World) -> tuple[Row, str]:
     """What the filter keeps and what is learnt from it, as numbers and in words."""
     main, data, base = root / "main", root / "data", f"{root}/seed/{_BASE}"
-    print(
-        "\n3. MAIN: forward and reverse models write instructions for plain responses; a filter keeps some", flush=True
-    )
+    print(f"\n3. MAIN, from {base}: models write instructions for plain responses; a filter keeps some", flush=True)
     epochs = {f"{side}.epochs": _EPOCHS for side in ("forward", "reverse")}
     pairs, responses = f"{data}/pairs.jsonl", f"{data}/responses.jsonl"
     teach_each_other(base, pairs, responses, f"{main}/rounds", _TUNING_RATE, {"rounds": 1} | epochs)
     first, last = f"{main}/rounds/round_0", f"{main}/rounds/round_1"
     keep(f"{last}/forward", f"{last}/reverse", f"{last}/candidates.jsonl", f"{main}/kept.jsonl")
+    print(f"{main}/mixed.jsonl: the seed pairs and what was kept", flush=True)
     write_jsonl(f"{main}/mixed.jsonl", [*read_rows(f"{first}/forward.jsonl"), *read_rows(f"{main}/kept.jsonl")])
     tune(base, f"{main}/mixed.jsonl", f"{main}/run", _TUNING_RATE, {"epochs": _EPOCHS})
     asked = f"{data}/main_held_out.jsonl"
     before, after = (
-        _arm(name, world, answer(model, asked, f"{main}/{name.replace(' ', '_')}.jsonl", _TEMPERATURE))
-        for name, model in (("seed pairs", f"{first}/forward"), ("seed and kept pairs", f"{main}/run"))
+        _arm(name, world, answer(model, asked, f"{main}/answers_{file}.jsonl", _TEMPERATURE))
+        for name, file, model in (
+            ("of seed pairs", "seed", f"{first}/forward"),
+            ("of seed and kept pairs", "seed_and_kept", f"{main}/run"),
+        )
     )
-    title = f"MAIN: held-out instructions of 1 to 4 constraints, {_HELD_OUT} answers at temperature {_TEMPERATURE}"
     numbers, table = _compare(before, after)
     truth, said = _truth(world, read_rows(f"{main}/kept.jsonl.candidates.jsonl"))
-    return numbers | {"truth": truth}, "\n".join((title, table, said))
+    title = f"Training: held-out instructions of 3 and 4 constraints, {_HELD_OUT} answers at temperature {_TEMPERATURE}"
+    return numbers | {"truth": truth}, "\n".join((said, title, table))
 
 
 def _arm(name: str, world: World, rows: Sequence[Row]) -> _Arm:
@@ -164,14 +185,15 @@ def _compare(before: _Arm, after: _Arm) -> tuple[Row, str]:
         lines.append(f"  {arm.name:<22}{share.percent():>16}{found['each']:>17.1%}{found['well_formed']:>13.1%}")
     pairs = zip(before.verdicts, after.verdicts, strict=True)
     gain = estimate([int(b.all_met) - int(a.all_met) for a, b in pairs])
-    lines.append(f"  {'gain (paired, 95%)':<22}{gain.percent(signed=True):>16}")
+    unclear = "  (0 lies within: nothing shown)" if abs(gain.mean) < gain.half_width else ""
+    lines.append(f"  {'gain (paired, 95%)':<22}{gain.percent(signed=True):>16}{unclear}")
     return {"arms": numbers, "gain": dataclasses.asdict(gain)}, "\n".join(lines)
 
 
 def _examples(before: _Arm, after: _Arm) -> list[str]:
     """Three instructions: the first ones that were answered wrongly before."""
     wrong = [i for i, verdict in enumerate(before.verdicts) if not verdict.all_met]
-    lines = []
+    lines = ["  the first three that were wrong before:"]
     for i in wrong[:3]:
         lines.append(f"  {before.rows[i]['prompt'][-1]['content']}")
         for arm in (before, after):
@@ -187,7 +209,7 @@ def _truth(world: World, candidates: Sequence[Mapping[str, Any]]) -> tuple[dict[
     kept = [found for found, row in zip(true, written, strict=True) if row["kept"]]
     found = {"all": estimate(true), "kept": estimate(kept)}
     said = (
-        f"  written instructions that their response truly answers: {found['all'].percent()} % of all {len(true)}, "
-        f"{found['kept'].percent()} % of the {len(kept)} kept"
+        f"MAIN: of {len(true)} written instructions the response truly answers {found['all'].percent()} %, "
+        f"of the {len(kept)} that the filter kept {found['kept'].percent()} %"
     )
     return {name: share.mean for name, share in found.items()}, said

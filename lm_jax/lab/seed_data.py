@@ -17,7 +17,7 @@ from lm_jax.lab.writer import write
 
 SIMPLE = (0, 1, 2)  # constraints of a simple instruction
 PAIRED = (1, 2, 3, 4)  # of those behind single responses, and behind pairs
-COPIED = (8, 30)  # fewest and most words of a copying task; long ones leave nothing to guess by
+COPIED = (8, 30)  # fewest and most words of a copying task
 
 Row = dict[str, Any]
 # (a row of `decomposed`, those of the in-context examples) -> the conversation, with the right answer as its last turn

@@ -28,6 +28,7 @@ def measured(path, *rows):
     return report
 
 
+@pytest.mark.slow
 def test_scoring_beside_transformers(tmp_path):
     report = measured(tmp_path / "out", "score")
     assert report["score"]["ours"]["tokens"] == report["score"]["peers"]["transformers"]["tokens"] > 1000

@@ -63,6 +63,7 @@ def test_score_formats(model, tmp_path):
     assert scored[1]["token_logprobs"] == scored[2]["token_logprobs"]
 
 
+@pytest.mark.slow
 def test_a_score_depends_on_its_row_alone(model, tmp_path):
     """Not on its neighbours in a packed row, nor on the shape of a batch."""
     rows = [{"prompt": f"say {i}", "response": "yes " * i} for i in range(1, 9)]
@@ -74,6 +75,7 @@ def test_a_score_depends_on_its_row_alone(model, tmp_path):
         np.testing.assert_allclose(a["token_entropies"], b["token_entropies"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_responses_of_a_row_are_scored_each_as_alone(model, tmp_path):
     texts = [" and the hat", " sat", " and the hat"]
     # As launch.generate writes them: several samples, one of them empty, and a row without an answer

@@ -91,6 +91,7 @@ def no_secret_in(directory, *texts: str) -> None:
         assert [] == [secret for secret in SECRETS.values() if secret in text]
 
 
+@pytest.mark.slow
 def test_secrets_of_a_training(source, tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)

@@ -75,6 +75,7 @@ def test_adapters_learn_and_the_reference_is_the_base(trained):
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] < np.log(2)
 
 
+@pytest.mark.slow
 def test_two_devices_are_one(place, trained):
     sharded = place.train("sharded", "mesh.fsdp=2", devices=2)
     for ours, theirs in zip(untimed(sharded), untimed(trained), strict=True):

@@ -141,6 +141,7 @@ def test_loads_with_datasets_and_into_trl(place, filtered, tmp_path):
         assert theirs[: len(both)] == both and len(theirs) - len(both) <= 1
 
 
+@pytest.mark.slow
 def test_another_choice_scores_nothing_anew(place, filtered):
     before = place.scores("kept")
     scores = f"scores={place.path}/kept.jsonl.scores"

@@ -93,6 +93,7 @@ def test_what_a_person_sees(place, weighed):
     np.testing.assert_allclose(store.read([6])["calibrated_entropy"][0], 1.2, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_online_weights_begin_as_those_of_the_store(place, weighed):
     """At step 1 the policy is the model that weighed; then it moves, and its weights with it."""
     rows = place.path / "weighed.jsonl"
@@ -109,6 +110,7 @@ def test_online_weights_begin_as_those_of_the_store(place, weighed):
 
 
 @pytest.mark.parametrize("rule", ["calibrated_entropy", "pmi"])
+@pytest.mark.slow
 def test_training_on_the_store_is_training_on_the_same_numbers(place, weighed, uniform, rule):
     weights = place.store("weighed").read(np.arange(24))[rule]
     rows = [
@@ -125,6 +127,7 @@ def test_training_on_the_store_is_training_on_the_same_numbers(place, weighed, u
     assert stored[0]["grad_norm"] != pytest.approx(uniform[0]["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_uniform_weights_of_the_store_are_plain_dpo(place, weighed, uniform):
     assert uniform == place.train("stored-uniform", place.path / "weighed.jsonl", "weights=store:uniform")
 

@@ -20,6 +20,8 @@ from lm_jax.training.checkpoints import Checkpoints
 from tests.e2e import common
 from tests.e2e.common import SMALL_TRAIN, TIMING, Fork, arguments, fork, run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 240  # enough of them that a kill lands between two saves, which take as long as dozens of these small steps
 SETTINGS = ("epochs=100", f"max_steps={STEPS}", "checkpoints.every=80", "eval_every=40", "weights=entropy", "seed=7")
 
@@ -130,7 +132,6 @@ def test_killed_between_saves(runs, undisturbed):
     assert_same(runs.finish("between"), undisturbed)
 
 
-@pytest.mark.slow
 def test_killed_while_saving(runs, undisturbed):
     runs.kill_when("saving", saving_step(80))
     output = runs.kill_when("saving", saving_step(80), delay=0.05)  # twice at the same place
@@ -140,7 +141,6 @@ def test_killed_while_saving(runs, undisturbed):
     assert_same(runs.finish("saving"), undisturbed)
 
 
-@pytest.mark.slow
 def test_killed_before_there_is_anything_to_go_on_from(runs, undisturbed):
     """While it starts, in the reference pass, and before the first checkpoint."""
     output = runs.kill_when("early", Path.exists)
@@ -153,7 +153,6 @@ def test_killed_before_there_is_anything_to_go_on_from(runs, undisturbed):
     assert_same(runs.finish("early"), undisturbed)
 
 
-@pytest.mark.slow
 def test_killed_anywhere(runs, undisturbed):
     """At moments that nobody chose, through the checkpoints' writing and what follows it."""
     output = runs.directory / "anywhere"
@@ -184,7 +183,6 @@ def test_going_on_with_other_settings_is_refused(runs, undisturbed, setting, par
     assert [] == [p for p in (*parts, "undisturbed") if p not in line], line
 
 
-@pytest.mark.slow
 def test_what_may_change_between_a_run_and_its_continuation(runs, undisturbed):
     fork("musc_train", *runs.flags("undisturbed", "checkpoints.every=7", "compute.logprob_chunk=32")).ok()
 
@@ -207,7 +205,6 @@ def test_stopped_on_request(runs, undisturbed, number):
     assert_same(runs.finish(name), undisturbed)  # with as many checkpoints: the newest are kept
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["evaluation", "save"])
 def test_stopped_at_the_very_end(runs, undisturbed, where):
     """In the last step's evaluation or save: all of it is done, and the same command finds nothing left to do."""
@@ -251,7 +248,6 @@ def damage(step_directory: Path, how: str) -> None:
         (step_directory / "params" / "_METADATA").write_text("{")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut short", "gone", "no metadata", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_never_trained_on(runs, undisturbed, how):
     name = f"damaged {how}".replace(" ", "_")

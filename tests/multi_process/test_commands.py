@@ -75,6 +75,7 @@ def files(out: Path) -> list[str]:
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and p.suffix != ".png")
 
 
+@pytest.mark.slow
 def test_the_files_are_the_same(both):
     one, two = map(files, both)
     assert one == two and {"scores.jsonl", "texts.jsonl", "weighed.jsonl", "kept.jsonl", "made.jsonl"} <= {*one}

@@ -68,6 +68,7 @@ def test_two_processes_equal_one(runs, two):
     assert_close(two, runs.finish("one", 1, 4))
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_bit_equal(runs, two, stopped):
     copy_run(stopped, runs.directory / "resumed")
     assert_same(runs.finish("resumed", 2, 2), two)

@@ -263,6 +263,7 @@ def test_layouts_give_the_same_loss_and_gradients(params, config, segments, refe
 
 
 @pytest.mark.parametrize("how", [*({"remat": policy} for policy in REMAT_POLICIES), {"scan_unroll": 2}], ids=str)
+@pytest.mark.slow
 def test_remat_and_unrolling_change_nothing(how, params, config, segments, reference_logprobs):
     pairs = make_pairs(segments, reference_logprobs)
     loss = LossConfig("sigmoid", BETA, 0.0, 0.0, 0.0)

@@ -27,7 +27,7 @@ RUN_BY = {
     "export_hf": ("tests/e2e/test_docs.py", "tests/e2e/test_musc_train.py", "tests/e2e/test_lora.py"),
     "generate": ("tests/e2e/test_generate.py",),
     "lab_ablation": ("tests/e2e/test_lab_ablation.py",),
-    "lab_seed": ("tests/e2e/test_commands.py",),  # its flags; the fit takes ten minutes
+    "lab_seed": ("tests/e2e/test_commands.py",),  # its flags; the fit takes minutes, in make quickstart
     "main_controls": ("tests/e2e/test_main_controls.py",),
     "main_filter": ("tests/e2e/test_docs.py", "tests/e2e/test_main_filter.py"),
     "main_prepare": ("tests/e2e/test_docs.py", "tests/e2e/test_main_filter.py"),
@@ -300,6 +300,7 @@ print("all four run")
 """
 
 
+@pytest.mark.slow
 def test_the_patches_of_extending_apply_and_run(tmp_path):
     for top in ("lm_jax", "musc_jax", "main_jax"):
         for path in (ROOT / top).rglob("*.py"):

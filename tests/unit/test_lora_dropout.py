@@ -117,6 +117,7 @@ def test_a_step_goes_on_from_where_it_stood():
     assert before + after == losses
 
 
+@pytest.mark.slow
 def test_what_a_step_depends_on():
     first = steps(LORA, 1)[1][0]
     assert steps(LORA, 1)[1][0] == first

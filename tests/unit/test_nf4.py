@@ -145,6 +145,7 @@ def test_bytes(path, plain):
     assert sum(x.nbytes for x in jax.tree.leaves(params)) == expected
 
 
+@pytest.mark.slow
 def test_no_more_than_a_layer_is_full_at_a_time(optimized):
     """The step needs no more memory beside its arguments than that of a full base; see the comments in nf4.py."""
     config = ModelConfig("llama", 64, 8, 128, 256, 4, 4, 32, RopeConfig(1e4), 1e-5, 64)
