@@ -19,7 +19,7 @@ _SLOTS: Settings = {
     "decode.slots": 128,
     "decode.max_length": 480,
 }  # a decomposition with an in-context example is longest
-_COPIES: Settings = {"mesh.data": -1, "mesh.tensor": 1}  # a model this small is not cut
+_COPIES: Settings = {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1}  # to sample from a model this small
 _TRAINED: Settings = {"max_length": _LENGTH, "batch.rows": 4, "batch.row_length": 480, "checkpoints.every": 1000}
 _PAIRED: Settings = {"max_length": _LENGTH, "batch.rows": 4, "batch.row_length": 1024, "checkpoints.every": 1000}
 
@@ -34,7 +34,7 @@ def make_pairs(model: str, instructions: str, examples: str, output: str, settin
       settings: further keys of its config.
     """
     given: Settings = {"model": model, "input": instructions, "output": output}
-    _run("musc_pairs", "", given | _making(examples) | (settings or {}))
+    _run("musc_pairs", "", given | _making(examples) | _COPIES | (settings or {}))
 
 
 def _making(examples: str) -> Settings:
