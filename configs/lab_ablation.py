@@ -9,7 +9,7 @@ with `processes=1` it is shown). `report.md` is the table and `report.json` the 
 there is not run again. More `seeds` and other `arms` may be given to the same output.
 
 Presets: `:short` is for a test: one seed, a world of few constraints, MuSC's plain DPO and what MAIN's filter keeps. It
-is not finished: a seed model of so few rows does not pass the gate yet.
+is not finished: a Llama fitted on so few rows did not pass the gate, and the seed model of today was not tried.
 """
 
 from ml_collections import ConfigDict
