@@ -26,7 +26,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.seed_rows = 60000  # what the seed model is fitted on, as configs/lab_seed.py has it
     c.seed_batch_rows = 2  # likewise
     c.gate = 0.9  # a seed model below it ends the run
-    c.dev = 256  # held-out instructions that a learning rate is chosen on
+    c.rate_seeds = (0,)  # those of the seeds whose development splits choose an arm's learning rate, for all of them
+    c.dev = 512  # held-out instructions of such a split
     c.test = 512  # other ones that are reported: one standard error of an arm is about two points
     c.temperature = 0.5  # of measured answers, besides greedy ones; MuSC's own
     c.processes = 2  # arms at a time; one process of a model this small keeps less than two cores busy
@@ -34,22 +35,22 @@ def get_config(preset: str = "") -> ConfigDict:
     c.musc = ConfigDict()
     c.musc.instructions = 1536  # that every arm makes its pairs of
     c.musc.epochs = 2  # of every training
-    c.musc.rates = (3e-5, 1e-4, 3e-4)  # of preference training; each arm's best on the development split
+    c.musc.rates = (1e-4, 2e-4, 4e-4)  # of preference training; each arm's best on the development splits
     c.musc.tuning_rates = (1e-4, 3e-4, 1e-3)  # of supervised tuning, likewise
     c.musc.oracle_samples = 8  # responses among which the verifiers choose
     c.musc.oracle_temperature = 0.7  # they must differ
 
     c.main = ConfigDict()
-    # The stage of the seed model that all begin with. pretraining has met no instruction with its response; clean has,
-    # of up to two constraints
-    c.main.base = "pretraining"
-    c.main.pairs = 500  # seed pairs
-    c.main.responses = 1200  # without instructions
+    # The stage of the seed model that all begin with. clean has met instructions of up to two constraints; pretraining
+    # none with its response, and its instructions are true in one case of ten
+    c.main.base = "clean"
+    c.main.pairs = 400  # seed pairs
+    c.main.responses = 800  # without instructions
     c.main.probes = 256  # pairs that the filter's scores have to tell from shuffled ones
     c.main.rounds = 1  # that arms have which name none
-    c.main.epochs = 10  # of every training; arms with more pairs take more steps
-    c.main.rates = (1e-3, 2e-3, 4e-3)  # of the last training; each arm's best on the development split
-    c.main.rounds_rate = 2e-3  # of forward and reverse models, which the arms share
+    c.main.epochs = 6  # of every training; arms with more pairs take more steps
+    c.main.rates = (5e-4, 1e-3, 2e-3)  # of the last training; each arm's best on the development splits
+    c.main.rounds_rate = 1e-3  # of forward and reverse models, which the arms share
     c.main.adapter_rate = 5e-3  # the same of adapters
     c.main.adapter_rank = 16
 
@@ -64,7 +65,6 @@ def get_config(preset: str = "") -> ConfigDict:
         c.processes = 1
         c.musc.instructions = 768
         c.musc.rates = (1e-4,)
-        c.main.base = "clean"  # so few rows of pretraining alone do not teach it to copy words
         c.main.pairs = 300
         c.main.responses = 500
         c.main.probes = 128

@@ -6,14 +6,16 @@ output/METHOD.png                 at the end
 output/seed_N/seed/               what launch.lab_seed makes
 output/seed_N/METHOD/data/ ...    what the arms of a method share
 output/seed_N/METHOD/extras.json  what is measured once a seed
-output/seed_N/METHOD/arms/ARM/    a directory for each learning rate, answers, result.json: it appears last
+output/seed_N/METHOD/arms/ARM/    a directory for each learning rate, dev.json, answers, result.json: it appears last
+output/compiled/                  what JAX compiled, which most steps share
 """
 
 import dataclasses
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,7 @@ class LabAblationConfig:
     seed_rows: int
     seed_batch_rows: int
     gate: float
+    rate_seeds: tuple[int, ...]
     dev: int
     test: int
     temperature: float
@@ -67,6 +70,8 @@ class LabAblationConfig:
             raise UserError(f"config.world={self.world!r}: unknown world; choose {' or '.join(WORLDS)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"config.seeds={self.seeds}: give at least one, each once, none below 0")
+        if not self.rate_seeds or not set(self.rate_seeds) <= set(self.seeds):
+            raise UserError(f"config.rate_seeds={self.rate_seeds}: give at least one, all of them among config.seeds")
         for name in ("seed_rows", "seed_batch_rows", "dev", "test", "processes"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
@@ -92,6 +97,7 @@ def ablate(config: LabAblationConfig, rules: Sequence[str], controls: Controls) 
     """
     methods = _methods(config, rules, controls)
     begin_directory(config.output, "lab_ablation", _settings(config), _MAY_CHANGE)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{config.output}/compiled")
     with alone_in(Path(config.output)):
         _Ablation(config, methods, rules, controls).do()
 
@@ -139,15 +145,20 @@ class _Ablation:
         """All that is missing: seed models, then what the arms of each share, then the arms."""
         self._all({f"seed_{seed}/seed": partial(self._fit, seed) for seed in self._config.seeds})
         self._all({f"seed_{seed}/{name}": partial(self._prepare, name, seed) for name, seed in self._arms})
+        self._each_arm(self._try_rates, self._config.rate_seeds)
+        self._each_arm(self._measure, self._config.seeds)
+        print(self._write_report(), flush=True)
+        self._plot()
+
+    def _each_arm(self, task: Callable[[str, int, str], None], seeds: Collection[int]) -> None:
         self._all(
             {
-                f"seed_{seed}/{name}/{arm}": partial(self._measure, name, seed, arm)
+                f"seed_{seed}/{name}/{arm}": partial(task, name, seed, arm)
                 for (name, seed), arms in self._arms.items()
+                if seed in seeds
                 for arm in arms.about
             }
         )
-        print(self._write_report(), flush=True)
-        self._plot()
 
     def _all(self, tasks: Mapping[str, Callable[[], None]]) -> None:
         """Several at a time, each with a log of its own; one alone shows what it does."""
@@ -156,7 +167,7 @@ class _Ablation:
                 task()
                 self._write_report()
             return
-        with ThreadPoolExecutor(self._config.processes) as pool:
+        with ThreadPoolExecutor(self._config.processes, initializer=own_cores(self._config.processes)) as pool:
             waiting = [pool.submit(self._logged, name, task) for name, task in tasks.items()]
             try:
                 for done in as_completed(waiting):
@@ -193,34 +204,46 @@ class _Ablation:
         arms.prepare(self._config.dev, self._config.test)
         write_jsonl(str(extras), [arms.extras()])
 
+    def _try_rates(self, name: str, seed: int, arm: str) -> None:
+        """Trains the arm at each of its learning rates and writes what each is worth on the development split."""
+        arms, here = self._arms[name, seed], self._arm(name, seed, arm)
+        rates = arms.rates(arm)
+        if len(rates) < 2 or (here / "dev.json").exists():
+            return
+        found = {}
+        for rate in rates:
+            place = f"{here}/{rate:g}"
+            model = arms.train(arm, rate, place)
+            answered = self._shares(model, arms.asked(DEV), f"{place}/dev.jsonl", self._config.temperature)
+            found[f"{rate:g}"] = answered["all_met"]
+        write_jsonl(f"{here}/dev.json", [found])
+
     def _measure(self, name: str, seed: int, arm: str) -> None:
-        """Chooses the learning rate, measures the model that it gives and writes the result."""
+        """Trains the arm at its learning rate, measures the model that comes out and writes the result."""
         result = self._result(name, seed, arm)
         if result.exists():
             return
         began, arms, here = time.monotonic(), self._arms[name, seed], result.parent
-        models, dev = {}, {}
         rates = arms.rates(arm)
-        for rate in rates:
-            place = f"{here}/{rate:g}"
-            models[rate] = arms.train(arm, rate, place)
-            if len(rates) > 1:
-                answered = self._shares(models[rate], arms.asked(DEV), f"{place}/dev.jsonl", self._config.temperature)
-                dev[rate] = answered["all_met"]
-        best = best_rate(dev) if dev else next(iter(rates), None)
-        model = arms.base if best is None else models[best]
+        dev = self._dev(name, arm) if len(rates) > 1 else {}
+        best = best_rate(rates, list(dev.values())) if rates else None
+        model = arms.base if best is None else arms.train(arm, best, f"{here}/{best:g}")
         test = {
             kind: self._shares(model, arms.asked(TEST), f"{here}/{kind}.jsonl", temperature)
             for kind, temperature in ((SAMPLED, self._config.temperature), (GREEDY, 0.0))
         }
         learnt = arms.learnt(arm, f"{here}/{best:g}" if best is not None else str(here))
-        found = {"method": name, "seed": seed, "arm": arm, "rate": best, "rates": list(rates)}
-        found |= {"dev": {f"{rate:g}": share for rate, share in dev.items()}, "test": test}
+        found = {"method": name, "seed": seed, "arm": arm, "rate": best, "rates": list(rates), "dev": dev, "test": test}
         found |= {"rows": learnt.rows, "truth": learnt.truth, "seconds": round(time.monotonic() - began, 1)}
         write_jsonl(str(result), [found])
         for rate in rates:  # the runs of five seeds would fill a disk
             if rate != best:
                 shutil.rmtree(f"{here}/{rate:g}", ignore_errors=True)
+
+    def _dev(self, name: str, arm: str) -> dict[int, dict[str, float]]:
+        """Seed -> learning rate -> share on its development split."""
+        files = {seed: self._arm(name, seed, arm) / "dev.json" for seed in self._config.rate_seeds}
+        return {seed: json.loads(file.read_text()) for seed, file in files.items()}
 
     def _shares(self, model: str, asked: str, output: str, temperature: float) -> dict[str, float]:
         return shares(verdicts(self._world, lab_steps.answer(model, asked, output, temperature)))
@@ -259,10 +282,32 @@ class _Ablation:
     def _of(self, seed: int) -> Path:
         return self._root / f"seed_{seed}"
 
+    def _arm(self, name: str, seed: int, arm: str) -> Path:
+        return self._of(seed) / name / "arms" / arm
+
     def _result(self, name: str, seed: int, arm: str) -> Path:
-        return self._of(seed) / name / "arms" / arm / "result.json"
+        return self._arm(name, seed, arm) / "result.json"
 
 
-def best_rate(dev: Mapping[float, float]) -> float:
-    """The learning rate of the highest share; of equals the lowest, which changes the model least."""
-    return max(sorted(dev), key=lambda rate: dev[rate])
+def best_rate(rates: Sequence[float], dev: Sequence[Mapping[str, float]]) -> float:
+    """The learning rate of the highest share over all seeds; of equals the lowest, which changes the model least.
+
+    Args:
+      dev: of each seed the share of each rate; none where there is no choice.
+    """
+    return max(sorted(rates), key=lambda rate: sum(shares[f"{rate:g}"] for shares in dev))
+
+
+def own_cores(processes: int) -> Callable[[], None]:
+    """What each of so many threads calls first: the steps that it starts have a share of the cores to themselves.
+
+    Two small models on two cores train a fifth faster so, since neither waits for threads of the other.
+    """
+    cores: list[int] = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares = [cores[n::processes] for n in range(processes)] if len(cores) >= processes else []
+
+    def take() -> None:
+        if shares:
+            os.sched_setaffinity(0, shares.pop())  # of this thread alone, and of what it starts
+
+    return take

@@ -15,6 +15,7 @@ from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
 from lm_jax.lab.answers import verdict
 from lm_jax.lab.data import instructions
+from lm_jax.lab.governed import LABELS, dropped, labels
 from lm_jax.lab.world import World
 
 SEED, SFT, DPO, CONSTANT, ORACLE = "seed", "sft", "dpo", "constant", "oracle"
@@ -178,8 +179,13 @@ class MuscArms:
         return learnt_of(self._world, [(row["prompt"][-1]["content"], row["chosen"][-1]["content"]) for row in rows])
 
     def extras(self) -> Row:
-        """None."""
-        return {}
+        """Of the responses of each side how much each rule weighs tokens that a dropped constraint decides, and others.
+
+        `weights_SIDE_LABEL`: rule -> mean weight, of every LABELS; none where no arm asked for stored weights.
+        """
+        if not Path(self._store).exists():
+            return {}
+        return mean_weights(self._world, read_rows(self._weighed), self._store, self._rules)
 
     def _pairs(self, recipe: str) -> str:
         return f"{self._root}/data/pairs_{recipe}.jsonl"
@@ -229,6 +235,30 @@ def constant_weights(rows: Sequence[Row], store: str, rule: str) -> list[Row]:
         rest = {name: value for name, value in row.items() if name != "token_weights"}
         made.append({**rest, "chosen_token_scores": [mean] * chosen, "rejected_token_scores": [mean] * rejected})
     return made
+
+
+def mean_weights(world: World, rows: Sequence[Row], store: str, rules: Sequence[str]) -> Row:
+    """See `MuscArms.extras`. Rows whose perturbed prompt is no instruction of the world count as having dropped none.
+
+    Args:
+      rows: of `launch.musc_token_weights`.
+      store: where their weights lie.
+    """
+    weights = ScoreStore.open(store)
+    values = weights.read(np.arange(len(weights.lengths)))
+    found: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
+    for row in rows:
+        governing = dropped(world, *(row[key][-1]["content"] for key in ("prompt", "perturbed_prompt")))
+        for number, side in enumerate(("chosen", "rejected"), 2 * row["token_weights"]["row"]):
+            labelled = np.array(labels(world, governing, row[side][-1]["content"]))
+            for label in LABELS if len(labelled) == weights.lengths[number] else ():  # a word that no world has
+                of_label = found.setdefault((side, label), {rule: [] for rule in rules})
+                for rule in rules:
+                    of_label[rule].append(values[rule][number][labelled == label])
+    return {
+        f"weights_{side}_{label}": {rule: float(np.concatenate(parts).mean()) for rule, parts in by_rule.items()}
+        for (side, label), by_rule in found.items()
+    }
 
 
 def oracle_pairs(world: World, rows: Sequence[Row]) -> list[Row]:

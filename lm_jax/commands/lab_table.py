@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lm_jax.lab.answers import Estimate
+from lm_jax.lab.governed import END, GOVERNED, OTHER
 from lm_jax.lab.statistics import Comparison, compare_runs, mean_of_runs
 
 Row = dict[str, Any]
@@ -174,6 +175,15 @@ def markdown(method: Method, report: Row, temperature: float) -> str:
 _EXTRAS = {
     "auroc": "Real pairs against shuffled ones, area under the ROC curve in %, by the filter's score",
     "truth": "Candidates that their response truly answers, in %, of as many that each keeps",
+    **{
+        f"weights_{side}_{label}": f"Mean weight, in %, by rule: {side} responses, {what}"
+        for side in ("chosen", "rejected")
+        for label, what in (
+            (GOVERNED, "tokens that a dropped constraint decides"),
+            (OTHER, "other tokens"),
+            (END, "the end token"),
+        )
+    },
 }
 
 

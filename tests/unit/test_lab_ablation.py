@@ -1,13 +1,17 @@
 """The ablation's loop around arms that only note what they were asked, and the report of made results."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from configs.lab_ablation import get_config
 from lm_jax.commands import lab_ablation, lab_steps
-from lm_jax.commands.lab_ablation import LabAblationConfig, ablate, best_rate
+from lm_jax.commands.lab_ablation import LabAblationConfig, ablate, best_rate, own_cores
 from lm_jax.commands.lab_arms import Learnt
 from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
 from lm_jax.commands.steps import logged, run_step
@@ -21,6 +25,7 @@ from tests.lab import CONTROLS
 ASKED = "list tools. use exactly two words. start with saw."
 RIGHT, WRONG = "saw, axe", "axe, saw"
 RULES = tuple(WEIGHING_RULES)
+SHOW_CORES = "import json, os; print(json.dumps(sorted(os.sched_getaffinity(0))))"
 
 
 class Fake:
@@ -87,17 +92,17 @@ def run(tmp_path, monkeypatch):
 
 def test_each_arm_is_measured_with_the_rate_that_development_chose(run, tmp_path):
     calls = run()
-    assert len(calls) == 3 + 3 + 3 * 4  # seed models, preparations, two arms with two rates each
+    assert len(calls) == 3 + 3 + 2 * (2 + 3)  # seed models, preparations, of two arms two rates on one seed, then one
     arms = tmp_path / "out/seed_1/musc/arms"
     results = {arm: json.loads((arms / arm / "result.json").read_text()) for arm in ("seed", "dpo", "kl")}
-    assert results["dpo"]["rate"] == 3e-4 and results["dpo"]["dev"] == {"0.0003": 0.6, "0.0001": 0.4}
+    assert results["dpo"]["rate"] == 3e-4 and results["dpo"]["dev"] == {"0": {"0.0003": 0.6, "0.0001": 0.4}}
     assert results["kl"]["rate"] == 1e-4  # of equals the lower
     assert results["seed"]["rate"] is None and results["seed"]["dev"] == {}
     assert results["dpo"]["test"]["sampled"] == {"all_met": 0.6, "each": 0.8, "well_formed": 1.0}
     assert results["dpo"]["test"]["greedy"]["all_met"] == 0.7
     assert (results["dpo"]["rows"], results["dpo"]["truth"]) == (8, 0.5)
-    runs = {p.name for p in (arms / "dpo").iterdir() if p.is_dir()}
-    assert runs == {"0.0003"}  # the other is not kept
+    tried = tmp_path / "out/seed_0/musc/arms/dpo"
+    assert {p.name for p in tried.iterdir() if p.is_dir()} == {"0.0003"}  # the other is not kept
     report = json.loads((tmp_path / "out/report.json").read_text())["musc"]
     assert report["arms"]["kl"]["against_base"]["all_met"]["difference"] == pytest.approx(0.1)
     assert report["extras"]["auroc"]["mutual"]["mean"] == pytest.approx(0.92)
@@ -108,7 +113,7 @@ def test_what_is_done_is_not_done_again(run, tmp_path):
     report = (tmp_path / "out/report.md").read_text()
     assert run() == []
     (tmp_path / "out/seed_2/musc/arms/kl/result.json").unlink()
-    assert run() == [("kl", 0.0001, 2), ("kl", 0.0003, 2), ("prepare", 2)]
+    assert run() == [("kl", 0.0001, 2), ("prepare", 2)]
     assert (tmp_path / "out/report.md").read_text() == report
     # More seeds and other arms may be asked of the same directory, other data may not
     assert {call[0] for call in run(seeds=(0, 1, 2, 3), arms=("dpo",))} == {"fit", "prepare", "dpo"}
@@ -154,6 +159,7 @@ def test_bad_settings_are_named(run):
         ({"method": "dpo"}, "config.method='dpo': must be musc, main or both"),
         ({"world": "moon"}, "config.world='moon': unknown world; choose lists or trips or few"),
         ({"seeds": (1, 1)}, "config.seeds=.1, 1.: give at least one, each once"),
+        ({"rate_seeds": (7,)}, "config.rate_seeds=.7,.: give at least one, all of them among config.seeds"),
         ({"arms": ("dpo", "dqo")}, "config.arms: unknown arm 'dqo'; choose from .*calibrated_entropy"),
         ({"main.base": "start"}, "config.main.base='start': no stage of the seed model; choose pretraining or clean"),
         ({"main.rounds": 4}, "config.main.rounds=4: must lie between 1 and 3"),
@@ -165,7 +171,31 @@ def test_bad_settings_are_named(run):
 
 
 def test_of_equal_rates_the_lowest_is_best():
-    assert best_rate({3e-4: 0.5, 1e-4: 0.5, 1e-3: 0.4}) == 1e-4
+    assert best_rate((3e-4, 1e-4, 1e-3), [{"0.0003": 0.5, "0.0001": 0.5, "0.001": 0.4}]) == 1e-4
+
+
+def test_the_best_rate_is_best_on_all_seeds_together(run, tmp_path):
+    assert best_rate((1e-4, 3e-4), [{"0.0001": 0.5, "0.0003": 0.4}, {"0.0001": 0.3, "0.0003": 0.5}]) == 3e-4
+    assert best_rate((1e-4,), []) == 1e-4  # nothing to choose
+    calls = run(rate_seeds=(1, 2))
+    assert sum(call[0] == "dpo" for call in calls) == 2 * 2 + 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux says which cores a thread runs on")
+def test_steps_beside_each_other_have_cores_of_their_own():
+    cores = os.sched_getaffinity(0)
+    together = threading.Barrier(len(cores))
+    with ThreadPoolExecutor(len(cores), initializer=own_cores(len(cores))) as pool:
+
+        def taken(_):
+            together.wait()
+            return json.loads(subprocess.check_output([sys.executable, "-c", SHOW_CORES]))
+
+        given = list(pool.map(taken, cores))
+    assert sorted(given) == sorted([core] for core in cores)
+    assert os.sched_getaffinity(0) == cores
+    with ThreadPoolExecutor(1, initializer=own_cores(len(cores) + 1)) as pool:  # more than there are: as before
+        assert pool.submit(os.sched_getaffinity, 0).result() == cores
 
 
 METHOD = Method("musc", {"seed": "untrained", "dpo": "plain", "kl": "by kl"}, "dpo", {"negate": "never asked"})

@@ -1,0 +1,70 @@
+"""Which tokens a constraint decides, by hand, and what the rules weigh them."""
+
+import numpy as np
+import pytest
+
+from lm_jax.commands.lab_musc_arms import mean_weights
+from lm_jax.data.score_store import ScoreStore
+from lm_jax.lab.governed import dropped, labels
+from lm_jax.lab.grammar import Constraint
+from lm_jax.lab.worlds import WORLDS
+
+LISTS, TRIPS = WORLDS["lists"], WORLDS["trips"]
+
+
+@pytest.mark.parametrize(
+    ("constraint", "response", "expected"),
+    [
+        (Constraint("count", "two"), "saw, axe", ".g."),  # what follows an item; the end token has its own label
+        (Constraint("count", "two"), "( saw, axe )", "..g.g"),
+        (Constraint("first", "saw"), "hello axe axe, saw", ".gg.."),  # the place, whoever stands there
+        (Constraint("last", "saw"), "axe, file - knife", "....g"),
+        (Constraint("include", "saw"), "axe, saw, saw", "..g.g"),
+        (Constraint("exclude", "saw"), "axe, file", "g.g"),
+        (Constraint("separator", "dash"), "axe - file, saw", ".g..."),
+        (Constraint("numbered"), "1 axe, 2 file", "g..g."),
+        (Constraint("twice", "two"), "axe axe, file file", ".g..g"),
+        (Constraint("bracket", "round"), "( axe )", "g.g"),
+        (Constraint("last", "saw"), "", ""),
+    ],
+)
+def test_the_tokens_that_a_constraint_decides(constraint, response, expected):
+    found = labels(LISTS, [constraint], response)
+    assert found[-1] == "end"
+    assert "".join("g" if label == "governed" else "." for label in found[:-1]) == expected
+
+
+def test_several_constraints_decide_what_any_of_them_does():
+    found = labels(LISTS, [Constraint("numbered"), Constraint("last", "saw")], "1 axe, 2 saw")
+    assert found == ["governed", "other", "other", "governed", "governed", "end"]
+    assert labels(LISTS, [], "axe, saw") == ["other", "other", "other", "end"]
+
+
+def test_what_was_dropped():
+    full = "list tools. use exactly two words. start with saw."
+    assert dropped(LISTS, full, "name some tools. the list has two words.") == [Constraint("first", "saw")]
+    assert dropped(LISTS, full, "name some tools. start with axe. write two words.") == [Constraint("first", "saw")]
+    assert dropped(LISTS, full, "sing a song.") == []
+
+
+def test_every_rule_of_every_world_has_its_tokens():
+    for world in (LISTS, TRIPS):
+        for kind in world.kinds:
+            value = kind.values[0][0] if kind.values else world.groups[0].words[0]
+            assert labels(world, [Constraint(kind.name, value)], "")[-1] == "end"
+
+
+def test_mean_weights_by_hand(tmp_path):
+    message = [{"role": "user", "content": "list tools. start with saw. use exactly two words."}]
+    less = [{"role": "user", "content": "list tools. use exactly two words."}]
+    sides = {"chosen": [{"content": "saw, axe"}], "rejected": [{"content": "axe, unknown.words"}]}
+    rows = [{"prompt": message, "perturbed_prompt": less, "token_weights": {"row": 0}, **sides}]
+    store = str(tmp_path / "w.weights")
+    written = [np.array([2.0, 0.5, 1.0, 0.25], np.float32), np.ones(3, np.float32)]
+    ScoreStore.create_or_open(store, {}, [4, 3], ["entropy"]).write(np.arange(2), {"entropy": written})
+    found = mean_weights(LISTS, rows, store, ("entropy",))
+    assert found == {
+        "weights_chosen_governed": {"entropy": 2.0},
+        "weights_chosen_other": {"entropy": 0.75},
+        "weights_chosen_end": {"entropy": 0.25},
+    }  # the rejected one has tokens that the world does not cut as the tokenizer did
