@@ -15,7 +15,7 @@ from ml_collections.config_dict import placeholder
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.world = "lists"  # lists | trips | few, a part of lists; no setting is tuned on trips
+    c.world = "lists"  # lists | trips; no setting is tuned on trips
     c.output = placeholder(str)  # directory
     c.seed = 0  # of the rows, the model's start and the order
     c.rows = 60000  # in all three stages, 3.6M tokens; of 50,000 decompositions are less exact

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 MUSC, MAIN, BOTH = CHOICES = ("musc", "main", "both")
 SAMPLED, GREEDY = "sampled", "greedy"
 # How it is computed and what is refused, not what comes out; more seeds and arms can follow
-_MAY_CHANGE = ("output", "seeds", "arms", "processes", "gate")
+_MAY_CHANGE = ("output", "seeds", "arms", "processes", "gate", "fitted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ class LabAblationConfig:
     world: str
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
+    fitted: str | None
     seed_rows: int
-    seed_batch_rows: int
     gate: float
     rate_seeds: tuple[int, ...]
     dev: int
@@ -72,7 +72,9 @@ class LabAblationConfig:
             raise UserError(f"config.seeds={self.seeds}: give at least one, each once, none below 0")
         if not self.rate_seeds or not set(self.rate_seeds) <= set(self.seeds):
             raise UserError(f"config.rate_seeds={self.rate_seeds}: give at least one, all of them among config.seeds")
-        for name in ("seed_rows", "seed_batch_rows", "dev", "test", "processes"):
+        if self.fitted and len(self.seeds) > 1:
+            raise UserError(f"config.fitted={self.fitted}: one seed model, {len(self.seeds)} seeds; give one of them")
+        for name in ("seed_rows", "dev", "test", "processes"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.gate <= 1:
@@ -183,6 +185,8 @@ class _Ablation:
 
     def _fit(self, seed: int) -> None:
         config, output = self._config, self._of(seed) / "seed"
+        if config.fitted and not output.exists():
+            copy_fitted(Path(config.fitted), config.world, output)
         if not (output / "gate.json").exists():
             run_step(
                 "launch.lab_seed",
@@ -191,7 +195,6 @@ class _Ablation:
                 f"--config.seed={seed}",
                 f"--config.world={config.world}",
                 f"--config.rows={config.seed_rows}",
-                f"--config.batch_rows={config.seed_batch_rows}",
                 f"--config.gate={config.gate}",
             )
         # One that failed before has left its numbers too
@@ -287,6 +290,24 @@ class _Ablation:
 
     def _result(self, name: str, seed: int, arm: str) -> Path:
         return self._arm(name, seed, arm) / "result.json"
+
+
+def copy_fitted(fitted: Path, world: str, output: Path) -> None:
+    """Copies the directory of a finished `launch.lab_seed`; `output` appears when it is whole.
+
+    Raises:
+      UserError: it is none, or of another world.
+    """
+    settings = fitted / "config.json"
+    if not (settings.exists() and (fitted / "gate.json").exists()):
+        raise UserError(f"config.fitted={fitted}: no seed model; launch.lab_seed and make quickstart leave one")
+    of = json.loads(settings.read_text())["config"]["world"]
+    if of != world:
+        raise UserError(f"config.fitted={fitted}: a seed model of the world {of}; set config.world to it")
+    copied = output.with_name("seed.tmp")
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(fitted, copied)
+    copied.rename(output)
 
 
 def best_rate(rates: Sequence[float], dev: Sequence[Mapping[str, float]]) -> float:

@@ -1,7 +1,5 @@
 """The first world: lists of things of a kind."""
 
-import dataclasses
-
 from lm_jax.lab.world import Kind, World, groups, named
 
 _GROUPS = {
@@ -120,8 +118,3 @@ LISTS = World(
         ),
     ),
 )
-
-# For tests, what a model learns soonest: all words, since few of them are remembered instead of copied, and half of the
-# kinds name a word
-_FEW_KINDS = ("count", "first", "last", "include", "exclude", "separator", "greeting", "closing")
-FEW = dataclasses.replace(LISTS, name="few", kinds=tuple(kind for kind in LISTS.kinds if kind.name in _FEW_KINDS))

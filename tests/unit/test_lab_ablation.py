@@ -147,6 +147,20 @@ def test_a_model_below_the_gate_stays_refused(run, monkeypatch):
     assert ("prepare", 0) in run(gate=0.4)
 
 
+def test_a_seed_model_that_is_there_is_not_fitted_again(run, tmp_path):
+    there = tmp_path / "there"
+    with pytest.raises(UserError, match=f"config.fitted={there}: no seed model; launch.lab_seed and"):
+        run(seeds=(0,), fitted=str(there))
+    write_jsonl(f"{there}/gate.json", [dict.fromkeys(GATED, 1.0)])
+    write_jsonl(f"{there}/config.json", [{"command": "lab_seed", "config": {"world": "trips"}}])
+    with pytest.raises(UserError, match="a seed model of the world trips; set config.world to it"):
+        run(seeds=(0,), fitted=str(there))
+    write_jsonl(f"{there}/config.json", [{"command": "lab_seed", "config": {"world": "lists"}}])
+    assert {call[0] for call in run(seeds=(0,), fitted=str(there))} == {"prepare", "dpo", "kl"}
+    assert (tmp_path / "out/seed_0/seed/gate.json").read_bytes() == (there / "gate.json").read_bytes()
+    assert ("fit", "1") in run(seeds=(0, 1))  # it may be given once, and others follow
+
+
 def test_arms_beside_each_other_give_the_same_report(run, tmp_path):
     alone = run()
     first = (tmp_path / "out/report.json").read_text()
@@ -157,8 +171,9 @@ def test_arms_beside_each_other_give_the_same_report(run, tmp_path):
 def test_bad_settings_are_named(run):
     for settings, message in (
         ({"method": "dpo"}, "config.method='dpo': must be musc, main or both"),
-        ({"world": "moon"}, "config.world='moon': unknown world; choose lists or trips or few"),
+        ({"world": "moon"}, "config.world='moon': unknown world; choose lists or trips"),
         ({"seeds": (1, 1)}, "config.seeds=.1, 1.: give at least one, each once"),
+        ({"fitted": "some/where"}, "config.fitted=some/where: one seed model, 3 seeds; give one of them"),
         ({"rate_seeds": (7,)}, "config.rate_seeds=.7,.: give at least one, all of them among config.seeds"),
         ({"arms": ("dpo", "dqo")}, "config.arms: unknown arm 'dqo'; choose from .*calibrated_entropy"),
         ({"main.base": "start"}, "config.main.base='start': no stage of the seed model; choose pretraining or clean"),

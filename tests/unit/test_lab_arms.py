@@ -22,9 +22,8 @@ from lm_jax.data.supervised import supervised_rows
 from lm_jax.lab.compositions import Split, split_of
 from lm_jax.lab.data import instructions
 from lm_jax.lab.grammar import read_instruction
-from lm_jax.lab.lists import FEW, LISTS
+from lm_jax.lab.lists import LISTS
 from lm_jax.lab.seed_data import PAIRED
-from lm_jax.lab.verifiers import verify
 from main_jax.prompts import PromptConfig, Prompts, supervised_example
 from musc_jax.token_weights import DEFAULT_RULE, WEIGHING_RULES, check_rule
 from tests.lab import CONTROLS
@@ -33,8 +32,9 @@ MUSC = MuscArmsConfig(60, 2, (1e-4, 3e-4), (1e-3,), 4, 0.7)
 MAIN = MainArmsConfig("pretraining", 20, 30, 6, 1, 10, (1e-3,), 2e-3, 5e-3, 16)
 RULES = tuple(WEIGHING_RULES)
 # So few texts that splits which are drawn by themselves would share some
-ONE_WAY = tuple(dataclasses.replace(kind, phrasings=kind.phrasings[:1]) for kind in FEW.kinds)
-TINY = dataclasses.replace(FEW, name="tiny", task=FEW.task[:1], groups=FEW.groups[:1], kinds=ONE_WAY)
+FEW = ("count", "first", "last", "include", "exclude", "separator", "greeting", "closing")
+ONE_WAY = tuple(dataclasses.replace(k, phrasings=k.phrasings[:1]) for k in LISTS.kinds if k.name in FEW)
+TINY = dataclasses.replace(LISTS, name="tiny", task=LISTS.task[:1], groups=LISTS.groups[:1], kinds=ONE_WAY)
 ASKED = "list tools. use exactly two words. start with saw."
 
 
@@ -295,8 +295,3 @@ def test_a_written_pair_is_the_row_that_the_methods_own_code_makes():
     row = supervised_row(pair)
     assert row["messages"] == expected["messages"] and row["source"] == "synthetic"
     assert len(supervised_rows([row], "rows").rows) == 1
-
-
-def test_few_is_a_part_of_lists():
-    assert {kind.name for kind in FEW.kinds} < {kind.name for kind in LISTS.kinds}
-    assert verify(FEW, read_instruction(FEW, "list fruits. start with plum."), "plum, fig").all_met
