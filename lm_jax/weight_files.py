@@ -4,13 +4,14 @@ The library's reader checks lengths, offsets, shapes and overlaps. The format ha
 is seen only where it makes a NaN or an infinity.
 """
 
-import contextlib
 import json
+import mmap
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -18,34 +19,52 @@ from lm_jax.errors import UserError
 from lm_jax.strict_json import no_doubled_keys, read_json_object
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# As safetensors calls them; others are not read
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 
-def open_checkpoint(model_dir: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Every tensor of the checkpoint by name, lazily read; `stack` closes the files.
+class StoredTensor(NamedTuple):
+    """One tensor in a mapped file: its dtype as safetensors calls it, its shape and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    @property
+    def array(self) -> np.ndarray:
+        """The tensor, read-only; nothing is read from the file before it is looked at."""
+        return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+class Checkpoint(NamedTuple):
+    """The weight files of a directory: tensors by name, and the maps that they lie in."""
+
+    tensors: Mapping[str, StoredTensor]
+    maps: Sequence[mmap.mmap]
+
+    def forget(self) -> None:
+        """What was looked at counts as this process's memory no longer; looked at again, it is read again."""
+        for mapped in self.maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def open_checkpoint(model_dir: Path) -> Checkpoint:
+    """Maps every weight file of a directory.
 
     Raises:
       UserError: no weights, pickles only, a file that is missing, corrupt or outside the directory, a tensor that
         stands twice, in one file or in two.
     """
-    tensors: dict[str, Any] = {}
-    doubled = []
+    tensors: dict[str, StoredTensor] = {}
+    maps, doubled = [], []
     for file in _weight_files(model_dir):
-        try:
-            handle = stack.enter_context(safe_open(file, framework="np"))
-        except FileNotFoundError:
-            raise UserError(f"{file}: this weight file is missing; download the checkpoint again") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file}: truncated or no safetensors file ({error}); download it again (with git-lfs if it was cloned)"
-            ) from error
-        _check_header(file)
-        for name in handle.keys():
-            if name in tensors:
-                doubled.append(name)
-            tensors[name] = handle.get_slice(name)
+        found, mapped = _map(file)
+        maps.append(mapped)
+        doubled += [name for name in found if name in tensors]
+        tensors |= found
     if doubled:
         raise UserError(f"{model_dir}: {listed(doubled)} in more than one weight file; remove the stale file")
-    return tensors
+    return Checkpoint(tensors, maps)
 
 
 def _weight_files(model_dir: Path) -> list[Path]:
@@ -73,14 +92,32 @@ def _weight_files(model_dir: Path) -> list[Path]:
     raise UserError(f"{model_dir}: has no {SINGLE_FILE} and no {INDEX_FILE}; give a directory in Hugging Face format")
 
 
-def _check_header(file: Path) -> None:
-    """Of a name that stands twice the library keeps the last without a word, and another reader may keep the first."""
+def _map(file: Path) -> tuple[dict[str, StoredTensor], mmap.mmap]:
+    """The tensors of one file by name, and the file, read-only."""
+    try:
+        with safe_open(file, framework="np"):  # checks all that it claims of itself
+            pass
+    except FileNotFoundError:
+        raise UserError(f"{file}: this weight file is missing; download the checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file}: truncated or no safetensors file ({error}); download it again (with git-lfs if it was cloned)"
+        ) from error
     with file.open("rb") as source:
         (size,) = struct.unpack("<Q", source.read(8))
         try:
-            json.loads(source.read(size), object_pairs_hook=no_doubled_keys)
+            # Of a name that stands twice the library keeps the last without a word; another reader may keep the first
+            header = json.loads(source.read(size), object_pairs_hook=no_doubled_keys)
         except ValueError as error:
             raise UserError(f"{file}: its header is faulty ({error}); download it again") from error
+        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    whole = np.frombuffer(mapped, np.uint8)[8 + size :]
+    found = {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), whole[slice(*entry["data_offsets"])])
+        for name, entry in entries.items()
+    }
+    return found, mapped
 
 
 def check_finite(x: np.ndarray, name: str, model_dir: str | Path) -> None:

@@ -116,18 +116,20 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(given: dict[str, Any]) -> dict[str, Any]:
-    """Weights onto one device, in fp32, as the peer has them."""
+    """Weights onto one device, in fp32, as the peer has them; the faster of two."""
     source, mesh = open_model(given["model"]), make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    before, begin = material.forget_peak(), time.perf_counter()
-    params = jax.block_until_ready(source.load_params(mesh, "float32"))
-    leaves = jax.tree.leaves(params)
-    total = sum(float(np.sum(np.asarray(x), dtype=np.float64)) for x in leaves)
-    seconds = time.perf_counter() - begin
+    leaves: list[jax.Array] = []
+    before, seconds = material.forget_peak(), []
+    for _ in range(2):  # memory that a virtual machine has not touched yet may take seconds to come
+        leaves.clear()
+        begin = time.perf_counter()
+        leaves += jax.tree.leaves(jax.block_until_ready(source.load_params(mesh, "float32")))
+        seconds.append(time.perf_counter() - begin)
     return {
-        "seconds": seconds,
+        "seconds": min(seconds),
         "bytes": material.peak_memory() - before,
         "parameters": sum(x.size for x in leaves),
-        "sum": total,
+        "sum": sum(float(np.sum(np.asarray(x), dtype=np.float64)) for x in leaves),
     }
 
 

@@ -75,26 +75,6 @@ class WeightSpec:
         order = [a for group in self.hf_groups for a in group]
         return x.transpose([self.layer_axes.index(a) for a in order]).reshape(self.hf_shape(config))
 
-    def read_slice(self, tensor: Any, index: tuple[slice, ...], config: ModelConfig) -> Any:
-        """Reads `to_ours(tensor)[index]` from a lazily read tensor, touching little more than that part of the file.
-
-        Args:
-          tensor: anything that slices like an array of `hf_shape`, such as a safetensors slice.
-          index: one slice with step 1 for each of `layer_axes`.
-        """
-        sizes = axis_sizes(config)
-        wanted = {a: range(sizes[a])[s] for a, s in zip(self.layer_axes, index, strict=True)}
-        # Of fused axes only the outermost is contiguous in the file: cut that one while reading, the others afterwards.
-        reads, shape, cuts, order = [], [], [], []
-        for outer, *inner in self.hf_groups:
-            width = math.prod(sizes[a] for a in inner)
-            reads.append(slice(wanted[outer].start * width, wanted[outer].stop * width))
-            shape += [len(wanted[outer]), *(sizes[a] for a in inner)]
-            cuts += [slice(None), *(slice(wanted[a].start, wanted[a].stop) for a in inner)]
-            order += [outer, *inner]
-        read = tensor[tuple(reads)].reshape(shape)[tuple(cuts)]
-        return read.transpose([order.index(a) for a in self.layer_axes])
-
 
 def decoder_table(config: ModelConfig) -> tuple[WeightSpec, ...]:
     """Every parameter of a decoder with this config, each once. Llama, Mistral and Qwen share these names."""
