@@ -5,21 +5,20 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lm_jax.commands import lab_steps
 from lm_jax.commands.lab_arms import DEV, TEST, Learnt, Row, learnt_of, write_split
+from lm_jax.commands.lab_musc_weights import constant_weights, mean_weights, placed_weights
 from lm_jax.commands.lab_steps import Settings
 from lm_jax.data.rows import read_rows, write_jsonl
-from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
 from lm_jax.lab.answers import verdict
 from lm_jax.lab.data import instructions
-from lm_jax.lab.governed import LABELS, dropped, labels
 from lm_jax.lab.world import World
 
 SEED, SFT, DPO, CONSTANT, ORACLE = "seed", "sft", "dpo", "constant", "oracle"
-UNIFORM = "uniform"
+UNIFORM, COLUMNS = "uniform", "columns"
+# Arm -> weight of tokens that a dropped constraint decides, and of others: what a rule could gain that knew which
+PLACED = {"governed": (2.0, 0.5), "ungoverned": (0.5, 2.0)}
 DROPPED, SAMPLED = "drop", "oracle"  # pairs of the default recipe, and of the oracle
 RECIPES: Mapping[str, Settings] = {
     DROPPED: {},
@@ -84,7 +83,11 @@ def musc_arms(rules: Sequence[str]) -> dict[str, MuscArm]:
         SFT: MuscArm("supervised tuning on the chosen responses", weights=None),
         DPO: MuscArm("plain DPO: all weights 1"),
         **{rule: MuscArm(f"weights by {rule}", weights=f"store:{rule}") for rule in weighed},
-        CONSTANT: MuscArm(f"all weights the mean of {default}", weights="columns"),
+        CONSTANT: MuscArm(f"all weights the mean of {default}", weights=COLUMNS),
+        **{
+            name: MuscArm(f"weights {inside:g} where a dropped constraint decides, else {outside:g}", weights=COLUMNS)
+            for name, (inside, outside) in PLACED.items()
+        },
         "online": MuscArm(f"{default} of the policy, anew in every step", weights="online"),
         "rounds_2": MuscArm(f"{default} in two rounds", pairs="", rounds=2),
         "rounds_3": MuscArm(f"{default} in three rounds", pairs="", rounds=3),
@@ -136,7 +139,11 @@ class MuscArms:
         if any(_is_stored(arm) for arm in self._arms.values()):
             lab_steps.weigh(self.base, self._pairs(DROPPED), self._weighed, rules="all")
         if CONSTANT in self._arms:
-            write_jsonl(self._constant, constant_weights(read_rows(self._weighed), self._store, self._rules[0]))
+            rows = constant_weights(read_rows(self._weighed), self._store, self._rules[0])
+            write_jsonl(self._columns(CONSTANT), rows)
+        for name in PLACED.keys() & self._arms.keys():
+            rows = placed_weights(self._world, read_rows(self._weighed), self._store, *PLACED[name])
+            write_jsonl(self._columns(name), rows)
         if SAMPLED in used:
             config, samples = self._config, f"{self._root}/data/samples.jsonl"
             rows = lab_steps.answer(
@@ -162,7 +169,7 @@ class MuscArms:
         if given.weights is None:
             lab_steps.tune(self.base, self._pairs(given.pairs), run, rate, common | {"response_column": "chosen"})
         else:
-            lab_steps.prefer(self.base, self._input(given), run, rate, common | {"weights": given.weights})
+            lab_steps.prefer(self.base, self._input(arm), run, rate, common | {"weights": given.weights})
         return run
 
     def asked(self, split: str) -> str:
@@ -190,10 +197,11 @@ class MuscArms:
     def _pairs(self, recipe: str) -> str:
         return f"{self._root}/data/pairs_{recipe}.jsonl"
 
-    def _input(self, arm: MuscArm) -> str:
-        if arm.weights == "columns":
-            return self._constant
-        # Of all arms whose pairs are the same the rows are too, in the same order
+    def _input(self, name: str) -> str:
+        """Of all arms whose pairs are the same the rows are too, in the same order."""
+        arm = self._arms[name]
+        if arm.weights == COLUMNS:
+            return self._columns(name)
         return self._weighed if _is_stored(arm) else self._pairs(arm.pairs)
 
     @property
@@ -208,57 +216,13 @@ class MuscArms:
     def _store(self) -> str:
         return f"{self._root}/data/weighed.weights"
 
-    @property
-    def _constant(self) -> str:
-        return f"{self._root}/data/constant.jsonl"
+    def _columns(self, name: str) -> str:
+        return f"{self._root}/data/{name}.jsonl"
 
 
 def _is_stored(arm: MuscArm) -> bool:
-    """Whether its weights come from the store, be it their mean alone."""
-    return arm.weights == "columns" or (arm.weights or "").startswith("store")
-
-
-def constant_weights(rows: Sequence[Row], store: str, rule: str) -> list[Row]:
-    """The rows with token scores of their own, all the mean that `rule` has over all tokens of the store.
-
-    Args:
-      rows: of `launch.musc_token_weights`.
-      store: where their weights lie.
-    """
-    weights = ScoreStore.open(store)
-    values = weights.read(np.arange(len(weights.lengths)))[rule]
-    mean = round(float(np.concatenate(values).mean(dtype=np.float64)), 6)
-    made = []
-    for row in rows:
-        first = 2 * row["token_weights"]["row"]
-        chosen, rejected = (int(n) for n in weights.lengths[first : first + 2])
-        rest = {name: value for name, value in row.items() if name != "token_weights"}
-        made.append({**rest, "chosen_token_scores": [mean] * chosen, "rejected_token_scores": [mean] * rejected})
-    return made
-
-
-def mean_weights(world: World, rows: Sequence[Row], store: str, rules: Sequence[str]) -> Row:
-    """See `MuscArms.extras`. Rows whose perturbed prompt is no instruction of the world count as having dropped none.
-
-    Args:
-      rows: of `launch.musc_token_weights`.
-      store: where their weights lie.
-    """
-    weights = ScoreStore.open(store)
-    values = weights.read(np.arange(len(weights.lengths)))
-    found: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
-    for row in rows:
-        governing = dropped(world, *(row[key][-1]["content"] for key in ("prompt", "perturbed_prompt")))
-        for number, side in enumerate(("chosen", "rejected"), 2 * row["token_weights"]["row"]):
-            labelled = np.array(labels(world, governing, row[side][-1]["content"]))
-            for label in LABELS if len(labelled) == weights.lengths[number] else ():  # a word that no world has
-                of_label = found.setdefault((side, label), {rule: [] for rule in rules})
-                for rule in rules:
-                    of_label[rule].append(values[rule][number][labelled == label])
-    return {
-        f"weights_{side}_{label}": {rule: float(np.concatenate(parts).mean()) for rule, parts in by_rule.items()}
-        for (side, label), by_rule in found.items()
-    }
+    """Whether its weights come from the store, be it their number or mean alone."""
+    return arm.weights == COLUMNS or (arm.weights or "").startswith("store")
 
 
 def oracle_pairs(world: World, rows: Sequence[Row]) -> list[Row]:

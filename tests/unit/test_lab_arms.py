@@ -13,7 +13,8 @@ from ml_collections import config_flags
 from lm_jax.commands import lab_steps
 from lm_jax.commands.lab_arms import DEV, TEST
 from lm_jax.commands.lab_main_arms import ADAPTERS, ORACLE, MainArms, MainArmsConfig, main_arms, supervised_row
-from lm_jax.commands.lab_musc_arms import MuscArms, MuscArmsConfig, constant_weights, musc_arms, oracle_pairs
+from lm_jax.commands.lab_musc_arms import MuscArms, MuscArmsConfig, musc_arms, oracle_pairs
+from lm_jax.commands.lab_musc_weights import constant_weights
 from lm_jax.config import from_config_dict
 from lm_jax.data.preference import preference_rows
 from lm_jax.data.rows import read_rows, write_jsonl

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lm_jax.commands.lab_musc_arms import mean_weights
+from lm_jax.commands.lab_musc_weights import mean_weights, placed_weights
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.lab.governed import dropped, labels
 from lm_jax.lab.grammar import Constraint
@@ -68,3 +68,6 @@ def test_mean_weights_by_hand(tmp_path):
         "weights_chosen_other": {"entropy": 0.75},
         "weights_chosen_end": {"entropy": 0.25},
     }  # the rejected one has tokens that the world does not cut as the tokenizer did
+    (placed,) = placed_weights(LISTS, rows, store, 2.0, 0.5)
+    assert placed["chosen_token_scores"] == [2.0, 0.5, 0.5, 0.5]
+    assert placed["rejected_token_scores"] == [0.5, 0.5, 0.5] and "token_weights" not in placed
