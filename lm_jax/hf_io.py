@@ -26,8 +26,7 @@ from lm_jax.model_directories import appears_whole, check_output, copy_side_file
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from lm_jax.strict_json import read_json_object
-from lm_jax.weight_files import DTYPES as STORED_DTYPES
-from lm_jax.weight_files import INDEX_FILE, StoredTensor, check_finite, listed, open_checkpoint
+from lm_jax.weight_files import INDEX_FILE, STORED_DTYPES, StoredTensor, check_finite, listed, open_checkpoint
 
 DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
 # Rotary tables that old Llama checkpoints carry; they follow from config.json.
@@ -55,8 +54,8 @@ def load_params(
       replace: given each parameter as it comes, in fp32 then, returns by path what is kept in its place.
 
     Returns:
-      The parameters, a nested dict. Host memory while loading: the local slices of one stacked tensor twice, in the
-      mapped file and here.
+      The parameters, a nested dict. Host memory while loading: the local slices of one stacked tensor here, what holds
+      them in the mapped files, and, of another dtype, four layers more.
 
     Raises:
       UserError: a file that is missing, corrupt or outside the directory; names that are unknown, missing, doubled or
@@ -68,6 +67,7 @@ def load_params(
     checkpoint = open_checkpoint(Path(model_dir))
     _check_names(Path(model_dir), checkpoint.tensors, table, config)
     _check_tied(Path(model_dir), checkpoint.tensors, config)
+    checkpoint.forget()
     params: dict[str, Any] = {}
     for spec in table:
         sharding = default if flat is None else flat[spec.path]

@@ -20,7 +20,7 @@ from lm_jax.strict_json import no_doubled_keys, read_json_object
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # As safetensors calls them; others are not read
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+STORED_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 
 class StoredTensor(NamedTuple):
@@ -33,7 +33,7 @@ class StoredTensor(NamedTuple):
     @property
     def array(self) -> np.ndarray:
         """The tensor, read-only; nothing is read from the file before it is looked at."""
-        return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
+        return self.data.view(STORED_DTYPES[self.dtype]).reshape(self.shape)
 
 
 class Checkpoint(NamedTuple):

@@ -10,12 +10,13 @@ output/seed_N/METHOD/arms/ARM/    a directory for each learning rate, dev.json, 
 output/compiled/                  what JAX compiled, which most steps share
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from lm_jax.lab.worlds import WORLDS
 Row = dict[str, Any]
 MUSC, MAIN, BOTH = CHOICES = ("musc", "main", "both")
 SAMPLED, GREEDY = "sampled", "greedy"
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
 # How it is computed and what is refused, not what comes out; more seeds and arms can follow
 _MAY_CHANGE = ("output", "seeds", "arms", "processes", "gate", "fitted")
 
@@ -70,10 +72,10 @@ class LabAblationConfig:
             raise UserError(f"config.world={self.world!r}: unknown world; choose {' or '.join(WORLDS)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"config.seeds={self.seeds}: give at least one, each once, none below 0")
-        if not self.rate_seeds or not set(self.rate_seeds) <= set(self.seeds):
-            raise UserError(f"config.rate_seeds={self.rate_seeds}: give at least one, all of them among config.seeds")
+        if not set(self.rate_seeds) <= set(self.seeds):
+            raise UserError(f"config.rate_seeds={self.rate_seeds}: all must be among config.seeds={self.seeds}")
         if self.fitted and len(self.seeds) > 1:
-            raise UserError(f"config.fitted={self.fitted}: one seed model, {len(self.seeds)} seeds; give one of them")
+            raise UserError(f"config.fitted={self.fitted} is of one seed; set config.seeds to it, not to {self.seeds}")
         for name in ("seed_rows", "dev", "test", "processes"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
@@ -99,9 +101,23 @@ def ablate(config: LabAblationConfig, rules: Sequence[str], controls: Controls) 
     """
     methods = _methods(config, rules, controls)
     begin_directory(config.output, "lab_ablation", _settings(config), _MAY_CHANGE)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{config.output}/compiled")
-    with alone_in(Path(config.output)):
+    with alone_in(Path(config.output)), _compiled_once(Path(config.output) / "compiled"):
         _Ablation(config, methods, rules, controls).do()
+
+
+@contextlib.contextmanager
+def _compiled_once(directory: Path) -> Iterator[None]:
+    """What one step compiled the next ones find, if the environment does not say where already."""
+    if _CACHE in os.environ:
+        yield
+        return
+    # A step that was killed may have left half of an entry, which JAX would never write again
+    shutil.rmtree(directory, ignore_errors=True)
+    os.environ[_CACHE] = str(directory)
+    try:
+        yield
+    finally:
+        del os.environ[_CACHE]
 
 
 def _settings(config: LabAblationConfig) -> Row:
@@ -147,7 +163,7 @@ class _Ablation:
         """All that is missing: seed models, then what the arms of each share, then the arms."""
         self._all({f"seed_{seed}/seed": partial(self._fit, seed) for seed in self._config.seeds})
         self._all({f"seed_{seed}/{name}": partial(self._prepare, name, seed) for name, seed in self._arms})
-        self._each_arm(self._try_rates, self._config.rate_seeds)
+        self._each_arm(self._try_rates, self._rate_seeds)
         self._each_arm(self._measure, self._config.seeds)
         print(self._write_report(), flush=True)
         self._plot()
@@ -164,12 +180,13 @@ class _Ablation:
 
     def _all(self, tasks: Mapping[str, Callable[[], None]]) -> None:
         """Several at a time, each with a log of its own; one alone shows what it does."""
-        if self._config.processes == 1:
+        processes = min(self._config.processes, len(tasks))
+        if processes == 1:
             for task in tasks.values():
                 task()
                 self._write_report()
             return
-        with ThreadPoolExecutor(self._config.processes, initializer=own_cores(self._config.processes)) as pool:
+        with ThreadPoolExecutor(processes, initializer=own_cores(processes)) as pool:
             waiting = [pool.submit(self._logged, name, task) for name, task in tasks.items()]
             try:
                 for done in as_completed(waiting):
@@ -185,8 +202,8 @@ class _Ablation:
 
     def _fit(self, seed: int) -> None:
         config, output = self._config, self._of(seed) / "seed"
-        if config.fitted and not output.exists():
-            copy_fitted(Path(config.fitted), config.world, output)
+        if config.fitted and not (output / "gate.json").exists():
+            copy_fitted(Path(config.fitted), {"world": config.world, "seed": seed, "rows": config.seed_rows}, output)
         if not (output / "gate.json").exists():
             run_step(
                 "launch.lab_seed",
@@ -215,10 +232,11 @@ class _Ablation:
             return
         found = {}
         for rate in rates:
-            place = f"{here}/{rate:g}"
+            began, place = time.monotonic(), f"{here}/{rate:g}"
             model = arms.train(arm, rate, place)
+            seconds = round(time.monotonic() - began, 1)
             answered = self._shares(model, arms.asked(DEV), f"{place}/dev.jsonl", self._config.temperature)
-            found[f"{rate:g}"] = answered["all_met"]
+            found[f"{rate:g}"] = {"all_met": answered["all_met"], "seconds": seconds}
         write_jsonl(f"{here}/dev.json", [found])
 
     def _measure(self, name: str, seed: int, arm: str) -> None:
@@ -230,6 +248,7 @@ class _Ablation:
         rates = arms.rates(arm)
         dev = self._dev(name, arm) if len(rates) > 1 else {}
         best = best_rate(rates, list(dev.values())) if rates else None
+        tried = dev[seed][f"{best:g}"]["seconds"] if seed in dev else 0.0  # it is trained already
         model = arms.base if best is None else arms.train(arm, best, f"{here}/{best:g}")
         test = {
             kind: self._shares(model, arms.asked(TEST), f"{here}/{kind}.jsonl", temperature)
@@ -237,15 +256,19 @@ class _Ablation:
         }
         learnt = arms.learnt(arm, f"{here}/{best:g}" if best is not None else str(here))
         found = {"method": name, "seed": seed, "arm": arm, "rate": best, "rates": list(rates), "dev": dev, "test": test}
-        found |= {"rows": learnt.rows, "truth": learnt.truth, "seconds": round(time.monotonic() - began, 1)}
+        found |= {"rows": learnt.rows, "truth": learnt.truth, "seconds": round(tried + time.monotonic() - began, 1)}
         write_jsonl(str(result), [found])
         for rate in rates:  # the runs of five seeds would fill a disk
             if rate != best:
                 shutil.rmtree(f"{here}/{rate:g}", ignore_errors=True)
 
-    def _dev(self, name: str, arm: str) -> dict[int, dict[str, float]]:
-        """Seed -> learning rate -> share on its development split."""
-        files = {seed: self._arm(name, seed, arm) / "dev.json" for seed in self._config.rate_seeds}
+    @property
+    def _rate_seeds(self) -> tuple[int, ...]:
+        return self._config.rate_seeds or self._config.seeds[:1]
+
+    def _dev(self, name: str, arm: str) -> dict[int, dict[str, Row]]:
+        """Seed -> learning rate -> what `_try_rates` found."""
+        files = {seed: self._arm(name, seed, arm) / "dev.json" for seed in self._rate_seeds}
         return {seed: json.loads(file.read_text()) for seed, file in files.items()}
 
     def _shares(self, model: str, asked: str, output: str, temperature: float) -> dict[str, float]:
@@ -292,31 +315,36 @@ class _Ablation:
         return self._arm(name, seed, arm) / "result.json"
 
 
-def copy_fitted(fitted: Path, world: str, output: Path) -> None:
+def copy_fitted(fitted: Path, wanted: Mapping[str, Any], output: Path) -> None:
     """Copies the directory of a finished `launch.lab_seed`; `output` appears when it is whole.
 
+    Args:
+      wanted: settings that it must have been fitted with.
+
     Raises:
-      UserError: it is none, or of another world.
+      UserError: it is none, or of other settings; a fit that was interrupted lies in `output`.
     """
+    if output.exists():
+        raise UserError(f"{output}: a fit that was interrupted; remove it, or leave config.fitted out to go on with it")
     settings = fitted / "config.json"
     if not (settings.exists() and (fitted / "gate.json").exists()):
         raise UserError(f"config.fitted={fitted}: no seed model; launch.lab_seed and make quickstart leave one")
-    of = json.loads(settings.read_text())["config"]["world"]
-    if of != world:
-        raise UserError(f"config.fitted={fitted}: a seed model of the world {of}; set config.world to it")
+    given = json.loads(settings.read_text())["config"]
+    if other := [f"{key} {given[key]} for {value}" for key, value in wanted.items() if given[key] != value]:
+        raise UserError(f"config.fitted={fitted}: fitted with {', '.join(other)}; give another, or leave it out")
     copied = output.with_name("seed.tmp")
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(fitted, copied)
     copied.rename(output)
 
 
-def best_rate(rates: Sequence[float], dev: Sequence[Mapping[str, float]]) -> float:
+def best_rate(rates: Sequence[float], dev: Sequence[Mapping[str, Row]]) -> float:
     """The learning rate of the highest share over all seeds; of equals the lowest, which changes the model least.
 
     Args:
-      dev: of each seed the share of each rate; none where there is no choice.
+      dev: of each seed `all_met` of each rate; none where there is no choice.
     """
-    return max(sorted(rates), key=lambda rate: sum(shares[f"{rate:g}"] for shares in dev))
+    return max(sorted(rates), key=lambda rate: sum(found[f"{rate:g}"]["all_met"] for found in dev))
 
 
 def own_cores(processes: int) -> Callable[[], None]:

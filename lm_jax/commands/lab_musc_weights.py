@@ -6,7 +6,8 @@ import numpy as np
 
 from lm_jax.commands.lab_arms import Row
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.lab.governed import GOVERNED, LABELS, dropped, labels
+from lm_jax.lab.governed import GOVERNED, dropped, labels
+from lm_jax.lab.grammar import Constraint
 from lm_jax.lab.world import World
 
 SIDES = ("chosen", "rejected")
@@ -35,8 +36,9 @@ def placed_weights(world: World, rows: Sequence[Row], store: str, inside: float,
     """
     weights, made = ScoreStore.open(store), []
     for row in rows:
-        scores = []
-        for number, labelled in zip(_places(row), _labelled(world, row), strict=True):
+        scores, governing = [], _dropped(world, row)
+        for side, number in zip(SIDES, _places(row), strict=True):
+            labelled = np.array(labels(world, governing, row[side][-1]["content"]))
             fits = len(labelled) == weights.lengths[number]
             decided = labelled == GOVERNED if fits else np.zeros(weights.lengths[number], bool)
             scores.append(np.where(decided, inside, outside).tolist())
@@ -55,16 +57,15 @@ def _places(row: Row) -> range:
     return range(first, first + 2)
 
 
-def _labelled(world: World, row: Row) -> list[np.ndarray]:
-    """Of each of SIDES the label of every token."""
-    governing = dropped(world, *(row[key][-1]["content"] for key in ("prompt", "perturbed_prompt")))
-    return [np.array(labels(world, governing, row[side][-1]["content"])) for side in SIDES]
+def _dropped(world: World, row: Row) -> list[Constraint]:
+    return dropped(world, *(row[key][-1]["content"] for key in ("prompt", "perturbed_prompt")))
 
 
 def mean_weights(world: World, rows: Sequence[Row], store: str, rules: Sequence[str]) -> Row:
     """How much each rule weighs the tokens of each label: `weights_SIDE_LABEL` -> rule -> mean.
 
-    Rows whose perturbed prompt is no instruction of the world count as having dropped nothing.
+    Left out: rows whose prompts do not show what was dropped, responses that the world does not cut into as many tokens
+    as the tokenizer did, labels that no token has.
 
     Args:
       rows: of `launch.musc_token_weights`.
@@ -74,12 +75,15 @@ def mean_weights(world: World, rows: Sequence[Row], store: str, rules: Sequence[
     values = weights.read(np.arange(len(weights.lengths)))
     found: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
     for row in rows:
-        for side, number, labelled in zip(SIDES, _places(row), _labelled(world, row), strict=True):
-            for label in LABELS if len(labelled) == weights.lengths[number] else ():  # a word that no world has
+        governing = _dropped(world, row)
+        for side, number in zip(SIDES, _places(row), strict=True):
+            labelled = np.array(labels(world, governing, row[side][-1]["content"]))
+            fits = bool(governing) and len(labelled) == weights.lengths[number]
+            for label in set(labelled) if fits else ():
                 of_label = found.setdefault((side, label), {rule: [] for rule in rules})
                 for rule in rules:
                     of_label[rule].append(values[rule][number][labelled == label])
     return {
         f"weights_{side}_{label}": {rule: float(np.concatenate(parts).mean()) for rule, parts in by_rule.items()}
-        for (side, label), by_rule in found.items()
+        for (side, label), by_rule in sorted(found.items())
     }

@@ -52,7 +52,7 @@ def report_of(method: Method, results: Sequence[Row], extras: Mapping[int, Row])
       extras: seed -> groups of numbers by name, as {"auroc": {"mutual": 0.9}}.
 
     Returns:
-      `arms`: arm -> `seeds`, `rates` (learning rate -> seeds that chose it), `at_edge` (seeds that chose the lowest or
+      `arms`: arm -> `seeds`, `rates` (learning rate -> seeds that had it), `at_edge` (seeds that had the lowest or
       highest of several), measures (mean, half_width, values by seed) and `against_base` (by measure: difference,
       half_width, p); None where it cannot be computed. `comparisons`: how many p there are of each measure.
       `extras`: group -> name -> mean, half_width, values.
@@ -60,14 +60,17 @@ def report_of(method: Method, results: Sequence[Row], extras: Mapping[int, Row])
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in method.about}
     base = by_arm.get(method.base, {})
     arms = {arm: _arm(found, {} if arm == method.base else base) for arm, found in by_arm.items() if found}
-    groups = {group: list(values) for row in extras.values() for group, values in row.items()}
+    groups: dict[str, dict[str, dict[int, float]]] = {}
+    for seed, row in extras.items():
+        for group, values in row.items():
+            for name, value in values.items():
+                groups.setdefault(group, {}).setdefault(name, {})[seed] = value
     return {
         "base": method.base,
         "arms": arms,
         "comparisons": sum(arm["against_base"]["all_met"] is not None for arm in arms.values()),
         "extras": {
-            group: {name: _summary({seed: row[group][name] for seed, row in extras.items()}) for name in names}
-            for group, names in groups.items()
+            group: {name: _summary(values) for name, values in names.items()} for group, names in groups.items()
         },
     }
 
@@ -202,7 +205,7 @@ def _notes(method: Method, report: Row) -> list[str]:
         ),
     ]
     if any(arm["at_edge"] for arm in report["arms"].values()):
-        lines.append("A learning rate with * was the lowest or highest that was tried, on at least one seed.")
+        lines.append("A learning rate with * was the lowest or highest that was tried.")
     return lines
 
 

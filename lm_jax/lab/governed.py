@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 
 from lm_jax.lab.grammar import Constraint, read_instruction
-from lm_jax.lab.world import Kind, World, tokens
+from lm_jax.lab.world import World, tokens
 
 GOVERNED, OTHER, END = LABELS = ("governed", "other", "end")
 
@@ -19,8 +19,8 @@ def dropped(world: World, full: str, perturbed: str) -> list[Constraint]:
 def labels(world: World, constraints: Collection[Constraint], response: str) -> list[str]:
     """One of LABELS for each token of a response, the end token included: whether one of `constraints` decides it.
 
-    A length decides what follows an item, a place the word that stands there, a mark its own tokens; an excluded word,
-    or a half that all must come from, every word.
+    A length decides what follows an item, a place the word that stands there, whichever it is, a mark what is in its
+    slot; an excluded word, or a half that all must come from, every word.
     """
     found = tokens(response)
     governed = {place for constraint in constraints for place in _places(world, constraint, found)}
@@ -44,8 +44,10 @@ def _places(world: World, constraint: Constraint, found: Sequence[str]) -> Itera
         case "times":
             yield from (place for item in items for place in item[1:])
         case "mark":
-            marks = _marks(kind, constraint.value)
+            marks = world.marks_of(kind.slot)
             yield from (place for place, token in enumerate(found) if token in marks)
+        case _:
+            raise ValueError(f"no rule {kind.rule!r}")
 
 
 def _items(world: World, found: Sequence[str]) -> list[list[int]]:
@@ -59,8 +61,3 @@ def _items(world: World, found: Sequence[str]) -> list[list[int]]:
         else:
             items.append([place])
     return items
-
-
-def _marks(kind: Kind, value: str) -> set[str]:
-    text = dict(kind.values)[value]
-    return {token for part in ([text] if isinstance(text, str) else text) for token in tokens(part)}

@@ -141,9 +141,10 @@ def test_every_slice_is_copied_whole_in_any_layout(source):
     wide = np.arange(7 * 19 * 21).reshape(7, 19, 21)  # no multiples of a strip
     slices = [whole[i] for i in (np.s_[3:9, 1:3, :], np.s_[:, 2:4, 1:5], np.s_[0:1, 0:1, 7:8], np.s_[:, :, :])]
     for given in [*slices, *(wide.transpose(order) for order in itertools.permutations(range(3))), wide[0, 0]]:
-        copied = np.zeros(given.shape, np.float32)
-        hf_io._copy(copied, given)
-        np.testing.assert_array_equal(copied, given)
+        for stored, dtype in itertools.product(hf_io.STORED_DTYPES.values(), hf_io.DTYPES.values()):
+            copied, expected = np.zeros(given.shape, dtype), given.astype(stored)
+            hf_io._copy(copied, expected)
+            np.testing.assert_array_equal(copied, expected.astype(dtype))
 
 
 def test_paths_and_names_are_unique(source):
@@ -192,8 +193,9 @@ MEMORY = """
     import sys, threading, time, jax, numpy as np
     from lm_jax.hf_io import export_hf, load_params
     from lm_jax.models.registry import read_model_config
-    def resident():  # bytes of this process without the mapped, reclaimable pages of files
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+    def resident():  # bytes of this process, the mapped pages of files too
+        kinds = ("RssAnon", "RssFile")
+        return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kinds)) * 1024
     peak, stop = 0, threading.Event()
     def watch():
         global peak
@@ -233,7 +235,7 @@ def test_loading_needs_no_more_than_one_stacked_tensor_besides_the_parameters(la
     extra, largest, total = map(int, run_python(MEMORY, large, "-", "load", 0).split())
     print(f"load: {extra / 1e6:.0f} MB extra; largest stacked tensor {largest / 1e6:.0f} MB, all {total / 1e6:.0f} MB")
     assert total > 3e8
-    assert extra < 1.2 * largest
+    assert extra < 1.8 * largest  # in fp32, and of what it is made in the bf16 file; the whole file would be another 2.2
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")

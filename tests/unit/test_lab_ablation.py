@@ -90,12 +90,20 @@ def run(tmp_path, monkeypatch):
     return call
 
 
+def dev(shares):
+    return {rate: {"all_met": share, "seconds": 1.0} for rate, share in shares.items()}
+
+
+def _shares(dev):
+    return {rate: found["all_met"] for rate, found in dev.items()}
+
+
 def test_each_arm_is_measured_with_the_rate_that_development_chose(run, tmp_path):
     calls = run()
     assert len(calls) == 3 + 3 + 2 * (2 + 3)  # seed models, preparations, of two arms two rates on one seed, then one
     arms = tmp_path / "out/seed_1/musc/arms"
     results = {arm: json.loads((arms / arm / "result.json").read_text()) for arm in ("seed", "dpo", "kl")}
-    assert results["dpo"]["rate"] == 3e-4 and results["dpo"]["dev"] == {"0": {"0.0003": 0.6, "0.0001": 0.4}}
+    assert results["dpo"]["rate"] == 3e-4 and _shares(results["dpo"]["dev"]["0"]) == {"0.0003": 0.6, "0.0001": 0.4}
     assert results["kl"]["rate"] == 1e-4  # of equals the lower
     assert results["seed"]["rate"] is None and results["seed"]["dev"] == {}
     assert results["dpo"]["test"]["sampled"] == {"all_met": 0.6, "each": 0.8, "well_formed": 1.0}
@@ -152,10 +160,16 @@ def test_a_seed_model_that_is_there_is_not_fitted_again(run, tmp_path):
     with pytest.raises(UserError, match=f"config.fitted={there}: no seed model; launch.lab_seed and"):
         run(seeds=(0,), fitted=str(there))
     write_jsonl(f"{there}/gate.json", [dict.fromkeys(GATED, 1.0)])
-    write_jsonl(f"{there}/config.json", [{"command": "lab_seed", "config": {"world": "trips"}}])
-    with pytest.raises(UserError, match="a seed model of the world trips; set config.world to it"):
+    settings = {"world": "lists", "seed": 0, "rows": 60000}
+    write_jsonl(f"{there}/config.json", [{"command": "lab_seed", "config": settings | {"world": "trips", "rows": 5}}])
+    with pytest.raises(UserError, match="fitted with world trips for lists, rows 5 for 60000; give another"):
         run(seeds=(0,), fitted=str(there))
-    write_jsonl(f"{there}/config.json", [{"command": "lab_seed", "config": {"world": "lists"}}])
+    write_jsonl(f"{there}/config.json", [{"command": "lab_seed", "config": settings}])
+    interrupted = tmp_path / "out/seed_0/seed"
+    interrupted.mkdir(parents=True)
+    with pytest.raises(UserError, match="seed_0/seed: a fit that was interrupted; remove it, or"):
+        run(seeds=(0,), fitted=str(there))
+    interrupted.rmdir()
     assert {call[0] for call in run(seeds=(0,), fitted=str(there))} == {"prepare", "dpo", "kl"}
     assert (tmp_path / "out/seed_0/seed/gate.json").read_bytes() == (there / "gate.json").read_bytes()
     assert ("fit", "1") in run(seeds=(0, 1))  # it may be given once, and others follow
@@ -173,8 +187,8 @@ def test_bad_settings_are_named(run):
         ({"method": "dpo"}, "config.method='dpo': must be musc, main or both"),
         ({"world": "moon"}, "config.world='moon': unknown world; choose lists or trips"),
         ({"seeds": (1, 1)}, "config.seeds=.1, 1.: give at least one, each once"),
-        ({"fitted": "some/where"}, "config.fitted=some/where: one seed model, 3 seeds; give one of them"),
-        ({"rate_seeds": (7,)}, "config.rate_seeds=.7,.: give at least one, all of them among config.seeds"),
+        ({"fitted": "some/where"}, "config.fitted=some/where is of one seed; set config.seeds to it, not to .0, 1, 2."),
+        ({"rate_seeds": (7,)}, "config.rate_seeds=.7,.: all must be among config.seeds=.0, 1, 2."),
         ({"arms": ("dpo", "dqo")}, "config.arms: unknown arm 'dqo'; choose from .*calibrated_entropy"),
         ({"main.base": "start"}, "config.main.base='start': no stage of the seed model; choose pretraining or clean"),
         ({"main.rounds": 4}, "config.main.rounds=4: must lie between 1 and 3"),
@@ -186,11 +200,12 @@ def test_bad_settings_are_named(run):
 
 
 def test_of_equal_rates_the_lowest_is_best():
-    assert best_rate((3e-4, 1e-4, 1e-3), [{"0.0003": 0.5, "0.0001": 0.5, "0.001": 0.4}]) == 1e-4
+    assert best_rate((3e-4, 1e-4, 1e-3), [dev({"0.0003": 0.5, "0.0001": 0.5, "0.001": 0.4})]) == 1e-4
 
 
 def test_the_best_rate_is_best_on_all_seeds_together(run, tmp_path):
-    assert best_rate((1e-4, 3e-4), [{"0.0001": 0.5, "0.0003": 0.4}, {"0.0001": 0.3, "0.0003": 0.5}]) == 3e-4
+    two = [dev({"0.0001": 0.5, "0.0003": 0.4}), dev({"0.0001": 0.3, "0.0003": 0.5})]
+    assert best_rate((1e-4, 3e-4), two) == 3e-4
     assert best_rate((1e-4,), []) == 1e-4  # nothing to choose
     calls = run(rate_seeds=(1, 2))
     assert sum(call[0] == "dpo" for call in calls) == 2 * 2 + 3
@@ -248,6 +263,36 @@ def test_the_report_by_hand(tmp_path):
     assert "all 60.0 ± 127.1" in text  # of two seeds, t is 12.7
     plot_method(METHOD, report, f"{tmp_path}/plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_seeds_may_differ_in_what_was_measured_besides():
+    found = {0: {"weights": {"kl": 0.5, "pmi": 0.1}}, 1: {}, 2: {"weights": {"kl": 0.7}}}
+    extras = report_of(METHOD, [], found)["extras"]
+    assert extras["weights"]["kl"]["values"] == {"0": 0.5, "2": 0.7}
+    assert extras["weights"]["pmi"]["values"] == {"0": 0.1}
+
+
+def test_steps_share_what_they_compile_and_nobody_else_does(run, tmp_path, monkeypatch):
+    seen, train = [], Fake.train
+
+    def look(self, *arguments):
+        seen.append(os.environ["JAX_COMPILATION_CACHE_DIR"])
+        return train(self, *arguments)
+
+    monkeypatch.setattr(Fake, "train", look)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    torn = tmp_path / "out/compiled/half"
+    run()
+    torn.parent.mkdir()
+    torn.write_text("")
+    (tmp_path / "out/seed_2/musc/arms/kl/result.json").unlink()
+    run()
+    assert set(seen) == {f"{tmp_path}/out/compiled"} and not torn.exists()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    (tmp_path / "out/seed_2/musc/arms/kl/result.json").unlink()
+    run()
+    assert seen[-1] == "mine" == os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 def test_one_seed_is_shown_without_intervals():

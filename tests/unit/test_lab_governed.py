@@ -1,13 +1,17 @@
 """Which tokens a constraint decides, by hand, and what the rules weigh them."""
 
+import random
+
 import numpy as np
 import pytest
 
 from lm_jax.commands.lab_musc_weights import mean_weights, placed_weights
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.lab.governed import dropped, labels
-from lm_jax.lab.grammar import Constraint
+from lm_jax.lab.grammar import Constraint, make_instruction
+from lm_jax.lab.world import tokens
 from lm_jax.lab.worlds import WORLDS
+from lm_jax.lab.writer import write
 
 LISTS, TRIPS = WORLDS["lists"], WORLDS["trips"]
 
@@ -21,7 +25,7 @@ LISTS, TRIPS = WORLDS["lists"], WORLDS["trips"]
         (Constraint("last", "saw"), "axe, file - knife", "....g"),
         (Constraint("include", "saw"), "axe, saw, saw", "..g.g"),
         (Constraint("exclude", "saw"), "axe, file", "g.g"),
-        (Constraint("separator", "dash"), "axe - file, saw", ".g..."),
+        (Constraint("separator", "dash"), "axe - file, saw", ".g.g."),  # a wrong one stands in its slot too
         (Constraint("numbered"), "1 axe, 2 file", "g..g."),
         (Constraint("twice", "two"), "axe axe, file file", ".g..g"),
         (Constraint("bracket", "round"), "( axe )", "g.g"),
@@ -47,11 +51,14 @@ def test_what_was_dropped():
     assert dropped(LISTS, full, "sing a song.") == []
 
 
-def test_every_rule_of_every_world_has_its_tokens():
-    for world in (LISTS, TRIPS):
-        for kind in world.kinds:
-            value = kind.values[0][0] if kind.values else world.groups[0].words[0]
-            assert labels(world, [Constraint(kind.name, value)], "")[-1] == "end"
+@pytest.mark.parametrize("world", [LISTS, TRIPS], ids=lambda world: world.name)
+def test_every_kind_decides_something_of_a_response_that_meets_it(world):
+    for kind in world.kinds:
+        rng = random.Random(kind.name)
+        instruction = make_instruction(world, [kind.name], rng)
+        response = write(world, instruction.group, instruction.constraints, rng)
+        found = labels(world, instruction.constraints, response)
+        assert "governed" in found and len(found) == len(tokens(response)) + 1, (kind.name, response)
 
 
 def test_mean_weights_by_hand(tmp_path):
