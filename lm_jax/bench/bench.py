@@ -215,5 +215,6 @@ def _plot_growth(figure: Figure, points: list[dict[str, Any]]) -> None:
         axis.set_xlabel(name)
         axis.set_ylabel("forward + backward, ms", color="tab:blue")
         beside.set_ylabel("temporary memory, MiB", color="tab:orange")
+        axis.set_xscale("log", base=2)
         for each in (axis, beside):
-            each.set_ylim(bottom=0)
+            each.set_yscale("log")  # what grows with the size has slope 1, with its square 2
