@@ -9,7 +9,7 @@ after every arm; `METHOD.png`, at the end, the picture; `compiled/` what steps s
 does not say it. The same command goes on after an interruption: an arm whose `result.json` is there is not run again.
 More `seeds` and other `arms` may be given to the same output.
 
-Presets: `:short` is for a test: one seed, MuSC's plain DPO and what MAIN's filter keeps. With the quickstart's seed
+Presets: `:short` is for a test: one seed, DPO on MuSC's pairs and what MAIN's filter keeps. With the quickstart's seed
 model, `--config.fitted=runs/quickstart/seed`, it takes three minutes on two cores.
 """
 
@@ -58,13 +58,13 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "short":
         c.method = "both"
         c.seeds = (0,)
-        c.arms = ("seed", "dpo")
+        c.arms = ("seed", "dpo_nll")
         c.test = 384
         c.processes = 1
-        c.musc.instructions = 1024
-        c.musc.rates = (3e-4,)
+        c.musc.instructions = 1536
+        c.musc.rates = (2e-4,)
         c.main.pairs = 300
-        c.main.responses = 500
+        c.main.responses = 400
         c.main.probes = 128
     elif preset:
         raise ValueError(f"unknown preset {preset!r}; choose short or none")

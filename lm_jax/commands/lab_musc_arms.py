@@ -27,6 +27,7 @@ RECIPES: Mapping[str, Settings] = {
     "ratio_0.6": {"perturb.ratio": 0.6},
     "ratio_1.0": {"perturb.ratio": 1.0},
 }
+ANCHORED: Settings = {"loss.nll_weight": 0.2}  # high rates leave one answer in five no longer well formed without it
 # A seed model has never met these questions, and what it answers them would be no measurement of the method
 LEFT_OUT = {
     "negate": "the seed model was never asked to contradict a constraint",
@@ -63,12 +64,14 @@ class MuscArm:
       pairs: one of RECIPES, or SAMPLED; empty: it learns none.
       weights: of `launch.musc_train`; None: the chosen responses are tuned on instead.
       rounds: how many; above 1 each makes pairs anew of its share of the instructions.
+      settings: further keys of `launch.musc_train`.
     """
 
     about: str
     pairs: str = DROPPED
     weights: str | None = UNIFORM
     rounds: int = 1
+    settings: Settings = dataclasses.field(default_factory=dict)
 
 
 def musc_arms(rules: Sequence[str]) -> dict[str, MuscArm]:
@@ -83,6 +86,13 @@ def musc_arms(rules: Sequence[str]) -> dict[str, MuscArm]:
         SFT: MuscArm("supervised tuning on the chosen responses", weights=None),
         DPO: MuscArm("plain DPO: all weights 1"),
         **{rule: MuscArm(f"weights by {rule}", weights=f"store:{rule}") for rule in weighed},
+        **{
+            f"{name}_nll": MuscArm(f"{about}, and {_shown(ANCHORED)}", weights=weights, settings=ANCHORED)
+            for name, about, weights in (
+                (DPO, "plain DPO", UNIFORM),
+                (default, f"weights by {default}", f"store:{default}"),
+            )
+        },
         CONSTANT: MuscArm(f"all weights the mean of {default}", weights=COLUMNS),
         **{
             name: MuscArm(f"weights {inside:g} where a dropped constraint decides, else {outside:g}", weights=COLUMNS)
@@ -169,7 +179,8 @@ class MuscArms:
         if given.weights is None:
             lab_steps.tune(self.base, self._pairs(given.pairs), run, rate, common | {"response_column": "chosen"})
         else:
-            lab_steps.prefer(self.base, self._input(arm), run, rate, common | {"weights": given.weights})
+            settings = common | {"weights": given.weights} | given.settings
+            lab_steps.prefer(self.base, self._input(arm), run, rate, settings)
         return run
 
     def asked(self, split: str) -> str:

@@ -102,7 +102,7 @@ def test_musc_splits_share_no_text_and_no_composition_with_what_is_learnt(tmp_pa
 
 
 def test_musc_arms_differ_in_what_they_say(tmp_path, steps):
-    names = ["seed", "dpo", "kl", "constant", "online", "sft", "substitute", "rounds_3", "oracle"]
+    names = ["seed", "dpo", "kl", "dpo_nll", "constant", "online", "sft", "substitute", "rounds_3", "oracle"]
     arms = MuscArms(MUSC, LISTS, 3, tmp_path, names, RULES)
     data = f"{tmp_path}/musc/data"
 
@@ -138,6 +138,7 @@ def test_musc_arms_differ_in_what_they_say(tmp_path, steps):
     for arm, rows, weights in (
         ("dpo", "pairs_drop", "uniform"),
         ("kl", "weighed", "store:kl"),
+        ("dpo_nll", "pairs_drop", "uniform"),
         ("constant", "constant", "columns"),
         ("online", "pairs_drop", "online"),
         ("substitute", "pairs_substitute", "uniform"),
@@ -145,6 +146,7 @@ def test_musc_arms_differ_in_what_they_say(tmp_path, steps):
     ):
         model, command, settings = trained(arm)
         assert (command, settings["input"], settings["weights"]) == ("musc_train", f"{data}/{rows}.jsonl", weights)
+        assert settings.get("loss.nll_weight") == ("0.2" if arm == "dpo_nll" else None)
         assert (model, settings["model"], settings["seed"]) == (f"{tmp_path}/{arm}/run", f"{tmp_path}/seed/model", "3")
     _, command, settings = trained("sft")
     assert (command, settings["response_column"], settings["epochs"]) == ("main_train", "chosen", "2")
