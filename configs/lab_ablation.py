@@ -4,13 +4,13 @@
     python -m launch.lab_ablation --config=configs/lab_ablation.py --config.output=runs/lab_main --config.method=main
 
 Expect: a seed model for each seed, what its arms share, learning rates, then a line for every step (the whole output
-is below `logs/`; with `processes=1` it is shown). `report.md` is the table and `report.json` the numbers, written anew
-after every arm; `METHOD.png`, at the end, the picture; `compiled/` what steps share, where JAX_COMPILATION_CACHE_DIR
-does not say it. The same command goes on after an interruption: an arm whose `result.json` is there is not run again.
-More `seeds` and other `arms` may be given to the same output.
+is below `logs/`; of steps that run alone it is shown). `report.md` is the table and `report.json` the numbers, written
+anew after every arm; `METHOD.png`, at the end, the picture; `compiled/` what steps share, where
+JAX_COMPILATION_CACHE_DIR does not say it. The same command goes on after an interruption: an arm whose `result.json` is
+there is not run again. More `seeds` and other `arms` may be given to the same output.
 
-Presets: `:short` is for a test: one seed, DPO on MuSC's pairs and what MAIN's filter keeps. With the quickstart's seed
-model, `--config.fitted=runs/quickstart/seed`, it takes three minutes on two cores.
+Presets: `:short` is for a test: one seed, DPO with NLL on MuSC's pairs, and what MAIN's filter keeps. With the
+quickstart's seed model, `--config.fitted=runs/quickstart/seed`, it takes three to four minutes on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.fitted = placeholder(str)  # directory of a seed model that is there, as launch.lab_seed leaves it; for one seed
     c.seed_rows = 60000  # what others are fitted on, as configs/lab_seed.py has it
     c.gate = 0.9  # a seed model below it ends the run
-    c.rate_seeds = ()  # those whose development splits choose an arm's learning rate, for all seeds; none: the first
+    c.rate_seeds = ()  # whose development splits choose an arm's learning rate for all; none: the first of seeds
     c.dev = 512  # held-out instructions of such a split
     c.test = 512  # other ones that are reported: one standard error of an arm is about two points
     c.temperature = 0.5  # of measured answers, besides greedy ones; MuSC's own
@@ -61,7 +61,6 @@ def get_config(preset: str = "") -> ConfigDict:
         c.arms = ("seed", "dpo_nll")
         c.test = 384
         c.processes = 1
-        c.musc.instructions = 1536
         c.musc.rates = (2e-4,)
         c.main.pairs = 300
         c.main.responses = 400

@@ -61,6 +61,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.optim.eps = 1e-8
     c.optim.weight_decay = 0.0  # few epochs
     c.optim.clip_norm = 1.0
+    c.optim.mu_dtype = "auto"  # of first moments: float32 | bfloat16; auto: the parameters'
     # Steps of the whole run whose loss or gradient may be NaN or infinite: they change nothing, and the data go on. A
     # few are a freak batch, more are a fault; 0 stops at the first
     c.optim.skip_limit = 5

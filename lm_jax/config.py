@@ -24,6 +24,8 @@ _ADDRESSES = frozenset(
     "responses store reference_cache remote url".split()
 )
 SCHEDULES = ("cosine", "linear", "constant")
+AUTO = "auto"
+MU_DTYPES = (AUTO, "float32", "bfloat16")
 FULL, NF4 = BASES = ("full", "nf4")
 
 
@@ -152,6 +154,7 @@ class OptimConfig:
     weight_decay: float  # AdamW, on matrices only
     clip_norm: float  # global gradient norm; 0 turns clipping off
     skip_limit: int = 5  # steps of a run that may be skipped for a loss or gradient that is not finite; 0: none
+    mu_dtype: str = "auto"  # of first moments: float32 | bfloat16; auto: the parameters'
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -167,6 +170,8 @@ class OptimConfig:
                 raise UserError(f"config.optim.{name}: must lie in [0, 1), got {getattr(self, name)}")
         if self.skip_limit < 0:
             raise UserError(f"config.optim.skip_limit: must not be negative, got {self.skip_limit}")
+        if self.mu_dtype not in MU_DTYPES:
+            raise UserError(f"config.optim.mu_dtype: unknown {self.mu_dtype!r}; choose from {', '.join(MU_DTYPES)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source, which may be transposed: in strips, which caches hold, two to three times faster.
+    """target[...] = source, which may be transposed: in strips, which caches hold, several times faster.
 
     Of another dtype it is turned first: numpy casts what is contiguous many times faster.
     """

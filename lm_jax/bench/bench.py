@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,13 @@ class Row:
       peers: name of the peer's run -> what is different about it.
       needs: modules of the peer.
       same: (ours, the peer's) -> what shows that both computed the same, and whether they did.
+      once: each side does its work once, so that whole processes compare too: start, loading and compilation with it.
     """
 
     peers: Mapping[str, Mapping[str, Any]]
     needs: tuple[str, ...]
     same: Callable[[Result, Result], tuple[str, bool]]
+    once: bool = False
 
 
 def _same_epoch(a: Result, b: Result) -> tuple[str, bool]:
@@ -92,7 +95,10 @@ def _same_sums(a: Result, b: Result) -> tuple[str, bool]:
 
 ROWS = {
     "train": Row(
-        {"TRL float32": {"dtype": "float32"}, "TRL bfloat16": {"dtype": "bfloat16"}}, ("torch", "trl"), _same_epoch
+        {"TRL float32": {"dtype": "float32"}, "TRL bfloat16": {"dtype": "bfloat16"}},
+        ("torch", "trl"),
+        _same_epoch,
+        once=True,
     ),
     "generate": Row({"transformers": {}}, ("torch",), _same_texts),
     "score": Row({"transformers": {}}, ("torch",), _same_sums),
@@ -137,9 +143,10 @@ def bench(config: BenchConfig) -> None:
             say(f"{name}: {peer}")
             theirs = _side("peers", name, {**given, **different})
             said, same = ROWS[name].same(ours, theirs)
-            ratios = {key: theirs[key] / ours[key] for key in ("seconds", "bytes") if ours.get(key)}
+            measured = ("seconds", "bytes", "process_seconds") if ROWS[name].once else ("seconds", "bytes")
+            ratios = {key: theirs[key] / ours[key] for key in measured if ours.get(key)}
             found["peers"][peer] = {**theirs, "same": same, "compared": said, "ratio": ratios}
-            print(_line(name, peer, ours, theirs, ratios["seconds"], said, same), flush=True)
+            print(_line(name, peer, ours, theirs, ratios, said, same), flush=True)
         report["rows"][name] = found
         write_text(f"{output}/bench.json", json.dumps(report, indent=1) + "\n")
         _plot(output / f"{name}.png", name, found)
@@ -164,26 +171,32 @@ def _side(side: str, row: str, given: Mapping[str, Any]) -> dict[str, Any]:
         # One JAX device a core: rows are independent, and small operations run on one core each
         environment.setdefault("JAX_NUM_CPU_DEVICES", str(_cores()))
     command = [sys.executable, "-m", f"lm_jax.bench.{side}", row, json.dumps(given)]
+    begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - begin
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
         raise UserError(f"row {row}, {side}: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": seconds}
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _line(row: str, peer: str, ours: Result, theirs: Result, ratio: float, said: str, same: bool) -> str:
+def _line(
+    row: str, peer: str, ours: Result, theirs: Result, ratios: Mapping[str, float], said: str, same: bool
+) -> str:
     speed = f", {ours['tokens'] / ours['seconds']:,.0f} tokens/s" if "tokens" in ours else ""
     memory = (
         f", memory {ours['bytes'] / 2**20:.0f} against {theirs['bytes'] / 2**20:.0f} MiB" if "bytes" in ours else ""
     )
+    whole = f" ({ratios['process_seconds']:.2f} of whole processes)" if "process_seconds" in ratios else ""
     share = ours.get("model_flops_utilization")
     peak = "" if share is None else f", {share:.1%} of the peak"
     return (
-        f"{row:9} {ours['seconds']:8.2f} s against {theirs['seconds']:8.2f} s of {peer}: {ratio:.2f} times{speed}{peak}"
+        f"{row:9} {ours['seconds']:8.2f} s against {theirs['seconds']:8.2f} s of {peer}: {ratios['seconds']:.2f} times"
+        f"{whole}{speed}{peak}"
         f"{memory}; {'the same' if same else 'NOT THE SAME'}: {said}"
     )
 

@@ -99,6 +99,7 @@ def ablate(config: LabAblationConfig, rules: Sequence[str], controls: Controls) 
       UserError: a step failed, a seed model is below its gate, an unknown arm, or `config.output` holds something else
         or is at work already.
     """
+    config = dataclasses.replace(config, rate_seeds=config.rate_seeds or config.seeds[:1])  # it stays so
     methods = _methods(config, rules, controls)
     begin_directory(config.output, "lab_ablation", _settings(config), _MAY_CHANGE)
     with alone_in(Path(config.output)), _compiled_once(Path(config.output) / "compiled"):
@@ -163,7 +164,7 @@ class _Ablation:
         """All that is missing: seed models, then what the arms of each share, then the arms."""
         self._all({f"seed_{seed}/seed": partial(self._fit, seed) for seed in self._config.seeds})
         self._all({f"seed_{seed}/{name}": partial(self._prepare, name, seed) for name, seed in self._arms})
-        self._each_arm(self._try_rates, self._rate_seeds)
+        self._each_arm(self._try_rates, self._config.rate_seeds)
         self._each_arm(self._measure, self._config.seeds)
         print(self._write_report(), flush=True)
         self._plot()
@@ -262,13 +263,9 @@ class _Ablation:
             if rate != best:
                 shutil.rmtree(f"{here}/{rate:g}", ignore_errors=True)
 
-    @property
-    def _rate_seeds(self) -> tuple[int, ...]:
-        return self._config.rate_seeds or self._config.seeds[:1]
-
     def _dev(self, name: str, arm: str) -> dict[int, dict[str, Row]]:
         """Seed -> learning rate -> what `_try_rates` found."""
-        files = {seed: self._arm(name, seed, arm) / "dev.json" for seed in self._rate_seeds}
+        files = {seed: self._arm(name, seed, arm) / "dev.json" for seed in self._config.rate_seeds}
         return {seed: json.loads(file.read_text()) for seed, file in files.items()}
 
     def _shares(self, model: str, asked: str, output: str, temperature: float) -> dict[str, float]:
@@ -330,8 +327,8 @@ def copy_fitted(fitted: Path, wanted: Mapping[str, Any], output: Path) -> None:
     if not (settings.exists() and (fitted / "gate.json").exists()):
         raise UserError(f"config.fitted={fitted}: no seed model; launch.lab_seed and make quickstart leave one")
     given = json.loads(settings.read_text())["config"]
-    if other := [f"{key} {given[key]} for {value}" for key, value in wanted.items() if given[key] != value]:
-        raise UserError(f"config.fitted={fitted}: fitted with {', '.join(other)}; give another, or leave it out")
+    if other := [f"{key}={given[key]}, not {value}" for key, value in wanted.items() if given[key] != value]:
+        raise UserError(f"config.fitted={fitted}: fitted with {'; '.join(other)}: give another, or leave it out")
     copied = output.with_name("seed.tmp")
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(fitted, copied)

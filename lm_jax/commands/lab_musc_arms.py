@@ -27,7 +27,7 @@ RECIPES: Mapping[str, Settings] = {
     "ratio_0.6": {"perturb.ratio": 0.6},
     "ratio_1.0": {"perturb.ratio": 1.0},
 }
-ANCHORED: Settings = {"loss.nll_weight": 0.2}  # high rates leave one answer in five no longer well formed without it
+ANCHORED: Settings = {"loss.nll_weight": 0.2}  # without it high rates leave answers that are no longer well formed
 # A seed model has never met these questions, and what it answers them would be no measurement of the method
 LEFT_OUT = {
     "negate": "the seed model was never asked to contradict a constraint",
@@ -64,7 +64,7 @@ class MuscArm:
       pairs: one of RECIPES, or SAMPLED; empty: it learns none.
       weights: of `launch.musc_train`; None: the chosen responses are tuned on instead.
       rounds: how many; above 1 each makes pairs anew of its share of the instructions.
-      settings: further keys of `launch.musc_train`.
+      settings: further keys of `launch.musc_train`, of one round of preference training.
     """
 
     about: str
@@ -199,7 +199,7 @@ class MuscArms:
     def extras(self) -> Row:
         """Of the responses of each side how much each rule weighs tokens that a dropped constraint decides, and others.
 
-        `weights_SIDE_LABEL`: rule -> mean weight, of every LABELS; none where no arm asked for stored weights.
+        `weights_SIDE_LABEL`: rule -> mean weight, of labels that occur; none where no arm asked for stored weights.
         """
         if not Path(self._store).exists():
             return {}

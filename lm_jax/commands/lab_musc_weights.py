@@ -7,7 +7,6 @@ import numpy as np
 from lm_jax.commands.lab_arms import Row
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.lab.governed import GOVERNED, dropped, labels
-from lm_jax.lab.grammar import Constraint
 from lm_jax.lab.world import World
 
 SIDES = ("chosen", "rejected")
@@ -30,18 +29,13 @@ def placed_weights(world: World, rows: Sequence[Row], store: str, inside: float,
     """The rows with token scores of their own: `inside` where a dropped constraint decides a token, else `outside`.
 
     Args:
-      rows: of `launch.musc_token_weights`; of a response that the world does not cut into as many tokens as the
-        tokenizer did all scores are `outside`.
+      rows: of `launch.musc_token_weights`; all scores are `outside` where the prompts do not show what was dropped, or
+        the world does not cut a response into as many tokens as the tokenizer did.
       store: where their weights lie.
     """
     weights, made = ScoreStore.open(store), []
     for row in rows:
-        scores, governing = [], _dropped(world, row)
-        for side, number in zip(SIDES, _places(row), strict=True):
-            labelled = np.array(labels(world, governing, row[side][-1]["content"]))
-            fits = len(labelled) == weights.lengths[number]
-            decided = labelled == GOVERNED if fits else np.zeros(weights.lengths[number], bool)
-            scores.append(np.where(decided, inside, outside).tolist())
+        scores = [np.where(found == GOVERNED, inside, outside).tolist() for found in _labelled(world, row, weights)]
         made.append(_with_scores(row, scores))
     return made
 
@@ -57,8 +51,15 @@ def _places(row: Row) -> range:
     return range(first, first + 2)
 
 
-def _dropped(world: World, row: Row) -> list[Constraint]:
-    return dropped(world, *(row[key][-1]["content"] for key in ("prompt", "perturbed_prompt")))
+def _labelled(world: World, row: Row, store: ScoreStore) -> list[np.ndarray]:
+    """Of each of SIDES the label of every token; "" where there is none to tell."""
+    governing = dropped(world, *(row[key][-1]["content"] for key in ("prompt", "perturbed_prompt")))
+    made = []
+    for side, number in zip(SIDES, _places(row), strict=True):
+        found = np.array(labels(world, governing, row[side][-1]["content"]))
+        fits = governing and len(found) == store.lengths[number]
+        made.append(found if fits else np.full(store.lengths[number], ""))
+    return made
 
 
 def mean_weights(world: World, rows: Sequence[Row], store: str, rules: Sequence[str]) -> Row:
@@ -75,11 +76,8 @@ def mean_weights(world: World, rows: Sequence[Row], store: str, rules: Sequence[
     values = weights.read(np.arange(len(weights.lengths)))
     found: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
     for row in rows:
-        governing = _dropped(world, row)
-        for side, number in zip(SIDES, _places(row), strict=True):
-            labelled = np.array(labels(world, governing, row[side][-1]["content"]))
-            fits = bool(governing) and len(labelled) == weights.lengths[number]
-            for label in set(labelled) if fits else ():
+        for side, number, labelled in zip(SIDES, _places(row), _labelled(world, row, weights), strict=True):
+            for label in set(labelled) - {""}:
                 of_label = found.setdefault((side, label), {rule: [] for rule in rules})
                 for rule in rules:
                     of_label[rule].append(values[rule][number][labelled == label])

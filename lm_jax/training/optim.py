@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm_jax.config import OptimConfig
+from lm_jax.config import AUTO, OptimConfig
 from lm_jax.models.linear import LORA_A, LORA_B
 
 _MATRICES = ("kernel", "embedding", LORA_A, LORA_B)
@@ -37,7 +37,8 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW with decay on matrices only, adapters' among them (not on norms or biases).
 
-    Moments are kept in the parameters' dtype, fp32 for fp32 master weights.
+    Moments have the parameters' dtype, fp32 for fp32 master weights; the first ones have `mu_dtype` if it is given.
+    Second moments stay: with beta2 near 1 a bfloat16 could not follow their small changes.
     """
     adamw = optax.adamw(
         schedule,
@@ -46,6 +47,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=_is_matrix,
+        mu_dtype=None if config.mu_dtype == AUTO else config.mu_dtype,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 

@@ -104,6 +104,7 @@ def test_what_is_not_set():
         ("optim.schedule=cosin", ["config.optim.schedule", "cosin", "cosine"]),
         ("optim.warmup_ratio=2", ["config.optim.warmup_ratio"]),
         ("optim.clip_norm=-1", ["config.optim.clip_norm"]),
+        ("optim.mu_dtype=float16", ["config.optim.mu_dtype", "auto, float32, bfloat16"]),
         ("compute.attention=flashy", ["config.compute.attention", "flashy", "blockwise"]),
         ("compute.remat=some", ["config.compute.remat", "some", "full"]),
         ("dtype=int8", ["config.dtype", "int8", "bfloat16"]),

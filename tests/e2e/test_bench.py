@@ -37,7 +37,12 @@ def test_scoring_beside_transformers(tmp_path):
 @pytest.mark.slow
 def test_training_beside_trl(tmp_path):
     report = measured(tmp_path / "out", "train")
-    assert set(report["train"]["peers"]) == {"TRL float32", "TRL bfloat16"}
+    ours, peers = report["train"]["ours"], report["train"]["peers"]
+    assert set(peers) == {"TRL float32", "TRL bfloat16"}
+    for found in (ours, *peers.values()):
+        assert found["process_seconds"] > found["seconds"]
+    whole = peers["TRL float32"]["process_seconds"] / ours["process_seconds"]
+    assert peers["TRL float32"]["ratio"]["process_seconds"] == pytest.approx(whole)
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_a_seed_model_that_is_there_is_not_fitted_again(run, tmp_path):
     write_jsonl(f"{there}/gate.json", [dict.fromkeys(GATED, 1.0)])
     settings = {"world": "lists", "seed": 0, "rows": 60000}
     write_jsonl(f"{there}/config.json", [{"command": "lab_seed", "config": settings | {"world": "trips", "rows": 5}}])
-    with pytest.raises(UserError, match="fitted with world trips for lists, rows 5 for 60000; give another"):
+    with pytest.raises(UserError, match="fitted with world=trips, not lists; rows=5, not 60000: give another"):
         run(seeds=(0,), fitted=str(there))
     write_jsonl(f"{there}/config.json", [{"command": "lab_seed", "config": settings}])
     interrupted = tmp_path / "out/seed_0/seed"
@@ -176,10 +176,26 @@ def test_a_seed_model_that_is_there_is_not_fitted_again(run, tmp_path):
 
 
 def test_arms_beside_each_other_give_the_same_report(run, tmp_path):
+    def report(output):
+        found = json.loads((tmp_path / output / "report.json").read_text())["musc"]
+        assert all(arm.pop("seconds") for arm in found["arms"].values())
+        return found
+
     alone = run()
-    first = (tmp_path / "out/report.json").read_text()
     assert run(output=f"{tmp_path}/other", processes=3) == alone
-    assert (tmp_path / "other/report.json").read_text().split('"seconds"')[0] == first.split('"seconds"')[0]
+    assert report("other") == report("out")
+
+
+def test_a_training_that_chose_the_rate_counts_too(run, tmp_path):
+    run()
+    arm = tmp_path / "out/seed_0/musc/arms/kl"
+    found = json.loads((arm / "dev.json").read_text())
+    write_jsonl(f"{arm}/dev.json", [{rate: {**row, "seconds": 1000.0} for rate, row in found.items()}])
+    (arm / "result.json").unlink()
+    run()
+    assert json.loads((arm / "result.json").read_text())["seconds"] >= 1000
+    with pytest.raises(UserError, match="rate_seeds"):
+        run(seeds=(1, 2))  # the rates of those arms were chosen on seed 0
 
 
 def test_bad_settings_are_named(run):

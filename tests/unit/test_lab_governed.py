@@ -66,10 +66,12 @@ def test_mean_weights_by_hand(tmp_path):
     less = [{"role": "user", "content": "list tools. use exactly two words."}]
     sides = {"chosen": [{"content": "saw, axe"}], "rejected": [{"content": "axe, unknown.words"}]}
     rows = [{"prompt": message, "perturbed_prompt": less, "token_weights": {"row": 0}, **sides}]
+    unread = {**rows[0], "perturbed_prompt": [{"content": "sing a song."}], "token_weights": {"row": 1}}
     store = str(tmp_path / "w.weights")
     written = [np.array([2.0, 0.5, 1.0, 0.25], np.float32), np.ones(3, np.float32)]
-    ScoreStore.create_or_open(store, {}, [4, 3], ["entropy"]).write(np.arange(2), {"entropy": written})
-    found = mean_weights(LISTS, rows, store, ("entropy",))
+    stored = ScoreStore.create_or_open(store, {}, [4, 3, 4, 3], ["entropy"])
+    stored.write(np.arange(4), {"entropy": [*written, 9 * written[0], written[1]]})
+    found = mean_weights(LISTS, [*rows, unread], store, ("entropy",))
     assert found == {
         "weights_chosen_governed": {"entropy": 2.0},
         "weights_chosen_other": {"entropy": 0.75},

@@ -254,6 +254,26 @@ def test_optimizer_equals_torch(clip_norm):
     assert np.abs(ours["bias"] - start["bias"]).max() > 1e-3
 
 
+def test_first_moments_in_bfloat16_take_half_and_change_little():
+    start, grad = {"kernel": jnp.ones((64, 64))}, {"kernel": jnp.linspace(-1.0, 1.0, 4096).reshape(64, 64)}
+    moved: dict[str, np.ndarray] = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        config = dataclasses.replace(OPTIM, mu_dtype=dtype, weight_decay=0.0)
+        optimizer = make_optimizer(config, lambda step: 1e-2)
+        state, params = optimizer.init(start), start
+        for scale in (1.0, 0.5, -2.0):
+            updates, state = optimizer.update({"kernel": scale * grad["kernel"]}, state, params)
+            params = optax.apply_updates(params, updates)
+        (adam,) = (s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+        assert adam.mu["kernel"].dtype == ("float32" if dtype == "auto" else dtype)
+        assert adam.nu["kernel"].dtype == "float32"
+        assert params["kernel"].dtype == "float32"
+        moved[dtype] = np.asarray(params["kernel"] - 1)
+    np.testing.assert_array_equal(moved["auto"], moved["float32"])
+    np.testing.assert_allclose(moved["bfloat16"], moved["float32"], rtol=2e-2, atol=1e-5)
+    assert (moved["bfloat16"] != moved["float32"]).any()
+
+
 def test_clipping_and_what_is_reported():
     """`grad_norm` is that before clipping; 2 w x / 3 summed over the batch is (6, 8), of norm 10, worked by hand."""
 
