@@ -10,7 +10,7 @@ JAX_COMPILATION_CACHE_DIR does not say it. The same command goes on after an int
 there is not run again. More `seeds` and other `arms` may be given to the same output.
 
 Presets: `:short` is for a test: one seed, DPO with NLL on MuSC's pairs, and what MAIN's filter keeps. With the
-quickstart's seed model, `--config.fitted=runs/quickstart/seed`, it takes three to four minutes on two cores.
+quickstart's seed model, `--config.fitted=runs/quickstart/seed`, it takes four to five minutes on two cores.
 """
 
 from ml_collections import ConfigDict
