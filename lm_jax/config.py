@@ -154,7 +154,7 @@ class OptimConfig:
     weight_decay: float  # AdamW, on matrices only
     clip_norm: float  # global gradient norm; 0 turns clipping off
     skip_limit: int = 5  # steps of a run that may be skipped for a loss or gradient that is not finite; 0: none
-    mu_dtype: str = "auto"  # of first moments: float32 | bfloat16; auto: the parameters'
+    mu_dtype: str = AUTO  # of first moments: float32 | bfloat16; auto: the parameters'
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
