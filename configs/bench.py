@@ -17,12 +17,12 @@ def get_config(preset: str = "") -> ConfigDict:
     c.model = placeholder(str)  # Hugging Face directory; none: a random model with the demo's tokenizer
     c.input = placeholder(str)  # preference rows; none: the demo's 256 pairs
     c.output = placeholder(str)  # directory
-    c.rows = ("train", "generate", "score", "load", "growth")  # what is measured, in this order
+    c.rows = ("train", "generate", "generate_ends", "score", "load", "growth")  # what is measured, in this order
     c.dtype = "float32"  # of ours, and of the peer but in `train`, where TRL runs in both
     c.num_pairs = placeholder(int)  # the first ones alone; none: all
     c.max_length = 1024  # tokens of prompt + response
-    c.prompts = 128  # of `generate`, pieces of 20 to 200 tokens of the responses' text
-    c.new_tokens = 64  # of each
+    c.prompts = 256  # of `generate`, pieces of 20 to 200 tokens of the responses' text
+    c.new_tokens = 128  # of each; in `generate_ends` the most, and a quarter on average
     c.layers = 6  # of the random model
     c.growth = (1, 2, 4)  # times 512 tokens, 4,096 words, 1 row
 

@@ -66,6 +66,14 @@ def prompts(path: str, tokenizer: Any, number: int) -> list[str]:
     return [tokenizer.decode(ids[s : s + n]) for s, n in zip(starts, lengths, strict=True)]
 
 
+def budgets(number: int, new_tokens: int, ends: bool) -> list[int]:
+    """Tokens of each answer: `new_tokens`, or, where answers end by themselves, a quarter of it on average."""
+    if not ends:
+        return [new_tokens] * number
+    rng = np.random.default_rng(1)
+    return np.minimum(rng.geometric(min(4 / new_tokens, 1.0), number), new_tokens).tolist()
+
+
 def responses(path: str, tokenizer: Any, end_id: int, max_length: int) -> list[tuple[list[int], list[int]]]:
     """Token ids of every (prompt, response), both sides of every pair; the response ends with the end token."""
     found = []

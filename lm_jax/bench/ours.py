@@ -72,13 +72,14 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def generate(given: dict[str, Any]) -> dict[str, Any]:
-    """Greedy text, `new_tokens` of every prompt; the best of two numbers of slots."""
+def generate(given: dict[str, Any], ends: bool = False) -> dict[str, Any]:
+    """Greedy text, `material.budgets` tokens of every prompt; the best of two numbers of slots."""
     config, tokenizer, params, mesh = _opened(given)
     texts = material.prompts(given["pairs"], tokenizer, given["prompts"])
-    requests = [Request(str(i), text) for i, text in enumerate(texts)]
+    budgets = material.budgets(len(texts), given["new_tokens"], ends)
+    requests = [Request(str(i), text, max_new_tokens=n) for i, (text, n) in enumerate(zip(texts, budgets, strict=True))]
     sampling, seconds = SamplingConfig(given["new_tokens"], temperature=0.0), []
-    for slots in (48, 64):
+    for slots in (64, 128):
         decode = DecodeConfig(slots=slots, max_length=material.SLOT_LENGTH, chunk=8)
         generator = LocalGenerator(params, config, tokenizer, (), ComputeConfig(given["dtype"]), decode, mesh)
         for _ in range(2):
@@ -92,6 +93,11 @@ def generate(given: dict[str, Any]) -> dict[str, Any]:
         "tokens": sum(sample.num_tokens for sample in made.values()),
         "texts": [made[str(i)].text for i in range(len(texts))],
     }
+
+
+def generate_ends(given: dict[str, Any]) -> dict[str, Any]:
+    """The same where answers end by themselves, at different lengths."""
+    return generate(given, ends=True)
 
 
 def score(given: dict[str, Any]) -> dict[str, Any]:
@@ -176,14 +182,12 @@ def _opened(given: dict[str, Any]):
     return source.config, load_tokenizer(given["model"], source.config.vocab_size), params, mesh
 
 
+_ROWS = {f.__name__: f for f in (train, generate, generate_ends, score, load, growth)}
+
 if __name__ == "__main__":
     row, given = sys.argv[1], json.loads(sys.argv[2])
     Path(given["output"]).parent.mkdir(parents=True, exist_ok=True)
     try:
-        print(
-            json.dumps(
-                {"train": train, "generate": generate, "score": score, "load": load, "growth": growth}[row](given)
-            )
-        )
+        print(json.dumps(_ROWS[row](given)))
     except UserError as error:
         sys.exit(f"error: {error}")

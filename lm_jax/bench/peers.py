@@ -72,12 +72,25 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": steady, "tokens": log[-1]["num_tokens"], "first_loss": log[0]["loss"], "steps": len(steps)}
 
 
-def generate(given: dict[str, Any]) -> dict[str, Any]:
-    """Greedy text, `new_tokens` of every prompt; the best of two batch sizes, prompts sorted by length."""
+class _Ends(transformers.StoppingCriteria):
+    """Each row ends at a length of its own, as if its end token had come; the batch goes on for the others."""
+
+    def __init__(self, prompt: int, budgets: list[int]) -> None:
+        self._ends = torch.tensor([prompt + n for n in budgets])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return input_ids.shape[1] >= self._ends.to(input_ids.device)
+
+
+def generate(given: dict[str, Any], ends: bool = False) -> dict[str, Any]:
+    """Greedy text, `material.budgets` tokens of every prompt; the best of two batch sizes."""
     tokenizer, network = _network(given, padding_side="left")
-    network.generation_config.eos_token_id = None  # nothing ends early
+    network.generation_config.eos_token_id = None  # no other end than that of the budget
     texts = material.prompts(given["pairs"], tokenizer, given["prompts"])
-    order = sorted(range(len(texts)), key=lambda i: len(tokenizer(texts[i])["input_ids"]))
+    budgets = material.budgets(len(texts), given["new_tokens"], ends)
+    order = list(range(len(texts)))
+    if given["sorted"]:
+        order.sort(key=lambda i: len(tokenizer(texts[i])["input_ids"]))
     made: dict[int, list[int]] = {}
     seconds = []
     for batch in (32, 64):
@@ -85,27 +98,35 @@ def generate(given: dict[str, Any]) -> dict[str, Any]:
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             inputs = tokenizer([texts[i] for i in part], return_tensors="pt", padding=True).to(network.device)
+            width = inputs["input_ids"].shape[1]
             with torch.no_grad():
                 out = network.generate(
                     **inputs,
                     do_sample=False,
                     max_new_tokens=given["new_tokens"],
                     pad_token_id=0,
+                    stopping_criteria=transformers.StoppingCriteriaList([_Ends(width, [budgets[i] for i in part])]),
                 )
-            made |= dict(zip(part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
+            made |= {i: row[: budgets[i]] for i, row in zip(part, out[:, width:].tolist(), strict=True)}
         seconds.append(time.perf_counter() - begin)
     return {
         "seconds": min(seconds),
-        "tokens": given["new_tokens"] * len(texts),
+        "tokens": sum(budgets),
         "texts": [tokenizer.decode(made[i], skip_special_tokens=True) for i in range(len(texts))],
     }
 
 
+def generate_ends(given: dict[str, Any]) -> dict[str, Any]:
+    """The same where answers end by themselves, at different lengths."""
+    return generate(given, ends=True)
+
+
 def score(given: dict[str, Any]) -> dict[str, Any]:
-    """Log-probs of every response, rows sorted by length; the best of three batch sizes."""
+    """Log-probs of every response; the best of three batch sizes."""
     tokenizer, network = _network(given)
     rows = material.responses(given["pairs"], tokenizer, tokenizer.eos_token_id, given["max_length"])
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    if given["sorted"]:
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
     seconds, sums = [], []
     for batch in (8, 16, 32):
         begin, total = time.perf_counter(), 0.0
@@ -153,6 +174,8 @@ def _network(given: dict[str, Any], **options):
     return tokenizer, network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+_ROWS = {f.__name__: f for f in (train, generate, generate_ends, score, load)}
+
 if __name__ == "__main__":
     row, given = sys.argv[1], json.loads(sys.argv[2])
-    print(json.dumps({"train": train, "generate": generate, "score": score, "load": load}[row](given)))
+    print(json.dumps(_ROWS[row](given)))

@@ -68,7 +68,7 @@ def choose_tokens(
         penalty = strengths.repetition_penalty
         scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
     if filters.greedy:
-        tokens = jnp.argmax(scores, axis=-1)
+        tokens = _first_largest(scores)
     else:
         tokens = _draw(_weights(scores, filters, strengths), uniform)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
@@ -76,6 +76,13 @@ def choose_tokens(
     # Written as `_weights` has it, so that without a filter the compiler finds one pass of exponentials, not two
     total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
     return tokens.astype(jnp.int32), chosen - top - jnp.log(total)
+
+
+def _first_largest(scores):
+    """[B]: what `jnp.argmax` gives, the first of equals. XLA on CPU vectorises these reductions, and not its own."""
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    number = jnp.arange(scores.shape[-1])
+    return jnp.min(jnp.where(scores == top, number, scores.shape[-1] - 1), axis=-1)
 
 
 def _weights(scores, filters: Filters, strengths: Strengths) -> jax.Array:

@@ -186,7 +186,7 @@ def _attend(q, k, v, cache: KVCache, layer, positions, held, window):
     )
     longest, last = jnp.max(held), held[:, None] - 1
     for (start, stop), block_k, block_v in zip(cache.spans, cache.k, cache.v, strict=True):
-        at = last - (last - jnp.arange(start, stop)) % cache.places
+        at = _positions(last, jnp.arange(start, stop), cache.places, window)
 
         def read(carry, block_k=block_k, block_v=block_v, at=at):
             return merge(carry, _layer(block_k, layer), _layer(block_v, layer), at)
@@ -196,6 +196,13 @@ def _attend(q, k, v, cache: KVCache, layer, positions, held, window):
     out = acc / total[..., None]
     out = out.reshape(batch, kv_heads, groups, tokens, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, tokens, heads, dim).astype(q.dtype)
+
+
+def _positions(last, places, number, window):
+    """[B, C]: what each place holds, by each row's last position [B, 1]; negative where there is nothing."""
+    if window is None:
+        return jnp.where(places <= last, places, -1)  # nothing goes round, and division is slow on a CPU
+    return last - (last - places) % number
 
 
 def _layer(block, layer):
