@@ -148,14 +148,14 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(given: dict[str, Any]) -> dict[str, Any]:
-    """`from_pretrained` into fp32, and a look at every page of the file, which it maps; the faster of two."""
+    """`from_pretrained` into fp32, and a copy, or a look at every page of the file, which it maps; the faster of two."""
     weights: list[torch.Tensor] = []
     before, seconds = material.forget_peak(), []
     for _ in range(2):
         weights.clear()
         begin = time.perf_counter()
         network = transformers.AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
-        weights += [parameter.detach() for parameter in network.parameters()]
+        weights += [p.detach().clone() if given["copy"] else p.detach() for p in network.parameters()]
         del network
         for parameter in weights:
             parameter.flatten()[::_FLOATS_OF_A_PAGE].sum()
