@@ -10,7 +10,7 @@ JAX_COMPILATION_CACHE_DIR does not say it. The same command goes on after an int
 there is not run again. More `seeds` and other `arms` may be given to the same output.
 
 Presets: `:short` is for a test: one seed, DPO with NLL on MuSC's pairs, and what MAIN's filter keeps. With the
-quickstart's seed model, `--config.fitted=runs/quickstart/seed`, it takes four to five minutes on two cores.
+quickstart's seed model, `--config.fitted=runs/quickstart/seed`, it takes three to five minutes on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -59,9 +59,10 @@ def get_config(preset: str = "") -> ConfigDict:
         c.method = "both"
         c.seeds = (0,)
         c.arms = ("seed", "dpo_nll")
-        c.test = 384
+        c.test = 768
         c.processes = 1
         c.musc.rates = (2e-4,)
+        c.musc.instructions = 3072
         c.main.pairs = 300
         c.main.responses = 400
         c.main.probes = 128

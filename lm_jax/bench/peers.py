@@ -148,7 +148,7 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(given: dict[str, Any]) -> dict[str, Any]:
-    """`from_pretrained` into fp32, and a copy, or a look at every page of the file, which it maps; the faster of two."""
+    """`from_pretrained` into fp32, and a copy, or a look at every page of the mapped file; the faster of two."""
     weights: list[torch.Tensor] = []
     before, seconds = material.forget_peak(), []
     for _ in range(2):

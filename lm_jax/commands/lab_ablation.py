@@ -28,13 +28,14 @@ from lm_jax.commands.lab_main_arms import LEFT_OUT as MAIN_LEFT_OUT
 from lm_jax.commands.lab_main_arms import SEED_ONLY, Controls, MainArms, MainArmsConfig, main_arms
 from lm_jax.commands.lab_musc_arms import DPO, MuscArms, MuscArmsConfig, musc_arms
 from lm_jax.commands.lab_musc_arms import LEFT_OUT as MUSC_LEFT_OUT
+from lm_jax.commands.lab_seed import copy_fitted
 from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
 from lm_jax.commands.rounds import begin_directory
 from lm_jax.commands.steps import alone_in, logged, run_step
 from lm_jax.data.rows import write_jsonl, write_text
 from lm_jax.errors import UserError
 from lm_jax.lab.answers import shares, verdicts
-from lm_jax.lab.gate import check_gate
+from lm_jax.lab.gate import below_gate
 from lm_jax.lab.worlds import WORLDS
 
 Row = dict[str, Any]
@@ -163,6 +164,7 @@ class _Ablation:
     def do(self) -> None:
         """All that is missing: seed models, then what the arms of each share, then the arms."""
         self._all({f"seed_{seed}/seed": partial(self._fit, seed) for seed in self._config.seeds})
+        self._check_gates()
         self._all({f"seed_{seed}/{name}": partial(self._prepare, name, seed) for name, seed in self._arms})
         self._each_arm(self._try_rates, self._config.rate_seeds)
         self._each_arm(self._measure, self._config.seeds)
@@ -213,10 +215,21 @@ class _Ablation:
                 f"--config.seed={seed}",
                 f"--config.world={config.world}",
                 f"--config.rows={config.seed_rows}",
-                f"--config.gate={config.gate}",
+                "--config.gate=0",
             )
-        # One that failed before has left its numbers too
-        check_gate(json.loads((output / "gate.json").read_text()), config.gate, f"{output}/model")
+
+    def _check_gates(self) -> None:
+        """Of all seed models at once, so that one look says which seeds need others in their place."""
+        least, weak = self._config.gate, []
+        for seed in self._config.seeds:
+            shares = json.loads((self._of(seed) / "seed/gate.json").read_text())
+            if below := below_gate(shares, least):
+                weak.append(f"seed {seed} ({below})")
+        if weak:
+            raise UserError(
+                f"{self._root}: below the gate of {least:.0%}: {', '.join(weak)}: nothing can be learnt from such seed "
+                "models; give other numbers in config.seeds, or a lower config.gate; what is fitted stays"
+            )
 
     def _prepare(self, name: str, seed: int) -> None:
         arms, extras = self._arms[name, seed], self._of(seed) / name / "extras.json"
@@ -310,29 +323,6 @@ class _Ablation:
 
     def _result(self, name: str, seed: int, arm: str) -> Path:
         return self._arm(name, seed, arm) / "result.json"
-
-
-def copy_fitted(fitted: Path, wanted: Mapping[str, Any], output: Path) -> None:
-    """Copies the directory of a finished `launch.lab_seed`; `output` appears when it is whole.
-
-    Args:
-      wanted: settings that it must have been fitted with.
-
-    Raises:
-      UserError: it is none, or of other settings; a fit that was interrupted lies in `output`.
-    """
-    if output.exists():
-        raise UserError(f"{output}: a fit that was interrupted; remove it, or leave config.fitted out to go on with it")
-    settings = fitted / "config.json"
-    if not (settings.exists() and (fitted / "gate.json").exists()):
-        raise UserError(f"config.fitted={fitted}: no seed model; launch.lab_seed and make quickstart leave one")
-    given = json.loads(settings.read_text())["config"]
-    if other := [f"{key}={given[key]}, not {value}" for key, value in wanted.items() if given[key] != value]:
-        raise UserError(f"config.fitted={fitted}: fitted with {'; '.join(other)}: give another, or leave it out")
-    copied = output.with_name("seed.tmp")
-    shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(fitted, copied)
-    copied.rename(output)
 
 
 def best_rate(rates: Sequence[float], dev: Sequence[Mapping[str, Row]]) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,29 @@ def fit_seed(config: LabSeedConfig, tasks: Tasks, phrases: Sequence[str]) -> Non
     shares = json.loads(gate.read_text())
     print("greedy, on held-out instructions: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()), flush=True)
     check_gate(shares, config.gate, f"{root}/model")
+
+
+def copy_fitted(fitted: Path, wanted: Mapping[str, Any], output: Path) -> None:
+    """Copies the directory of a finished `launch.lab_seed`; `output` appears when it is whole.
+
+    Args:
+      wanted: settings that it must have been fitted with.
+
+    Raises:
+      UserError: it is none, or of other settings; a fit that was interrupted lies in `output`.
+    """
+    if output.exists():
+        raise UserError(f"{output}: a fit that was interrupted; remove it, or leave config.fitted out to go on with it")
+    settings = fitted / "config.json"
+    if not (settings.exists() and (fitted / "gate.json").exists()):
+        raise UserError(f"config.fitted={fitted}: no seed model; launch.lab_seed and make quickstart leave one")
+    given = json.loads(settings.read_text())["config"]
+    if other := [f"{key}={given[key]}, not {value}" for key, value in wanted.items() if given[key] != value]:
+        raise UserError(f"config.fitted={fitted}: fitted with {'; '.join(other)}: give another, or leave it out")
+    copied = output.with_name("seed.tmp")
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(fitted, copied)
+    copied.rename(output)
 
 
 def _fit_all(config: LabSeedConfig, root: Path, tasks: Tasks, phrases: Sequence[str]) -> None:

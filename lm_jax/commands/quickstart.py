@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 _INSTRUCTIONS = 3072  # complex ones that MuSC makes pairs of
 _PAIRS, _RESPONSES = 300, 600  # what MAIN is given
-_HELD_OUT = 512  # instructions of 3 and more constraints, in compositions that no model has seen
+_HELD_OUT = 1024  # instructions of 3 and more constraints, in compositions that no model has seen
 _TEMPERATURE = 0.5  # of the answers that are measured; MuSC's own
 _PREFERENCE_RATE, _NLL_WEIGHT = 2e-4, 0.2  # without the latter one answer in eight is no longer well formed
 _BASE = "clean"  # MAIN's: the stage of the seed model that has met up to two constraints

@@ -85,12 +85,17 @@ def make_gate(world: World, seed: int, count: int, tasks: Tasks, examples: Seque
 
 def check_gate(shares: Mapping[str, float], least: float, model: str) -> None:
     """Raises UserError where a gated share of `Gate.measure` is below `least`, naming it, `model` and the cure."""
-    if weak := [name for name in GATED if shares[name] < least]:
+    if weak := below_gate(shares, least):
         raise UserError(
-            f"{model}: {' and '.join(f'{name} {shares[name]:.1%}' for name in weak)} below the gate of {least:.0%}: a "
+            f"{model}: {weak} below the gate of {least:.0%}: a "
             "method amplifies what its seed model half knows and teaches nothing new, so nothing can be learnt from "
             "this one; fit with another config.seed or more config.rows"
         )
+
+
+def below_gate(shares: Mapping[str, float], least: float) -> str:
+    """The gated shares below `least`, with their numbers; empty where all of them pass."""
+    return " and ".join(f"{name} {shares[name]:.1%}" for name in GATED if shares[name] < least)
 
 
 def _share(right) -> float:

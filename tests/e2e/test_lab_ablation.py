@@ -32,8 +32,8 @@ def report(tmp_path_factory):
 
 def test_dpo_on_pairs_that_the_model_made_itself_helps(report):
     arms = report["musc"]["arms"]
-    # 12 points were measured, 9 to 15 over five seeds of plain DPO; a difference of 384 answers is good to 5
-    assert arms["dpo_nll"]["all_met"]["mean"] - arms["seed"]["all_met"]["mean"] >= 0.05
+    # 17.5 points were measured; a difference of 768 answers is good to 3.4, at 95%
+    assert arms["dpo_nll"]["all_met"]["mean"] - arms["seed"]["all_met"]["mean"] >= 0.10
 
 
 def test_the_mutual_filter_tells_real_pairs_from_shuffled_ones(report):

@@ -146,11 +146,11 @@ def test_an_arm_that_fails_leaves_the_others_and_goes_on_later(run, tmp_path, mo
     assert json.loads((tmp_path / "out/report.json").read_text())["musc"]["arms"]["dpo"]["seeds"] == [0, 1, 2]
 
 
-def test_a_model_below_the_gate_stays_refused(run, monkeypatch):
+def test_models_below_the_gate_stay_refused_and_are_all_named(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Fake, "gate", 0.5)
-        for _ in range(2):  # the second time its numbers are there already
-            with pytest.raises(UserError, match="below the gate of 90%"):
+        for _ in range(2):  # the second time their numbers are there already
+            with pytest.raises(UserError, match=r"below the gate of 90%: seed 0 \(start_with 50.0% and .*, seed 2 \("):
                 run()
     assert ("prepare", 0) in run(gate=0.4)
 
