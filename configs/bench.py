@@ -2,7 +2,8 @@
 
     python -m launch.bench --config=configs/bench.py --config.output=runs/bench
 
-Expect: a line a row and peer with both times, the ratio, tokens/s and whether both computed the same. The peers need
+Expect: a line a row and peer with both times, the ratio, tokens/s and whether both computed the same. transformers is
+given rows as they come and sorted by length; in `generate_ends` answers end at lengths of their own. The peers need
 torch and TRL (`pip install -e '.[test]'`); `--config.rows="('growth',)"` needs neither. Without model and input the
 rows run on the demo's pairs and a random model of 4M parameters. Preset: `:tiny`, small models and few rows, some
 minutes.
@@ -21,8 +22,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.dtype = "float32"  # of ours, and of the peer but in `train`, where TRL runs in both
     c.num_pairs = placeholder(int)  # the first ones alone; none: all
     c.max_length = 1024  # tokens of prompt + response
-    c.prompts = 256  # of `generate`, pieces of 20 to 200 tokens of the responses' text
-    c.new_tokens = 128  # of each; in `generate_ends` the most, and a quarter on average
+    c.prompts = 256  # to generate from, pieces of 20 to 200 tokens of the responses' text
+    c.new_tokens = 128  # of each; in `generate_ends` at most, about a quarter on average
     c.layers = 6  # of the random model
     c.growth = (1, 2, 4)  # times 512 tokens, 4,096 words, 1 row
 

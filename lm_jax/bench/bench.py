@@ -93,7 +93,7 @@ def _same_sums(a: Result, b: Result) -> tuple[str, bool]:
     return said, abs(a["sum"] - b["sum"]) <= 1e-4 * abs(b["sum"]) + 1e-3
 
 
-# As rows come, which is how batches are made where nobody takes care, and as somebody does who does
+# Batches of rows as they come, and of rows sorted by length, which pads less
 _BATCHES = {"transformers": {"sorted": False}, "transformers sorted": {"sorted": True}}
 
 ROWS = {
@@ -106,8 +106,8 @@ ROWS = {
     "generate": Row(_BATCHES, ("torch",), _same_texts),
     "generate_ends": Row(_BATCHES, ("torch",), _same_texts),
     "score": Row(_BATCHES, ("torch",), _same_sums),
-    # transformers leaves what has the dtype already in the mapped file; an accelerator or a training step takes a copy
-    "load": Row({"transformers mapped": {"copy": False}, "transformers": {"copy": True}}, ("torch",), _same_sums),
+    # It leaves weights that have the dtype in the mapped file; what trains them, or an accelerator, takes a copy
+    "load": Row({"transformers": {"copied": False}, "transformers copied": {"copied": True}}, ("torch",), _same_sums),
     "growth": Row({}, (), _same_sums),
 }
 
@@ -200,7 +200,7 @@ def _line(
     share = ours.get("model_flops_utilization")
     peak = "" if share is None else f", {share:.1%} of the peak"
     return (
-        f"{row:9} {ours['seconds']:8.2f} s against {theirs['seconds']:8.2f} s of {peer}: {ratios['seconds']:.2f} times"
+        f"{row:13} {ours['seconds']:8.2f} s against {theirs['seconds']:8.2f} s of {peer}: {ratios['seconds']:.2f} times"
         f"{whole}{speed}{peak}"
         f"{memory}; {'the same' if same else 'NOT THE SAME'}: {said}"
     )

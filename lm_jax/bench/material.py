@@ -67,7 +67,7 @@ def prompts(path: str, tokenizer: Any, number: int) -> list[str]:
 
 
 def budgets(number: int, new_tokens: int, ends: bool) -> list[int]:
-    """Tokens of each answer: `new_tokens`, or, where answers end by themselves, a quarter of it on average."""
+    """Tokens of each answer: `new_tokens`, or, where answers end by themselves, about a quarter of it on average."""
     if not ends:
         return [new_tokens] * number
     rng = np.random.default_rng(1)

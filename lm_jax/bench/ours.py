@@ -96,7 +96,8 @@ def generate(given: dict[str, Any], ends: bool = False) -> dict[str, Any]:
 
 
 def generate_ends(given: dict[str, Any]) -> dict[str, Any]:
-    """The same where answers end by themselves, at different lengths."""
+    """The same where answers end by themselves, at different lengths, which are known here beforehand: they decide how
+    long the slots are, and nothing else."""
     return generate(given, ends=True)
 
 

@@ -73,17 +73,17 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Ends(transformers.StoppingCriteria):
-    """Each row ends at a length of its own, as if its end token had come; the batch goes on for the others."""
+    """Each row is done at a length of its own, and the batch when all are: until then done rows get tokens too."""
 
-    def __init__(self, prompt: int, budgets: list[int]) -> None:
-        self._ends = torch.tensor([prompt + n for n in budgets])
+    def __init__(self, ends: torch.Tensor) -> None:
+        self._ends = ends  # [rows], prompt and padding included
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return input_ids.shape[1] >= self._ends.to(input_ids.device)
+        return input_ids.shape[1] >= self._ends
 
 
 def generate(given: dict[str, Any], ends: bool = False) -> dict[str, Any]:
-    """Greedy text, `material.budgets` tokens of every prompt; the best of two batch sizes."""
+    """Greedy text, `material.budgets` tokens of every prompt; the best of three batch sizes."""
     tokenizer, network = _network(given, padding_side="left")
     network.generation_config.eos_token_id = None  # no other end than that of the budget
     texts = material.prompts(given["pairs"], tokenizer, given["prompts"])
@@ -93,19 +93,20 @@ def generate(given: dict[str, Any], ends: bool = False) -> dict[str, Any]:
         order.sort(key=lambda i: len(tokenizer(texts[i])["input_ids"]))
     made: dict[int, list[int]] = {}
     seconds = []
-    for batch in (32, 64):
+    for batch in (32, 64, 128):
         begin = time.perf_counter()
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             inputs = tokenizer([texts[i] for i in part], return_tensors="pt", padding=True).to(network.device)
-            width = inputs["input_ids"].shape[1]
+            width, own = inputs["input_ids"].shape[1], [budgets[i] for i in part]
+            done = [_Ends(width + torch.tensor(own, device=network.device))] if ends else []
             with torch.no_grad():
                 out = network.generate(
                     **inputs,
                     do_sample=False,
                     max_new_tokens=given["new_tokens"],
                     pad_token_id=0,
-                    stopping_criteria=transformers.StoppingCriteriaList([_Ends(width, [budgets[i] for i in part])]),
+                    stopping_criteria=transformers.StoppingCriteriaList(done),
                 )
             made |= {i: row[: budgets[i]] for i, row in zip(part, out[:, width:].tolist(), strict=True)}
         seconds.append(time.perf_counter() - begin)
@@ -148,15 +149,18 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(given: dict[str, Any]) -> dict[str, Any]:
-    """`from_pretrained` into fp32, and a copy, or a look at every page of the mapped file; the faster of two."""
+    """`from_pretrained` into fp32, copied where asked, and a look at every page; the faster of two."""
     weights: list[torch.Tensor] = []
     before, seconds = material.forget_peak(), []
     for _ in range(2):
         weights.clear()
         begin = time.perf_counter()
         network = transformers.AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
-        weights += [p.detach().clone() if given["copy"] else p.detach() for p in network.parameters()]
-        del network
+        for parameter in network.parameters():
+            if given["copied"]:
+                parameter.data = parameter.data.clone()
+            weights.append(parameter.detach())
+        del network, parameter
         for parameter in weights:
             parameter.flatten()[::_FLOATS_OF_A_PAGE].sum()
         seconds.append(time.perf_counter() - begin)

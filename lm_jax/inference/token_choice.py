@@ -79,10 +79,10 @@ def choose_tokens(
 
 
 def _first_largest(scores):
-    """[B]: what `jnp.argmax` gives, the first of equals. XLA on CPU vectorises these reductions, and not its own."""
+    """[B]: `jnp.argmax`, whose own reduction XLA on CPU does not vectorise; the last token in a row that has NaN."""
     top = jnp.max(scores, axis=-1, keepdims=True)
-    number = jnp.arange(scores.shape[-1])
-    return jnp.min(jnp.where(scores == top, number, scores.shape[-1] - 1), axis=-1)
+    ids = jnp.arange(scores.shape[-1])
+    return jnp.min(jnp.where(scores == top, ids, ids[-1]), axis=-1)
 
 
 def _weights(scores, filters: Filters, strengths: Strengths) -> jax.Array:

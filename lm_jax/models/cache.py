@@ -198,11 +198,11 @@ def _attend(q, k, v, cache: KVCache, layer, positions, held, window):
     return out.reshape(batch, tokens, heads, dim).astype(q.dtype)
 
 
-def _positions(last, places, number, window):
-    """[B, C]: what each place holds, by each row's last position [B, 1]; negative where there is nothing."""
-    if window is None:
-        return jnp.where(places <= last, places, -1)  # nothing goes round, and division is slow on a CPU
-    return last - (last - places) % number
+def _positions(last, place, places, window):
+    """[B, C]: the position that each place [C] of `places` holds, of rows whose last one is [B, 1]; negative: none."""
+    if window is None:  # as long as its rows, so nothing goes round, and division is slow on a CPU
+        return jnp.where(place <= last, place, -1)
+    return last - (last - place) % places
 
 
 def _layer(block, layer):

@@ -6,6 +6,7 @@ import pytest
 
 from lm_jax.bench import bench as module
 from lm_jax.bench.bench import ROWS, BenchConfig
+from lm_jax.bench.material import budgets
 from lm_jax.errors import UserError
 from tests.e2e.common import arguments, run
 
@@ -24,14 +25,16 @@ def measured(path, *rows):
         for peer, found in report[row]["peers"].items():
             assert found["same"], found["compared"]
             assert found["ratio"]["seconds"] == pytest.approx(found["seconds"] / report[row]["ours"]["seconds"])
-            assert any(line.startswith(row) and peer in line for line in done.stdout.splitlines())
+            assert any(line.startswith(f"{row} ") and f" of {peer}:" in line for line in done.stdout.splitlines())
     return report
 
 
 @pytest.mark.slow
 def test_scoring_beside_transformers(tmp_path):
     report = measured(tmp_path / "out", "score")
-    assert report["score"]["ours"]["tokens"] == report["score"]["peers"]["transformers"]["tokens"] > 1000
+    peers = report["score"]["peers"]
+    assert set(peers) == {"transformers", "transformers sorted"}
+    assert all(report["score"]["ours"]["tokens"] == peer["tokens"] > 1000 for peer in peers.values())
 
 
 @pytest.mark.slow
@@ -47,8 +50,20 @@ def test_training_beside_trl(tmp_path):
 
 @pytest.mark.slow
 def test_generation_and_loading_beside_transformers(tmp_path):
-    report = measured(tmp_path / "out", "generate", "load")
+    report = measured(tmp_path / "out", "generate", "generate_ends", "load")
+    for row in ("generate", "generate_ends"):
+        assert set(report[row]["peers"]) == {"transformers", "transformers sorted"}
+        assert all(report[row]["ours"]["tokens"] == peer["tokens"] for peer in report[row]["peers"].values())
+    assert report["generate_ends"]["ours"]["tokens"] < report["generate"]["ours"]["tokens"]
+    assert set(report["load"]["peers"]) == {"transformers", "transformers copied"}
     assert report["load"]["ours"]["parameters"] > 1e6
+
+
+def test_answers_that_end_by_themselves_have_lengths_of_their_own():
+    assert budgets(3, 64, ends=False) == [64, 64, 64]
+    made = budgets(2000, 64, ends=True)
+    assert made == budgets(2000, 64, ends=True) and min(made) >= 1 and max(made) == 64
+    assert 14 < sum(made) / len(made) < 17  # 15.7: those that would be longer are cut
 
 
 @pytest.mark.slow

@@ -227,6 +227,14 @@ def test_greedy_needs_no_filter():
         np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
+def test_greedy_takes_the_first_of_equals_and_stays_inside_the_vocabulary():
+    logits = np.random.default_rng(0).integers(0, 3, (20, 300)).astype(np.float32)
+    tokens, _ = chosen(logits, np.full(20, np.nan), temperature=0.0)
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    tokens, logprobs = chosen(np.full((1, 300), np.nan, np.float32), np.full(1, np.nan), temperature=0.0)
+    assert 0 <= tokens[0] < 300 and np.isnan(logprobs[0])
+
+
 def test_logprobs_are_the_models_own():
     """Before temperature and filters; extreme ones too."""
     logits = np.stack([random_logits(300, seed) for seed in range(20)] + [1e4 * random_logits(300, 21)])
