@@ -1,5 +1,5 @@
 # These commands do everything on a machine with Python and make:
-#   make quickstart   both methods on an embedded default: about ten minutes on two cores, half of them for a seed model
+#   make quickstart   both methods on an embedded default: five to ten minutes on two cores, half of them for a seed model
 #                     that is kept
 #   make test         ruff, mypy and the tests that are quick: about twenty minutes on two cores
 #   make test-all     every test: kills, pods, TPU compilations, rounds and benches besides, the better part of an hour
