@@ -160,15 +160,15 @@ def load(given: dict[str, Any]) -> dict[str, Any]:
             if given["copied"]:
                 parameter.data = parameter.data.clone()
             weights.append(parameter.detach())
-        del network, parameter
-        for parameter in weights:
-            parameter.flatten()[::_FLOATS_OF_A_PAGE].sum()
+        del network
+        for weight in weights:
+            weight.flatten()[::_FLOATS_OF_A_PAGE].sum()
         seconds.append(time.perf_counter() - begin)
     return {
         "seconds": min(seconds),
         "bytes": material.peak_memory() - before,
-        "parameters": sum(parameter.numel() for parameter in weights),
-        "sum": sum(float(parameter.double().sum()) for parameter in weights),
+        "parameters": sum(weight.numel() for weight in weights),
+        "sum": sum(float(weight.double().sum()) for weight in weights),
     }
 
 
