@@ -1,7 +1,7 @@
 # These commands do everything on a machine with Python and make:
 #   make quickstart   both methods on an embedded default: five to ten minutes on two cores, half of them for a seed model
 #                     that is kept
-#   make test         ruff, mypy and the tests that are quick: about twenty minutes on two cores
+#   make test         ruff, mypy and the tests that are quick: fifteen to twenty minutes on two cores
 #   make test-all     every test: kills, pods, TPU compilations, rounds and benches besides, the better part of an hour
 #   make coverage     every test with coverage, a line for each file that is not whole; TESTS=tests/unit for some of them
 #   make faults       breaks real runs on purpose and counts what held
