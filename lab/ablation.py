@@ -22,21 +22,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lm_jax.commands import lab_steps
-from lm_jax.commands.lab_arms import DEV, TEST, Arms
-from lm_jax.commands.lab_main_arms import LEFT_OUT as MAIN_LEFT_OUT
-from lm_jax.commands.lab_main_arms import SEED_ONLY, Controls, MainArms, MainArmsConfig, main_arms
-from lm_jax.commands.lab_musc_arms import DPO, MuscArms, MuscArmsConfig, musc_arms
-from lm_jax.commands.lab_musc_arms import LEFT_OUT as MUSC_LEFT_OUT
-from lm_jax.commands.lab_seed import copy_fitted
-from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
-from lm_jax.commands.rounds import begin_directory
-from lm_jax.commands.steps import alone_in, logged, run_step
+from lab import steps as lab_steps
+from lab.arms import DEV, TEST, Arms
+from lab.commands import alone_in, logged, run_step
+from lab.main_arms import LEFT_OUT as MAIN_LEFT_OUT
+from lab.main_arms import SEED_ONLY, Controls, MainArms, MainArmsConfig, main_arms
+from lab.musc_arms import DPO, MuscArms, MuscArmsConfig, musc_arms
+from lab.musc_arms import LEFT_OUT as MUSC_LEFT_OUT
+from lab.seed import copy_fitted
+from lab.table import Method, markdown, plot_method, report_of
+from lab.worlds.answers import shares, verdicts
+from lab.worlds.gate import below_gate
+from lab.worlds.worlds import WORLDS
 from lm_jax.data.rows import write_jsonl, write_text
 from lm_jax.errors import UserError
-from lm_jax.lab.answers import shares, verdicts
-from lm_jax.lab.gate import below_gate
-from lm_jax.lab.worlds import WORLDS
+from lm_jax.generation.rounds import begin_directory
 
 Row = dict[str, Any]
 MUSC, MAIN, BOTH = CHOICES = ("musc", "main", "both")

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from lab.worlds.answers import truly_answers
+from lab.worlds.data import prompts
+from lab.worlds.grammar import Instruction
+from lab.worlds.world import World
 from lm_jax.data.rows import write_jsonl
-from lm_jax.lab.answers import truly_answers
-from lm_jax.lab.data import prompts
-from lm_jax.lab.grammar import Instruction
-from lm_jax.lab.world import World
 
 Row = dict[str, Any]
 DEV, TEST = SPLITS = ("dev", "test")

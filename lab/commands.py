@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm_jax import hf_io
+from lm_jax.checkpoints import hf as hf_io
+from lm_jax.checkpoints.lock import locked
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import Decoder
-from lm_jax.training.lock import locked
 
 # On a CPU XLA maps a step's temporaries anew in every step: with huge pages the kernel has 512 times fewer to bring in.
 # glibc reads this when a process starts, so that it can only be given to others.

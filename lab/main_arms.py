@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.commands import lab_steps
-from lm_jax.commands.lab_arms import DEV, TEST, Learnt, Row, learnt_of, write_split
-from lm_jax.commands.lab_steps import TAG, WEB_TAG, Settings
+from lab import steps as lab_steps
+from lab.arms import DEV, TEST, Learnt, Row, learnt_of, write_split
+from lab.steps import TAG, WEB_TAG, Settings
+from lab.worlds.answers import truly_answers
+from lab.worlds.data import clean_pairs, instructions, unlabelled_responses
+from lab.worlds.seed_data import CURRICULUM, PAIRED
+from lab.worlds.world import World
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
-from lm_jax.lab.answers import truly_answers
-from lm_jax.lab.data import clean_pairs, instructions, unlabelled_responses
-from lm_jax.lab.seed_data import CURRICULUM, PAIRED
-from lm_jax.lab.world import World
 
 SEED_ONLY, RANDOM, JUDGED = "seed_only", "random", "score"
 ADAPTERS, ORACLE = "adapters", "oracle"  # arms of the lab's own

@@ -5,15 +5,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_jax.commands import lab_steps
-from lm_jax.commands.lab_arms import DEV, TEST, Learnt, Row, learnt_of, write_split
-from lm_jax.commands.lab_musc_weights import constant_weights, mean_weights, placed_weights
-from lm_jax.commands.lab_steps import Settings
+from lab import steps as lab_steps
+from lab.arms import DEV, TEST, Learnt, Row, learnt_of, write_split
+from lab.musc_weights import constant_weights, mean_weights, placed_weights
+from lab.steps import Settings
+from lab.worlds.answers import verdict
+from lab.worlds.data import instructions
+from lab.worlds.world import World
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
-from lm_jax.lab.answers import verdict
-from lm_jax.lab.data import instructions
-from lm_jax.lab.world import World
 
 SEED, SFT, DPO, CONSTANT, ORACLE = "seed", "sft", "dpo", "constant", "oracle"
 UNIFORM, COLUMNS = "uniform", "columns"

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm_jax.commands.lab_arms import Row
+from lab.arms import Row
+from lab.worlds.governed import GOVERNED, dropped, labels
+from lab.worlds.world import World
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.lab.governed import GOVERNED, dropped, labels
-from lm_jax.lab.world import World
 
 SIDES = ("chosen", "rejected")
 

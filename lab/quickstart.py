@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_jax.commands.lab_steps import (
+from lab.commands import run_step
+from lab.steps import (
     TAG,
     answer,
     export,
@@ -20,15 +21,14 @@ from lm_jax.commands.lab_steps import (
     tune,
     weigh,
 )
-from lm_jax.commands.steps import run_step
+from lab.worlds.answers import estimate, shares, truly_answers, verdicts
+from lab.worlds.data import clean_pairs, instructions, prompts, unlabelled_responses
+from lab.worlds.seed_data import PAIRED
+from lab.worlds.verifiers import Verdict
+from lab.worlds.world import World
+from lab.worlds.worlds import WORLDS
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
-from lm_jax.lab.answers import estimate, shares, truly_answers, verdicts
-from lm_jax.lab.data import clean_pairs, instructions, prompts, unlabelled_responses
-from lm_jax.lab.seed_data import PAIRED
-from lm_jax.lab.verifiers import Verdict
-from lm_jax.lab.world import World
-from lm_jax.lab.worlds import WORLDS
 
 Row = dict[str, Any]
 

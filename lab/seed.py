@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_jax.commands.rounds import begin_directory
-from lm_jax.commands.steps import make_random_model, run_step
+from lab.commands import make_random_model, run_step
+from lab.worlds.compositions import COMPLEX
+from lab.worlds.data import instructions
+from lab.worlds.gate import check_gate, make_gate
+from lab.worlds.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
+from lab.worlds.tokenizer import write_tokenizer
+from lab.worlds.worlds import WORLDS
 from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
-from lm_jax.lab.compositions import COMPLEX
-from lm_jax.lab.data import instructions
-from lm_jax.lab.gate import check_gate, make_gate
-from lm_jax.lab.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
-from lm_jax.lab.tokenizer import write_tokenizer
-from lm_jax.lab.worlds import WORLDS
+from lm_jax.generation.rounds import begin_directory
 
 _EXAMPLES = 10  # decomposed instructions that a method is given as in-context examples
 

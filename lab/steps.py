@@ -6,7 +6,7 @@ A step whose output is there is not run again; one that was interrupted goes on,
 from pathlib import Path
 from typing import Any
 
-from lm_jax.commands.steps import run_step
+from lab.commands import run_step
 from lm_jax.data.rows import read_rows
 
 Settings = dict[str, Any]  # key of the command's config, with dots -> value

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lm_jax.lab.answers import Estimate
-from lm_jax.lab.governed import END, GOVERNED, OTHER
-from lm_jax.lab.statistics import Comparison, compare_runs, mean_of_runs
+from lab.worlds.answers import Estimate
+from lab.worlds.governed import END, GOVERNED, OTHER
+from lab.worlds.statistics import Comparison, compare_runs, mean_of_runs
 
 Row = dict[str, Any]
 # In the table -> where a result has it

@@ -7,7 +7,7 @@ from launch import cli
 
 
 def command():
-    from lm_jax.bench.bench import BenchConfig, bench
+    from lab.bench.bench import BenchConfig, bench
 
     return BenchConfig, bench
 

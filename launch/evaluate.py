@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from lm_jax.commands.evaluate import HarnessConfig, IfevalConfig, JudgedConfig, evaluate
+    from lm_jax.evaluation.command import HarnessConfig, IfevalConfig, JudgedConfig, evaluate
 
     return HarnessConfig | IfevalConfig | JudgedConfig, evaluate
 

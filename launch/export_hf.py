@@ -7,7 +7,7 @@ from launch import cli
 
 
 def command():
-    from lm_jax.commands.export import ExportConfig, export
+    from lm_jax.checkpoints.export import ExportConfig, export
 
     return ExportConfig, export
 

@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from lm_jax.commands.generate import GenerateConfig, generate_rows
+    from lm_jax.generation.command import GenerateConfig, generate_rows
 
     return GenerateConfig, generate_rows
 

@@ -8,8 +8,8 @@ from launch import cli
 
 
 def command():
-    from lm_jax.commands.lab_ablation import LabAblationConfig, ablate
-    from musc_jax.token_weights import DEFAULT_RULE, WEIGHING_RULES
+    from lab.ablation import LabAblationConfig, ablate
+    from musc_jax.weights.rules import DEFAULT_RULE, WEIGHING_RULES
 
     rules = (DEFAULT_RULE, *(rule for rule in WEIGHING_RULES if rule != DEFAULT_RULE))
     return LabAblationConfig, lambda config: ablate(config, rules, controls_of_main())
@@ -17,11 +17,11 @@ def command():
 
 def controls_of_main():
     """What the lab, which knows no method, is handed of MAIN."""
-    from lm_jax.commands.lab_main_arms import Controls
-    from main_jax import controls
-    from main_jax.auroc import auroc
-    from main_jax.scores import DEFAULT_SCORE, SCORES
-    from main_jax.weighting import RULES
+    from lab.controls import arms as controls
+    from lab.main_arms import Controls
+    from main_jax.filter.auroc import auroc
+    from main_jax.filter.scores import DEFAULT_SCORE, SCORES
+    from main_jax.training.weighting import RULES
 
     return Controls(
         about=controls.ARMS,

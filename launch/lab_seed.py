@@ -7,9 +7,9 @@ from launch import cli
 
 
 def command():
-    from lm_jax.commands.lab_seed import LabSeedConfig, fit_seed
-    from lm_jax.lab.seed_data import Tasks
-    from musc_jax.conversations import decomposing, recombining, task_texts
+    from lab.seed import LabSeedConfig, fit_seed
+    from lab.worlds.seed_data import Tasks
+    from musc_jax.pairs.conversations import decomposing, recombining, task_texts
 
     return LabSeedConfig, lambda config: fit_seed(config, Tasks(decomposing, recombining), task_texts())
 

@@ -8,8 +8,8 @@ from launch import cli
 
 
 def command():
-    from main_jax.control_stages import run_controls
-    from main_jax.controls_config import ControlsConfig
+    from lab.controls.command import run_controls
+    from lab.controls.config import ControlsConfig
 
     return ControlsConfig, run_controls
 

@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from main_jax.mutual_filter import FilterConfig, filter_candidates
+    from main_jax.filter.command import FilterConfig, filter_candidates
 
     return FilterConfig, filter_candidates
 

@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from main_jax.prepare import PrepareConfig, prepare
+    from main_jax.texts.command import PrepareConfig, prepare
 
     return PrepareConfig, prepare
 

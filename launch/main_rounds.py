@@ -8,8 +8,8 @@ from launch import cli
 
 
 def command():
-    from main_jax.rounds import run_rounds
-    from main_jax.rounds_config import RoundsConfig
+    from main_jax.rounds.command import run_rounds
+    from main_jax.rounds.config import RoundsConfig
 
     return RoundsConfig, run_rounds
 

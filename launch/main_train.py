@@ -10,13 +10,13 @@ from launch import cli
 
 
 def command():
-    from main_jax.train import MainTrainConfig, train
+    from main_jax.training.command import MainTrainConfig, train
 
     return MainTrainConfig, train
 
 
 def preview():
-    from main_jax.preview import preview
+    from main_jax.training.preview import preview
 
     return preview
 

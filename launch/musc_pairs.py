@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from musc_jax.pairs import PairsConfig, make_pairs
+    from musc_jax.pairs.command import PairsConfig, make_pairs
 
     return PairsConfig, make_pairs
 

@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from musc_jax.rounds import RoundsConfig, run_rounds
+    from musc_jax.rounds.command import RoundsConfig, run_rounds
 
     return RoundsConfig, run_rounds
 

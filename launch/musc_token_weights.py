@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from musc_jax.weigh import WeighConfig, weigh_rows
+    from musc_jax.weights.command import WeighConfig, weigh_rows
 
     return WeighConfig, weigh_rows
 

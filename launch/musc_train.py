@@ -10,13 +10,13 @@ from launch import cli
 
 
 def command():
-    from musc_jax.train import MuscTrainConfig, train
+    from musc_jax.training.command import MuscTrainConfig, train
 
     return MuscTrainConfig, train
 
 
 def preview():
-    from musc_jax.preview import preview
+    from musc_jax.training.preview import preview
 
     return preview
 

@@ -19,11 +19,11 @@ _SEARCH = flags.DEFINE_boolean("search", False, "try meshes, rows at a time and 
 
 
 def command():
-    from lm_jax.commands.generate import GenerateConfig
-    from lm_jax.commands.plan import generate_programs, plan, read_config, score_programs
-    from lm_jax.commands.score import ScoreConfig
-    from main_jax.train import MainTrainConfig, main_programs
-    from musc_jax.train import MuscTrainConfig, musc_programs
+    from lm_jax.generation.command import GenerateConfig
+    from lm_jax.planning.command import generate_programs, plan, read_config, score_programs
+    from lm_jax.scoring.command import ScoreConfig
+    from main_jax.training.command import MainTrainConfig, main_programs
+    from musc_jax.training.command import MuscTrainConfig, musc_programs
 
     commands: dict[type, Any] = {
         MuscTrainConfig: musc_programs,

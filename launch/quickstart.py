@@ -15,7 +15,7 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         sys.exit(f"error: unexpected argument {sys.argv[1]!r}; it takes none")
 
-    from lm_jax.commands.quickstart import quickstart
+    from lab.quickstart import quickstart
 
     try:
         quickstart(OUTPUT)

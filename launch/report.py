@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from musc_jax.report import ReportConfig, write_report
+    from musc_jax.report.command import ReportConfig, write_report
 
     return ReportConfig, write_report
 

@@ -8,7 +8,7 @@ from launch import cli
 
 
 def command():
-    from lm_jax.commands.score import ScoreConfig, score_rows
+    from lm_jax.scoring.command import ScoreConfig, score_rows
 
     return ScoreConfig, score_rows
 

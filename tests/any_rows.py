@@ -23,7 +23,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from lm_jax.commands import generate  # noqa: E402
 from lm_jax.config import from_config_dict, to_dict  # noqa: E402
 from lm_jax.data.journal import rows_fingerprint  # noqa: E402
 from lm_jax.data.order import check_batch  # noqa: E402
@@ -33,14 +32,15 @@ from lm_jax.data.supervised import supervised_rows  # noqa: E402
 from lm_jax.data.text import TextEncoder  # noqa: E402
 from lm_jax.data.tokenizers import load_tokenizer  # noqa: E402
 from lm_jax.errors import UserError  # noqa: E402
+from lm_jax.generation import command as generate  # noqa: E402
 from lm_jax.models.decoder import check_compute  # noqa: E402
 from lm_jax.sharding import make_mesh  # noqa: E402
-from main_jax.candidates import Candidates  # noqa: E402
-from main_jax.round_inputs import read_seeds, read_unlabelled  # noqa: E402
-from musc_jax.constraints import parse_decomposition, parse_self_instructed  # noqa: E402
-from musc_jax.report import page  # noqa: E402
-from musc_jax.report_pairs import pair_record  # noqa: E402
-from musc_jax.tasks import read_tasks  # noqa: E402
+from main_jax.rounds.candidates import Candidates  # noqa: E402
+from main_jax.rounds.inputs import read_seeds, read_unlabelled  # noqa: E402
+from musc_jax.pairs.constraints import parse_decomposition, parse_self_instructed  # noqa: E402
+from musc_jax.pairs.tasks import read_tasks  # noqa: E402
+from musc_jax.report.command import page  # noqa: E402
+from musc_jax.report.pairs import pair_record  # noqa: E402
 from tests.checkpoints import make_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

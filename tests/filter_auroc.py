@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from main_jax.auroc import auroc
-from main_jax.scores import SCORES
+from main_jax.filter.auroc import auroc
+from main_jax.filter.scores import SCORES
 from tests import real_input
 from tests.checkpoints import make_tokenizer
 

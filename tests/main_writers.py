@@ -4,7 +4,7 @@ import hashlib
 import random
 import time
 
-from lm_jax.inference.requests import Completion, Sample
+from lm_jax.generation.requests import Completion, Sample
 
 SAMPLED = "sampled"  # stands in every text that was written here
 ASK = "Ask for: {response}"  # `prompts.reverse_question` that tells the two models' prompts apart

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Completion, Sample
-from musc_jax.prompts import DEFAULT, SEPARATOR
+from lm_jax.generation.requests import Completion, Sample
+from musc_jax.pairs.prompts import DEFAULT, SEPARATOR
 from tests.http_server import Asked, Reply, completion
 
 TASK, POINT, AGAINST = (

@@ -10,7 +10,7 @@ import transformers
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from lm_jax.bench.material import trl_rows
+from lab.bench.material import trl_rows
 
 
 def dpo_oracle(

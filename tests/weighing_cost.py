@@ -30,20 +30,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.order import plan_batches
 from lm_jax.data.packing import Segment, example_lengths
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer
-from lm_jax.inference.contrast import contrast
-from lm_jax.inference.scoring import score
 from lm_jax.models.decoder import Decoder, output_embedding
+from lm_jax.scoring.contexts import contrast
+from lm_jax.scoring.scoring import score
 from lm_jax.sharding import make_mesh
 from lm_jax.training.flops import forward_flops
-from lm_jax.training.runs import open_model
-from musc_jax.examples import load_pairs
-from musc_jax.token_weights import CONTEXTS, DEFAULT_RULE, WEIGHING_RULES, contexts_of
-from musc_jax.weigh import no_prompt, response_scores
+from musc_jax.training.examples import load_pairs
+from musc_jax.weights.command import no_prompt, response_scores
+from musc_jax.weights.rules import CONTEXTS, DEFAULT_RULE, WEIGHING_RULES, contexts_of
 from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.e2e.common import make_pairs
 

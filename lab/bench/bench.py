@@ -17,12 +17,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lm_jax.bench.material import PROMPT_LENGTHS, SLOT_LENGTH, prepare
-from lm_jax.commands.steps import HUGE_PAGES
+from lab.bench.material import PROMPT_LENGTHS, SLOT_LENGTH, prepare
+from lab.commands import HUGE_PAGES
+from lm_jax.console import say
 from lm_jax.data.rows import replacing, write_text
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
-from lm_jax.training.metrics import say
 
 Result = Mapping[str, Any]
 
@@ -175,7 +175,7 @@ def _side(side: str, row: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if environment.get("JAX_PLATFORMS", "") == "cpu":
         # One JAX device a core: rows are independent, and small operations run on one core each
         environment.setdefault("JAX_NUM_CPU_DEVICES", str(_cores()))
-    command = [sys.executable, "-m", f"lm_jax.bench.{side}", row, json.dumps(given)]
+    command = [sys.executable, "-m", f"lab.bench.{side}", row, json.dumps(given)]
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - begin

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.bench.demo import make_demo
-from lm_jax.commands.steps import make_random_model
+from lab.bench.demo import make_demo
+from lab.commands import make_random_model
 from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.data.preference import preference_rows
 from lm_jax.data.rows import read_rows, write_jsonl

@@ -1,4 +1,4 @@
-"""What we take for a row. Run by `lm_jax.bench.bench` as `peers.py` is: `python -m lm_jax.bench.ours ROW JSON`.
+"""What we take for a row. Run by `lab.bench.bench` as `peers.py` is: `python -m lab.bench.ours ROW JSON`.
 
 Compilation is left out: what is measured is the second of its kind in the process.
 """
@@ -15,20 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.bench import material
+from lab.bench import material
+from lm_jax.checkpoints.runs import open_model, training_records
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, ModelConfig, RopeConfig
 from lm_jax.data.packing import Segment
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Request, SamplingConfig
-from lm_jax.inference.sampling import LocalGenerator
-from lm_jax.inference.scoring import score as score_segments
+from lm_jax.generation.requests import Request, SamplingConfig
+from lm_jax.generation.sampling import LocalGenerator
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.logprobs import token_logprobs
+from lm_jax.scoring.scoring import score as score_segments
 from lm_jax.sharding import make_mesh
 from lm_jax.training.flops import forward_flops, peak_flops
-from lm_jax.training.metrics import training_records
-from lm_jax.training.runs import open_model
 
 
 def train(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What TRL and transformers take for a row: the only file of the packages that imports torch.
 
-Run by `lm_jax.bench.bench` as a process of its own: `python -m lm_jax.bench.peers ROW JSON` prints one line of JSON.
+Run by `lab.bench.bench` as a process of its own: `python -m lab.bench.peers ROW JSON` prints one line of JSON.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from lm_jax.bench import material
+from lab.bench import material
 
 _FLOATS_OF_A_PAGE = 1024
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.data.answer_text import unfenced, visible
-from lm_jax.data.verdicts import read_score
 from lm_jax.errors import UserError
-from main_jax.auroc import auroc
-from main_jax.scores import SCORES, best_of_each
-from main_jax.weighting import RULES
+from lm_jax.generation.answer_text import unfenced, visible
+from lm_jax.generation.verdicts import read_score
+from main_jax.filter.auroc import auroc
+from main_jax.filter.scores import SCORES, best_of_each
+from main_jax.training.weighting import RULES
 
 Row = dict[str, Any]
 SEED_ONLY, NO_FILTER, RANDOM, JUDGED, SHUFFLED = "seed_only", "no_filter", "random", "score", "shuffled"

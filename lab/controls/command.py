@@ -20,25 +20,27 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.commands.rounds import begin_directory
-from lm_jax.commands.steps import alone_in, run_step
+from lab.commands import alone_in, run_step
+from lab.controls import arms as controls
+from lab.controls import costs
+from lab.controls.arms import JUDGED, KINDS, NO_FILTER, SEED_ONLY, SHUFFLED
+from lab.controls.config import MAY_CHANGE, ControlsConfig
+from lab.controls.report import Measured, markdown, report_of
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import to_dict
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import read_rows, write_jsonl, write_text
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.training.runs import open_model
-from main_jax import control_costs as costs
-from main_jax import controls
-from main_jax.control_report import Measured, markdown, report_of
-from main_jax.controls import JUDGED, KINDS, NO_FILTER, SEED_ONLY, SHUFFLED
-from main_jax.controls_config import MAY_CHANGE, ControlsConfig
-from main_jax.plots import plot_controls
+from lm_jax.generation.rounds import begin_directory
+from main_jax.filter.plots import plot_controls
+from main_jax.filter.scores import SCORES
 from main_jax.prompts import fill, open_prompts
-from main_jax.round_inputs import read_seeds, read_unlabelled
-from main_jax.round_report import training_summary
-from main_jax.round_rows import (
+from main_jax.rounds.config import SAMPLER
+from main_jax.rounds.inputs import read_seeds, read_unlabelled
+from main_jax.rounds.report import training_summary
+from main_jax.rounds.rows import (
     DIRECTIONS,
     FORWARD,
     NO_LIMIT,
@@ -49,8 +51,6 @@ from main_jax.round_rows import (
     seed_rows,
     supervised_row,
 )
-from main_jax.rounds_config import SAMPLER
-from main_jax.scores import SCORES
 
 Row = dict[str, Any]
 Costs = dict[str, Row]  # name -> `tokens`, `flops`, and `seconds` where a part was timed by itself

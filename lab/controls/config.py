@@ -4,19 +4,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lm_jax.commands.generate import GenerateConfig
-from lm_jax.commands.rounds import NO_ENDPOINT, naming
-from lm_jax.commands.score import ScoreConfig
-from lm_jax.commands.steps import changed_flags
+from lab.commands import changed_flags
+from lab.controls.arms import SEED_ONLY, check_arms, check_held_out, depth_of
 from lm_jax.config import from_config_dict
 from lm_jax.data.supervised import ALL
 from lm_jax.errors import UserError
-from main_jax.controls import SEED_ONLY, check_arms, check_held_out, depth_of
-from main_jax.mutual_filter import FilterConfig
+from lm_jax.generation.command import GenerateConfig
+from lm_jax.generation.rounds import NO_ENDPOINT, naming
+from lm_jax.scoring.command import ScoreConfig
+from main_jax.filter.command import FilterConfig
 from main_jax.prompts import PromptConfig, check_markers
-from main_jax.round_rows import DIRECTIONS
-from main_jax.rounds_config import SAMPLED, RoundsConfig
-from main_jax.train import MainTrainConfig
+from main_jax.rounds.config import SAMPLED, RoundsConfig
+from main_jax.rounds.rows import DIRECTIONS
+from main_jax.training.command import MainTrainConfig
 
 # Section -> the command whose settings it has, and their class
 COMMANDS = {

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.checkpoints.runs import training_records
 from lm_jax.config import ModelConfig
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.data.text import TextEncoder
 from lm_jax.training.flops import forward_flops
-from lm_jax.training.metrics import training_records
 from main_jax.prompts import Prompts
-from main_jax.round_rows import forward_rows, samples
+from main_jax.rounds.rows import forward_rows, samples
 
 Row = dict[str, Any]
 Cost = dict[str, float]  # `tokens`, `flops`

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from main_jax.auroc import NORMAL_95
-from main_jax.control_costs import total
-from main_jax.controls import ARMS, JUDGED, SEED_ONLY, UNFILTERED, depth_of
-from main_jax.round_rows import DIRECTIONS
-from main_jax.rounds_config import INSTRUCTIONS, SAMPLED
+from lab.controls.arms import ARMS, JUDGED, SEED_ONLY, UNFILTERED, depth_of
+from lab.controls.costs import total
+from main_jax.filter.auroc import NORMAL_95
+from main_jax.rounds.config import INSTRUCTIONS, SAMPLED
+from main_jax.rounds.rows import DIRECTIONS
 
 Row = dict[str, Any]
 

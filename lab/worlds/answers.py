@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.lab.grammar import read_instruction
-from lm_jax.lab.verifiers import Verdict, verify
-from lm_jax.lab.world import World
+from lab.worlds.grammar import read_instruction
+from lab.worlds.verifiers import Verdict, verify
+from lab.worlds.world import World
 
 _Z = 1.96  # of a normal distribution, for 95%
 

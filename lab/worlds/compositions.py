@@ -4,8 +4,8 @@ import enum
 import random
 from collections.abc import Collection
 
-from lm_jax.lab.grammar import draw_kinds
-from lm_jax.lab.world import World, draw
+from lab.worlds.grammar import draw_kinds
+from lab.worlds.world import World, draw
 
 COMPLEX = (3, 4, 5)  # constraints of a complex instruction
 HELD_OUT, RARE = 0.2, 0.2  # shares of all compositions

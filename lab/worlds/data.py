@@ -2,11 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
-from lm_jax.lab.compositions import COMPLEX, draw_composition
-from lm_jax.lab.grammar import Instruction, make_instruction
-from lm_jax.lab.seed_data import PAIRED, Row, conversation
-from lm_jax.lab.world import World, draw
-from lm_jax.lab.writer import write
+from lab.worlds.compositions import COMPLEX, draw_composition
+from lab.worlds.grammar import Instruction, make_instruction
+from lab.worlds.seed_data import PAIRED, Row, conversation
+from lab.worlds.world import World, draw
+from lab.worlds.writer import write
 
 
 def instructions(

@@ -6,7 +6,7 @@ formed where what was read writes the very same text.
 
 import dataclasses
 
-from lm_jax.lab.world import World, tokens
+from lab.worlds.world import World, tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lab.worlds.compositions import COMPLEX
+from lab.worlds.data import instructions, prompts
+from lab.worlds.grammar import Instruction, make_instruction
+from lab.worlds.seed_data import SIMPLE, Row, Tasks, decomposed
+from lab.worlds.verifiers import Verdict, verify
+from lab.worlds.world import World, draw
 from lm_jax.errors import UserError
-from lm_jax.lab.compositions import COMPLEX
-from lm_jax.lab.data import instructions, prompts
-from lm_jax.lab.grammar import Instruction, make_instruction
-from lm_jax.lab.seed_data import SIMPLE, Row, Tasks, decomposed
-from lm_jax.lab.verifiers import Verdict, verify
-from lm_jax.lab.world import World, draw
 
 GATED = ("start_with", "decompose")
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Iterator, Sequence
 
-from lm_jax.lab.grammar import Constraint, read_instruction
-from lm_jax.lab.world import World, tokens
+from lab.worlds.grammar import Constraint, read_instruction
+from lab.worlds.world import World, tokens
 
 GOVERNED, OTHER, END = LABELS = ("governed", "other", "end")
 

@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
-from lm_jax.lab.world import Group, Kind, World
+from lab.worlds.world import Group, Kind, World
 
 NAMING = ("at", "include", "exclude")  # rules whose value is a word of the group
 _LENGTHS = ("count", "minimum", "maximum")

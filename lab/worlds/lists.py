@@ -1,6 +1,6 @@
 """The first world: lists of things of a kind."""
 
-from lm_jax.lab.world import Kind, World, groups, named
+from lab.worlds.world import Kind, World, groups, named
 
 _GROUPS = {
     "fruits": "cherry grape plum date fig lime mango melon banana papaya coconut orange",

@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lab.worlds.compositions import COMPLEX, draw_composition
+from lab.worlds.grammar import Instruction, make_instruction, questions
+from lab.worlds.world import World, draw
+from lab.worlds.writer import write
 from lm_jax.data.text import Message
-from lm_jax.lab.compositions import COMPLEX, draw_composition
-from lm_jax.lab.grammar import Instruction, make_instruction, questions
-from lm_jax.lab.world import World, draw
-from lm_jax.lab.writer import write
 
 SIMPLE = (0, 1, 2)  # constraints of a simple instruction
 PAIRED = (1, 2, 3, 4)  # of those behind single responses, and behind pairs

@@ -1,6 +1,6 @@
 """Means over independent runs with their intervals, and paired tests: Student's t, for as few runs as five.
 
-`lm_jax.lab.answers.estimate` is for hundreds of answers of one model; this is for the models of several seeds, which
+`lab.worlds.answers.estimate` is for hundreds of answers of one model; this is for the models of several seeds, which
 differ by more than their answers do.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from lm_jax.lab.answers import Estimate
+from lab.worlds.answers import Estimate
 
 CONFIDENCE = 0.95
 

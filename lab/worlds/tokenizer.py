@@ -14,9 +14,9 @@ from typing import Any
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lab.worlds.forms import Form
+from lab.worlds.world import World, tokens
 from lm_jax.data.rows import write_text
-from lm_jax.lab.forms import Form
-from lm_jax.lab.world import World, tokens
 
 UNKNOWN, PAD, TEXT, END = "<|unknown|>", "<|pad|>", "<|text|>", "<|end|>"
 ROLES = ("system", "user", "assistant")

@@ -1,6 +1,6 @@
 """The second world: trips through regions. No setting is tuned on it."""
 
-from lm_jax.lab.world import Kind, World, groups, named
+from lab.worlds.world import Kind, World, groups, named
 
 _GROUPS = {
     "alps": "davos zermatt chur sion grindel andermatt innsbruck bolzano trento aosta chamonix annecy",

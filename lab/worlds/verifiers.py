@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from lm_jax.lab.forms import Reading, form_of, read
-from lm_jax.lab.grammar import Constraint, Instruction
-from lm_jax.lab.world import Kind, World
+from lab.worlds.forms import Reading, form_of, read
+from lab.worlds.grammar import Constraint, Instruction
+from lab.worlds.world import Kind, World
 
 MOST_WORDS = 8  # more come from a model that does not stop
 MOST_TIMES = 3

@@ -5,7 +5,7 @@ A response of any world is one or two lines of single-space separated words:
     [opening] [title:] [bracket] item, item, ... [bracket] [closing]
     [second line]
 
-and an item is `[number] [before] word[after]`, the word once or several times. `lm_jax.lab.forms` writes and reads it.
+and an item is `[number] [before] word[after]`, the word once or several times. `lab.worlds.forms` writes and reads it.
 """
 
 import dataclasses

@@ -4,9 +4,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from lm_jax.lab.forms import Form
-from lm_jax.lab.grammar import Constraint, allowed_words, fewest_items
-from lm_jax.lab.world import World
+from lab.worlds.forms import Form
+from lab.worlds.grammar import Constraint, allowed_words, fewest_items
+from lab.worlds.world import World
 
 
 def write(world: World, group: str, constraints: Sequence[Constraint], rng: random.Random) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from lm_jax import storage
+from lm_jax.checkpoints import buckets as storage
 from lm_jax.distributed.processes import at_work
 from lm_jax.errors import UserError
 

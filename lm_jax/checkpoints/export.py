@@ -4,17 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from lm_jax import hf_io
-from lm_jax.commands.hub import check_push, push
-from lm_jax.commands.model_card import model_card
+from lm_jax.checkpoints import hf as hf_io
+from lm_jax.checkpoints.buckets import is_remote
+from lm_jax.checkpoints.directories import check_output
+from lm_jax.checkpoints.hub import check_push, push
+from lm_jax.checkpoints.model_card import model_card
+from lm_jax.checkpoints.peft import export_peft
+from lm_jax.checkpoints.runs import ModelSource, open_model, read_settings, training_records
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
-from lm_jax.model_directories import check_output
-from lm_jax.peft_io import export_peft
 from lm_jax.sharding import make_mesh
-from lm_jax.storage import is_remote
-from lm_jax.training.metrics import training_records
-from lm_jax.training.runs import ModelSource, open_model, read_settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,21 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
+from lm_jax.checkpoints.directories import appears_whole, check_output, copy_side_files, write_card
+from lm_jax.checkpoints.weight_files import (
+    INDEX_FILE,
+    STORED_DTYPES,
+    StoredTensor,
+    check_finite,
+    listed,
+    open_checkpoint,
+)
 from lm_jax.config import ModelConfig
 from lm_jax.distributed.processes import barrier, everywhere, reached
 from lm_jax.errors import UserError
-from lm_jax.model_directories import appears_whole, check_output, copy_side_files, write_card
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from lm_jax.strict_json import read_json_object
-from lm_jax.weight_files import INDEX_FILE, STORED_DTYPES, StoredTensor, check_finite, listed, open_checkpoint
 
 DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
 # Rotary tables that old Llama checkpoints carry; they follow from config.json.

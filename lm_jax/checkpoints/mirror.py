@@ -18,10 +18,10 @@ from pathlib import Path
 
 from etils import epath
 
-from lm_jax import storage
+from lm_jax.checkpoints import buckets as storage
+from lm_jax.checkpoints.checksums import damage, written_by
+from lm_jax.console import say
 from lm_jax.errors import UserError
-from lm_jax.training.checksums import damage, written_by
-from lm_jax.training.metrics import say
 
 _PART = re.compile(r"(\d+)/part\.(\d+)-of-(\d+)\.json")
 _SETTINGS, _MODEL, _OWNER = "config.json", "model", "owner.json"

@@ -13,9 +13,9 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from lm_jax.checkpoints.checksums import damage, write_checksums
 from lm_jax.distributed.processes import everywhere, reached
 from lm_jax.errors import UserError
-from lm_jax.training.checksums import damage, write_checksums
 
 _FAULT_BYTES = 256  # of what a process found
 _APPEARS = 60.0  # seconds until a checkpoint that all have written has its name

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from safetensors.numpy import save_file
 
+from lm_jax.checkpoints.directories import appears_whole, check_output, copy_side_files, write_card
 from lm_jax.config import LoraConfig, ModelConfig
 from lm_jax.distributed.processes import barrier
-from lm_jax.model_directories import appears_whole, check_output, copy_side_files, write_card
 from lm_jax.models.lora import peft_config, peft_tensors
 from lm_jax.sharding import to_host
 

@@ -16,22 +16,22 @@ import jax
 from etils import epath
 from jax.sharding import NamedSharding
 
-from lm_jax import hf_io
+from lm_jax.checkpoints import hf as hf_io
+from lm_jax.checkpoints import mirror
+from lm_jax.checkpoints.buckets import is_remote
+from lm_jax.checkpoints.directories import copy_side_files, resolve_model_dir
+from lm_jax.checkpoints.lock import NAME, lock
+from lm_jax.checkpoints.orbax import Checkpoints
+from lm_jax.checkpoints.provenance import Method, made_with, origin
 from lm_jax.config import FULL, NF4, LoraConfig, ModelConfig, from_config_dict
+from lm_jax.console import say
 from lm_jax.distributed.processes import at_work, everywhere
 from lm_jax.errors import UserError
-from lm_jax.model_directories import copy_side_files, resolve_model_dir
 from lm_jax.models.lora import abstract_adapters, merge
 from lm_jax.models.quantized import is_quantized, leaf_specs, leaves, quantize_params, replacement
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
 from lm_jax.sharding import param_spec
-from lm_jax.storage import is_remote
-from lm_jax.training import mirror
-from lm_jax.training.checkpoints import Checkpoints
-from lm_jax.training.lock import NAME, lock
-from lm_jax.training.metrics import say
-from lm_jax.training.provenance import Method, made_with, origin
 
 # Where a run lies, on what it computes and when it gives up may change between a run and its continuation; what it
 # learns may not.
@@ -339,3 +339,8 @@ def flat_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def training_records(run: str) -> list[dict[str, Any]]:
+    """A run directory's metrics, those of the evaluations too, in the order of the steps."""
+    return [json.loads(line) for line in (epath.Path(run) / "metrics.jsonl").read_text().splitlines()]

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from lm_jax import storage
+from lm_jax.checkpoints import buckets as storage
 from lm_jax.errors import UserError
 from lm_jax.strict_json import no_doubled_keys
 

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from lm_jax.checkpoints.buckets import check_bucket, is_remote
 from lm_jax.errors import UserError
-from lm_jax.storage import check_bucket, is_remote
 
 _META = "store.json"
 _META_TYPES = {"key": dict, "fields": list, "data": str, "lengths_sha256": str}

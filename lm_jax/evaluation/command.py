@@ -11,20 +11,20 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.judged import JudgedConfig, evaluate_judged
+from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, split_names
+from lm_jax.console import say
 from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, write_jsonl, write_text
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.evaluation.ifeval import read_prompts, score_responses
+from lm_jax.evaluation.judged_command import JudgedConfig, evaluate_judged
 from lm_jax.evaluation.lm_eval_setup import require_lm_eval
 from lm_jax.evaluation.responses import read_responses
 from lm_jax.evaluation.tasks import Tasks, markdown, table, task_file
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
-from lm_jax.training.metrics import say
-from lm_jax.training.runs import ModelSource, open_model
 
 
 @dataclasses.dataclass(frozen=True)

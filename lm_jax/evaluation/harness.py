@@ -14,17 +14,17 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lm_jax.checkpoints.runs import ModelSource
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig
+from lm_jax.console import Progress
 from lm_jax.data.chat import render_chat
 from lm_jax.data.packing import Segment
 from lm_jax.data.text import TEMPLATE_DAY
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Request, SamplingConfig
-from lm_jax.inference.sampling import LocalGenerator
-from lm_jax.inference.scoring import score
-from lm_jax.training.metrics import Progress
-from lm_jax.training.runs import ModelSource
+from lm_jax.generation.requests import Request, SamplingConfig
+from lm_jax.generation.sampling import LocalGenerator
+from lm_jax.scoring.scoring import score
 
 _MAX_GEN_TOKS = 256  # of a task that does not say; lm-eval's default
 _FILTERS = ("top_k", "top_p", "min_p")  # of sampling; greedy text does not depend on them

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from lm_jax.data.verdicts import read_points, read_preference
 from lm_jax.errors import UserError
 from lm_jax.evaluation.intervals import Estimate
+from lm_jax.generation.verdicts import read_points, read_preference
 
 Scores = dict[str, dict[str, Estimate]]  # group -> metric -> estimate
 

@@ -20,9 +20,8 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.generate import GenerateConfig, generate_rows
-from lm_jax.commands.generator import EndpointConfig, check_one_model, local_mesh, open_endpoint, open_local
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.console import say
 from lm_jax.data.rows import read_rows, write_jsonl, write_text
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
@@ -32,7 +31,8 @@ from lm_jax.evaluation.followbench import FollowBench
 from lm_jax.evaluation.judged import Benchmark, Question, Verdict, markdown, read_verdict
 from lm_jax.evaluation.pairwise import Pairwise
 from lm_jax.evaluation.responses import read_responses
-from lm_jax.training.metrics import say
+from lm_jax.generation.command import GenerateConfig, generate_rows
+from lm_jax.generation.generator import EndpointConfig, check_one_model, local_mesh, open_endpoint, open_local
 
 BENCHMARKS: dict[str, Callable[[str, int | None], Benchmark]] = {
     "cfbench": CFBench,

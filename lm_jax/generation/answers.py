@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from lm_jax.console import Progress
 from lm_jax.data.journal import Journal
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Completion, Generator, Request, SamplingConfig
-from lm_jax.training.metrics import Progress
+from lm_jax.generation.requests import Completion, Generator, Request, SamplingConfig
 
 _SHOWN = 300  # characters of a row's error in the run's
 

@@ -9,8 +9,14 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.answers import answer_requests, missing_rows
-from lm_jax.commands.generator import (
+from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.data.journal import Journal, check_output, rows_fingerprint
+from lm_jax.data.layouts import prompt_with_tools
+from lm_jax.data.rows import read_rows
+from lm_jax.distributed.processes import everywhere
+from lm_jax.errors import UserError
+from lm_jax.generation.answers import answer_requests, missing_rows
+from lm_jax.generation.generator import (
     EndpointConfig,
     Local,
     check_one_model,
@@ -20,13 +26,7 @@ from lm_jax.commands.generator import (
     open_endpoint,
     open_local,
 )
-from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
-from lm_jax.data.journal import Journal, check_output, rows_fingerprint
-from lm_jax.data.layouts import prompt_with_tools
-from lm_jax.data.rows import read_rows
-from lm_jax.distributed.processes import everywhere
-from lm_jax.errors import UserError
-from lm_jax.inference.requests import Generator, Request, SamplingConfig
+from lm_jax.generation.requests import Generator, Request, SamplingConfig
 
 _SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 _ADDED = ("response", "finish_reason", "error")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.config import ComputeConfig, ModelConfig
-from lm_jax.inference.token_choice import Filters, Strengths, choose_tokens
+from lm_jax.generation.token_choice import Filters, Strengths, choose_tokens
 from lm_jax.models.cache import CHUNK, KVCache, cache_shapes, make_zeros
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_jax.errors import UserError
-from lm_jax.inference.endpoint_gate import Gate
-from lm_jax.inference.endpoint_wire import Fault, prompt_problem, read_samples, request_body, server_message, wait_hint
-from lm_jax.inference.requests import Completion, Request, Sample, SamplingConfig
+from lm_jax.generation.endpoint_gate import Gate
+from lm_jax.generation.endpoint_wire import Fault, prompt_problem, read_samples, request_body, server_message, wait_hint
+from lm_jax.generation.requests import Completion, Request, Sample, SamplingConfig
 
 _MAX_CONCURRENCY = 1000  # connections that the client holds at most
 _FIRST_RETRIES = 5  # as long as nothing has ever answered: a wrong url should not take minutes

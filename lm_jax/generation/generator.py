@@ -5,15 +5,15 @@ from typing import Any, Protocol
 
 import jax
 
+from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Generator
-from lm_jax.inference.sampling import LocalGenerator
-from lm_jax.inference.stopping import resolve_stops
+from lm_jax.generation.requests import Generator
+from lm_jax.generation.sampling import LocalGenerator
+from lm_jax.generation.stopping import resolve_stops
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
-from lm_jax.training.runs import ModelSource, open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def load_local(config: ModelKeys, local: Local | None) -> Generator:
 
 def open_endpoint(config: EndpointConfig) -> Generator:
     """Asks nothing yet; raises UserError for a setting out of its range."""
-    from lm_jax.inference.endpoints import EndpointGenerator
+    from lm_jax.generation.endpoints import EndpointGenerator
 
     try:
         # Which share may fail is decided over all rows: of a restart's few rows more may fail

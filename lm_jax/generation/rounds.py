@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from etils import epath
 
+from lm_jax.checkpoints.runs import check_same_settings, write_settings
+from lm_jax.console import say
 from lm_jax.data.rows import write_jsonl
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
-from lm_jax.training.metrics import say
-from lm_jax.training.runs import check_same_settings, write_settings
 
 Row = dict[str, Any]
 NO_ENDPOINT = {"url": "", "model": "", "concurrency": 1, "timeout": 1.0}  # a server would not have what rounds train

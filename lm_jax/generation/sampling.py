@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from lm_jax.config import ComputeConfig, DecodeConfig, ModelConfig
 from lm_jax.data.text import TextEncoder
 from lm_jax.errors import UserError
-from lm_jax.inference.decoding import Placement, Prompts, decode, make_slots, place, prefill
-from lm_jax.inference.requests import Completion, Request, Sample, SamplingConfig
-from lm_jax.inference.stopping import find_stop, resolve_stops, response_text
-from lm_jax.inference.token_choice import filters_of
+from lm_jax.generation.decoding import Placement, Prompts, decode, make_slots, place, prefill
+from lm_jax.generation.requests import Completion, Request, Sample, SamplingConfig
+from lm_jax.generation.stopping import find_stop, resolve_stops, response_text
+from lm_jax.generation.token_choice import filters_of
 from lm_jax.models.cache import CHUNK, make_cache
 from lm_jax.sharding import batch_divisor, to_host
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm_jax.inference.requests import SamplingConfig
+from lm_jax.generation.requests import SamplingConfig
 
 _GROUP = 128  # W: the draw first finds the group of tokens, then the token in it
 

@@ -7,7 +7,7 @@ bullets, brackets, a full stop) does not matter; two verdicts that differ, or on
 import re
 import unicodedata
 
-from lm_jax.data.answer_text import visible
+from lm_jax.generation.answer_text import visible
 
 YES = r"yes|true|是的|是|sí|si|oui|ja|sim|да|はい|예|네|✓|✔|✅"  # as regular expressions
 NO = r"no|false|不是|否|non|nein|não|нет|いいえ|아니(?:요|오)|✗|✘|❌"

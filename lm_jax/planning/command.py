@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from lm_jax.config import ModelConfig, from_config_dict, to_dict
+from lm_jax.console import say
 from lm_jax.data.rows import write_text
 from lm_jax.errors import UserError
 from lm_jax.models.registry import weight_table
@@ -20,7 +21,6 @@ from lm_jax.planning.search import Candidate, estimated_seconds, search
 from lm_jax.planning.topologies import Target, open_target
 from lm_jax.sharding import make_mesh
 from lm_jax.training.job import TrainConfig
-from lm_jax.training.metrics import say
 
 # (config of a command, model, mesh) -> what the command compiles, its main program first
 Programs = Callable[[Any, ModelConfig, jax.sharding.Mesh], list[Program]]

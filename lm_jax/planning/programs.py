@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.checkpoints.runs import abstract_params
 from lm_jax.config import FULL, BatchConfig, ComputeConfig, DecodeConfig, ModelConfig
 from lm_jax.data.order import batch_shapes, check_batch
-from lm_jax.inference import decoding
-from lm_jax.inference.requests import SamplingConfig
-from lm_jax.inference.sampling import decode_rows, decoding_compute
-from lm_jax.inference.scoring import packed_statistics, scoring_pass
-from lm_jax.inference.token_choice import filters_of
+from lm_jax.generation import decoding
+from lm_jax.generation.requests import SamplingConfig
+from lm_jax.generation.sampling import decode_rows, decoding_compute
+from lm_jax.generation.token_choice import filters_of
 from lm_jax.models.cache import CHUNK, cache_shapes
 from lm_jax.models.decoder import check_compute
 from lm_jax.planning.traced import matmul_flops
+from lm_jax.scoring.scoring import packed_statistics, scoring_pass
 from lm_jax.sharding import batch_sharding
 from lm_jax.training.flops import forward_flops, forward_parts, train_flops
 from lm_jax.training.job import TrainConfig
 from lm_jax.training.program import StepSpec, step_program
-from lm_jax.training.runs import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf
-from lm_jax.training.runs import open_model
 
 
 def _decoder(family: str, layers: int, width: int, inner: int, heads: int, kv_heads: int, vocab: int, **others: Any):

@@ -10,7 +10,7 @@ import numpy as np
 from lm_jax.data.packing import Segment
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.distributed.processes import barrier, everywhere, process_0_first
-from lm_jax.inference.scoring import TokenScores
+from lm_jax.scoring.scoring import TokenScores
 
 FIELDS = ("logprobs", "entropies")
 

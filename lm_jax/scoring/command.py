@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import jax
 
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
+from lm_jax.console import Progress
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.layouts import prompt_with_tools
 from lm_jax.data.order import check_batch
@@ -17,11 +19,9 @@ from lm_jax.data.shares import encode_rows
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.inference.scoring import TokenScores, score
 from lm_jax.models.decoder import check_compute
+from lm_jax.scoring.scoring import TokenScores, score
 from lm_jax.sharding import make_mesh
-from lm_jax.training.metrics import Progress
-from lm_jax.training.runs import open_model
 
 
 @dataclasses.dataclass(frozen=True)

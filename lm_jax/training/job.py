@@ -8,7 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm_jax.checkpoints.mirror import Mirror
+from lm_jax.checkpoints.orbax import Checkpoints
+from lm_jax.checkpoints.provenance import Method
+from lm_jax.checkpoints.runs import ModelSource, begin_run, open_model, param_specs, training_records
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
+from lm_jax.console import say
 from lm_jax.data.order import BatchIterator, Beside, batch_shapes, check_batch, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.text import TextEncoder
@@ -21,16 +26,12 @@ from lm_jax.models.decoder import check_compute
 from lm_jax.models.lora import adapter_specs, init_adapters
 from lm_jax.models.quantized import check_quantizer
 from lm_jax.sharding import make_mesh
-from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import forward_flops, train_flops
 from lm_jax.training.loggers import check_loggers, open_loggers
 from lm_jax.training.loop import Run, StepCost, fit, resume
-from lm_jax.training.metrics import MetricsWriter, say, training_records
-from lm_jax.training.mirror import Mirror
+from lm_jax.training.metrics import MetricsWriter
 from lm_jax.training.profile import Tracer, steps_to_trace
 from lm_jax.training.program import StepProgram, assemble, compile_ahead, step_program
-from lm_jax.training.provenance import Method
-from lm_jax.training.runs import ModelSource, begin_run, open_model, param_specs
 from lm_jax.training.skipping import Skips
 from lm_jax.training.step import Objective, TrainState, make_evaluate
 from lm_jax.training.watches import open_watches

@@ -15,11 +15,12 @@ from typing import Any
 import jax
 from etils import epath
 
+from lm_jax.checkpoints.runs import flat_settings, read_settings
 from lm_jax.config import split_names
+from lm_jax.console import say
 from lm_jax.data.rows import write_text
 from lm_jax.errors import UserError
-from lm_jax.training.metrics import Log, say
-from lm_jax.training.runs import flat_settings, read_settings
+from lm_jax.training.metrics import Log
 
 _IDS = "loggers.json"
 

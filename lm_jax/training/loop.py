@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.config import CheckpointConfig
+from lm_jax.console import Progress, say
 from lm_jax.data.order import BatchIterator
 from lm_jax.distributed.processes import stops_before
 from lm_jax.distributed.stopping import Stopped
 from lm_jax.errors import UserError
-from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.flops import peak_flops
-from lm_jax.training.metrics import MetricsWriter, Progress, say
+from lm_jax.training.metrics import MetricsWriter
 from lm_jax.training.profile import Tracer
 from lm_jax.training.skipping import Skips
 from lm_jax.training.step import TrainState

@@ -1,16 +1,13 @@
-"""Metrics of a run: metrics.jsonl and TensorBoard, written by process 0; and what a person watches meanwhile."""
+"""Metrics of a run: metrics.jsonl and TensorBoard, written by process 0."""
 
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from lm_jax.distributed.processes import worked
 from lm_jax.errors import UserError
 
 Log = Callable[[int, dict[str, float]], None]  # step, metrics
@@ -73,61 +70,8 @@ class MetricsWriter:
             self._board.close()
 
 
-def training_records(run: str) -> list[dict[str, Any]]:
-    """A run directory's metrics, those of the evaluations too, in the order of the steps."""
-    return [json.loads(line) for line in (epath.Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
         return float("inf")  # a line that a kill cut short
-
-
-class Progress:
-    """A bar on a terminal, a plain line every few seconds elsewhere; process 0 only."""
-
-    def __init__(self, total: int, done: int, unit: str, every_seconds: float = 10.0):
-        self._total, self._done, self._unit, self._every = total, done, unit, every_seconds
-        self._begin = self._last = time.monotonic()
-        self._first = done
-        self._bar = None
-        self._silent = jax.process_index() != 0
-        if not self._silent and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True)
-
-    def update(self, done: int, shown: dict[str, str]) -> None:
-        """Shows that `done` of the total are done, with a few named values."""
-        worked()
-        if self._silent:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(done - self._done)
-        self._done = done
-        now = time.monotonic()
-        if self._bar is None and (now - self._last >= self._every or done >= self._total):
-            self._last = now
-            left = (self._total - done) * (now - self._begin) / max(done - self._first, 1)
-            values = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(f"{self._unit} {done}/{self._total}  {values}  left {left:.0f}s", file=sys.stderr, flush=True)
-
-    def say(self, line: str) -> None:
-        """A line that the bar leaves readable."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            say(line)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def say(line: str) -> None:
-    """A line on stderr, of process 0."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)

@@ -4,8 +4,8 @@ import re
 
 import jax
 
+from lm_jax.console import say
 from lm_jax.errors import UserError
-from lm_jax.training.metrics import say
 
 
 def steps_to_trace(profile: str | None) -> range:

@@ -10,20 +10,20 @@ import jax
 import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, to_dict
+from lm_jax.console import say
 from lm_jax.data.order import check_batch
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
-from lm_jax.training.metrics import say
-from main_jax.candidates import Candidates
-from main_jax.filter_report import Measured, report_of, table
-from main_jax.instructions import copy_rate
-from main_jax.passes import FAULTS, NO_INSTRUCTION, CrossEntropy, FrozenModel, Item, read_pass, run_pass
-from main_jax.plots import plot_filter
+from main_jax.filter.passes import FAULTS, NO_INSTRUCTION, CrossEntropy, FrozenModel, Item, read_pass, run_pass
+from main_jax.filter.plots import plot_filter
+from main_jax.filter.report import Measured, report_of, table
+from main_jax.filter.scores import SCORES, CrossEntropies, best_fraction, best_of_each, check_selection
 from main_jax.prompts import PromptConfig, Prompts, open_prompts, supervised_example
-from main_jax.scores import SCORES, CrossEntropies, best_fraction, best_of_each, check_selection
+from main_jax.rounds.candidates import Candidates
+from main_jax.rounds.instructions import copy_rate
 
 # Name of a pass -> who reads, and what
 RESPONSE, ALONE, INSTRUCTION = "response", "response_alone", "instruction"

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm_jax.commands.answers import missing_rows
+from lm_jax.checkpoints.runs import open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig
+from lm_jax.console import Progress, say
 from lm_jax.data.journal import Journal
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import stream_rows
@@ -18,9 +19,8 @@ from lm_jax.data.shares import encode_rows
 from lm_jax.data.text import Text, TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
-from lm_jax.inference.scoring import TokenScores, score
-from lm_jax.training.metrics import Progress, say
-from lm_jax.training.runs import open_model, param_specs
+from lm_jax.generation.answers import missing_rows
+from lm_jax.scoring.scoring import TokenScores, score
 
 NO_INSTRUCTION, TOO_LONG = "no_instruction", "too_long"
 FAULTS = (NO_INSTRUCTION, TOO_LONG)  # why a text has no cross-entropy

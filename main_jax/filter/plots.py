@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from main_jax.filter_report import LENGTHS, Measured
+from main_jax.filter.report import LENGTHS, Measured
 
 _POINTS = 5000  # of a scatter plot; more only blur
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from main_jax.auroc import midranks
+from main_jax.filter.auroc import midranks
 
 LENGTHS = (0, 50, 100, 200, 400)  # words of a response, where one group ends and the next begins
 _QUANTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95}

@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.generate import generate_rows
-from lm_jax.commands.rounds import begin_directory, do_parts, do_rounds
+from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import to_dict
+from lm_jax.console import say
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
@@ -32,16 +32,16 @@ from lm_jax.data.text import Text, TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Generator
-from lm_jax.training.metrics import say
-from lm_jax.training.runs import ModelSource, open_model
-from main_jax import round_rows
+from lm_jax.generation.command import generate_rows
+from lm_jax.generation.requests import Generator
+from lm_jax.generation.rounds import begin_directory, do_parts, do_rounds
 from main_jax.prompts import open_prompts
-from main_jax.round_inputs import read_seeds, read_unlabelled
-from main_jax.round_report import rounds_table, training_summary
-from main_jax.round_rows import DIRECTIONS, FORWARD, NO_LIMIT, REVERSE
-from main_jax.rounds_config import INSTRUCTIONS, MAY_CHANGE, RESPONSES, SAMPLER, Round, RoundsConfig
-from main_jax.train import train
+from main_jax.rounds import rows as round_rows
+from main_jax.rounds.config import INSTRUCTIONS, MAY_CHANGE, RESPONSES, SAMPLER, Round, RoundsConfig
+from main_jax.rounds.inputs import read_seeds, read_unlabelled
+from main_jax.rounds.report import rounds_table, training_summary
+from main_jax.rounds.rows import DIRECTIONS, FORWARD, NO_LIMIT, REVERSE
+from main_jax.training.command import train
 
 Row = dict[str, Any]
 Rows = list[Row]

@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 
-from lm_jax.commands.generate import GenerateConfig
-from lm_jax.commands.rounds import NO_ENDPOINT, naming, round_directory
 from lm_jax.config import from_config_dict
 from lm_jax.data.supervised import ALL
 from lm_jax.errors import UserError
+from lm_jax.generation.command import GenerateConfig
+from lm_jax.generation.rounds import NO_ENDPOINT, naming, round_directory
 from main_jax.prompts import PromptConfig
-from main_jax.round_rows import DIRECTIONS, FORWARD, REVERSE
-from main_jax.train import MainTrainConfig
+from main_jax.rounds.rows import DIRECTIONS, FORWARD, REVERSE
+from main_jax.training.command import MainTrainConfig
 
 BASE, PREVIOUS = STARTS = ("base", "previous")
 FULL, ADAPTERS = SHARINGS = ("full", "adapters")

@@ -8,7 +8,7 @@ from lm_jax.data.rows import read_rows
 from lm_jax.data.supervised import SEED, supervised_rows
 from lm_jax.data.text import Text
 from lm_jax.errors import UserError
-from main_jax.candidates import response_fault
+from main_jax.rounds.candidates import response_fault
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import enum
 import re
 
-from lm_jax.data.answer_text import unfenced, unquoted, visible, without_closing, without_opening
-from lm_jax.data.refusals import is_refusal
 from lm_jax.data.similarity import tokens
+from lm_jax.generation.answer_text import unfenced, unquoted, visible, without_closing, without_opening
+from lm_jax.generation.refusals import is_refusal
 
 NGRAM = 5  # words in a row that two texts do not share by chance
 MIN_TOKENS = 3  # "Write." asks for nothing

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_jax.commands.rounds import aligned
-from lm_jax.training.metrics import training_records
-from main_jax.round_rows import DIRECTIONS, FORWARD
+from lm_jax.checkpoints.runs import training_records
+from lm_jax.generation.rounds import aligned
+from main_jax.rounds.rows import DIRECTIONS, FORWARD
 
 _MEANS = ("loss", "loss/seed", "loss/synthetic", "alpha", "mean_token_accuracy")
 

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lm_jax.data.refusals import is_refusal
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.data.text import Text, TextEncoder
-from main_jax.instructions import Fault, read_instruction
+from lm_jax.generation.refusals import is_refusal
 from main_jax.prompts import Prompts, supervised_example
-from main_jax.round_inputs import SeedPair
+from main_jax.rounds.inputs import SeedPair
+from main_jax.rounds.instructions import Fault, read_instruction
 
 FORWARD, REVERSE = DIRECTIONS = ("forward", "reverse")
 NO_ANSWER = "no_answer"  # the model could not be asked; the answer's own error says why

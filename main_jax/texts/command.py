@@ -15,7 +15,7 @@ from lm_jax.data.rows import stream_rows, write_jsonl
 from lm_jax.data.similarity import near_duplicates
 from lm_jax.distributed.processes import everywhere, worked
 from lm_jax.errors import UserError
-from main_jax.segments import LineFault, SegmentConfig, SegmentFault, cut, line_key
+from main_jax.texts.segments import LineFault, SegmentConfig, SegmentFault, cut, line_key
 
 _FURNITURE_WORDS = 30  # a longer line that stands twice belongs to a copied text, which is for the near-duplicates
 

@@ -4,17 +4,17 @@ import dataclasses
 
 import jax
 
+from lm_jax.checkpoints.provenance import Method
 from lm_jax.config import ModelConfig
+from lm_jax.console import say
 from lm_jax.data.supervised import SOURCES, TRAIN_ON, load_supervised
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, train_program
 from lm_jax.training.job import Task, TrainConfig, begin_job, open_job, run_job
-from lm_jax.training.metrics import say
 from lm_jax.training.program import StepSpec
-from lm_jax.training.provenance import Method
 from lm_jax.training.supervised import VALUES, supervised_objective
-from main_jax.losses import mixed_coefficients, plain_coefficients
-from main_jax.weighting import AlphaConfig, alpha_carry
+from main_jax.training.losses import mixed_coefficients, plain_coefficients
+from main_jax.training.weighting import AlphaConfig, alpha_carry
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 import jax
 
+from lm_jax.console import say
 from lm_jax.data.supervised import load_supervised
 from lm_jax.training.job import open_job
-from lm_jax.training.metrics import say
 from lm_jax.training.preview import print_examples, with_values
-from main_jax.train import MainTrainConfig
+from main_jax.training.command import MainTrainConfig
 
 _VALUES = ("weights",)
 

@@ -8,29 +8,29 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.generator import Local, load_local, local_mesh, model_identity, open_endpoint, open_local
 from lm_jax.config import to_dict
+from lm_jax.console import say
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.rows import check_not_input, write_jsonl
 from lm_jax.data.text import Text
 from lm_jax.data.tokenizers import takes_system
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Generator, Request
-from lm_jax.training.metrics import say
-from musc_jax.baselines.branch_solve_merge import branch_solve_merge
-from musc_jax.baselines.self_correct import SelfCorrect
-from musc_jax.baselines.self_reward import self_reward
-from musc_jax.construction import Construction
-from musc_jax.demonstrations import Demonstration, own_demonstrations, pick, read_demonstrations
-from musc_jax.methods import BEST_OF, PLANS, Method, Plan
-from musc_jax.pairs_config import MARKER, PairsConfig
-from musc_jax.prompts import Prompt
-from musc_jax.row import FULL, PERTURBED, Row, left
-from musc_jax.sources import Source
-from musc_jax.stages import Stages
-from musc_jax.tally import summed, table, tally
-from musc_jax.tasks import Task, read_tasks
+from lm_jax.generation.generator import Local, load_local, local_mesh, model_identity, open_endpoint, open_local
+from lm_jax.generation.requests import Generator, Request
+from musc_jax.pairs.baselines.branch_solve_merge import branch_solve_merge
+from musc_jax.pairs.baselines.self_correct import SelfCorrect
+from musc_jax.pairs.baselines.self_reward import self_reward
+from musc_jax.pairs.config import MARKER, PairsConfig
+from musc_jax.pairs.construction import Construction
+from musc_jax.pairs.demonstrations import Demonstration, own_demonstrations, pick, read_demonstrations
+from musc_jax.pairs.methods import BEST_OF, PLANS, Method, Plan
+from musc_jax.pairs.prompts import Prompt
+from musc_jax.pairs.row import FULL, PERTURBED, Row, left
+from musc_jax.pairs.sources import Source
+from musc_jax.pairs.stages import Stages
+from musc_jax.pairs.tally import summed, table, tally
+from musc_jax.pairs.tasks import Task, read_tasks
 
 _BLOCK = 1000  # rows that are kept at once at the end
 # Which settings decide every stage's answers, besides how it samples and what `methods.PLANS` says

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from lm_jax.commands.generator import EndpointConfig, check_one_model
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import SamplingConfig
-from musc_jax.methods import BEST_OF, PLANS
-from musc_jax.perturb import PerturbConfig
-from musc_jax.prompts import STOP
+from lm_jax.generation.generator import EndpointConfig, check_one_model
+from lm_jax.generation.requests import SamplingConfig
+from musc_jax.pairs.methods import BEST_OF, PLANS
+from musc_jax.pairs.perturb import PerturbConfig
+from musc_jax.pairs.prompts import STOP
 
 MARKER = "{instruction}"
 

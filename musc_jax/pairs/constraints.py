@@ -7,12 +7,12 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lm_jax.data.answer_text import CLOSING, unfenced, unquoted, visible, without_closing
-from lm_jax.data.refusals import is_refusal
-from musc_jax.demonstrations import MIN_CONSTRAINTS, Demonstration
-from musc_jax.drops import Drop
-from musc_jax.lists import list_items
-from musc_jax.sections import Section, sections
+from lm_jax.generation.answer_text import CLOSING, unfenced, unquoted, visible, without_closing
+from lm_jax.generation.refusals import is_refusal
+from musc_jax.pairs.demonstrations import MIN_CONSTRAINTS, Demonstration
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.lists import list_items
+from musc_jax.pairs.sections import Section, sections
 
 MAX_CONSTRAINTS = 40  # more come from a model that no longer stops
 MAX_AROUND = 200  # letters of prose around a list that is shorter than it

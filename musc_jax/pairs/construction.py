@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from musc_jax import filters, prompts
-from musc_jax.drops import Drop
-from musc_jax.instructions import parse_constraint, parse_instruction, parse_verdicts
-from musc_jax.perturb import PerturbConfig, Pool, perturb
-from musc_jax.row import FULL, PERTURBED, SIDES, Row, drop_near_duplicates, left, parse_response, read
-from musc_jax.sources import Source
+from musc_jax.pairs import filters, prompts
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.instructions import parse_constraint, parse_instruction, parse_verdicts
+from musc_jax.pairs.perturb import PerturbConfig, Pool, perturb
+from musc_jax.pairs.row import FULL, PERTURBED, SIDES, Row, drop_near_duplicates, left, parse_response, read
+from musc_jax.pairs.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_jax.data.text import Message
-from musc_jax import prompts
-from musc_jax.demonstrations import Demonstration, demonstration
-from musc_jax.prompts import Prompt
+from musc_jax.pairs import prompts
+from musc_jax.pairs.demonstrations import Demonstration, demonstration
+from musc_jax.pairs.prompts import Prompt
 
 
 def decomposing(row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> list[Message]:

@@ -47,7 +47,7 @@ def read_demonstrations(path: str) -> list[Demonstration]:
 
 def own_demonstrations() -> list[Demonstration]:
     """The ten examples that come with the package, three of them with an input, one in Chinese."""
-    with importlib.resources.as_file(importlib.resources.files("musc_jax") / "examples_data") as directory:
+    with importlib.resources.as_file(importlib.resources.files("musc_jax.pairs") / "examples_data") as directory:
         return read_demonstrations(str(directory / "decompositions.jsonl"))
 
 

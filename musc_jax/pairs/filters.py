@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from lm_jax.data.refusals import is_refusal
 from lm_jax.data.similarity import tokens
-from musc_jax.drops import Drop
+from lm_jax.generation.refusals import is_refusal
+from musc_jax.pairs.drops import Drop
 
 
 def instructions_fault(full: str, perturbed: str) -> Drop | None:

@@ -4,15 +4,15 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from lm_jax.data.answer_text import is_opening, unfenced, unquoted, visible, without_closing, without_opening
-from lm_jax.data.refusals import is_refusal
 from lm_jax.data.similarity import tokens
-from lm_jax.data.verdicts import NO, YES
-from musc_jax.constraints import folded
-from musc_jax.demonstrations import Demonstration, with_input
-from musc_jax.drops import Drop
-from musc_jax.lists import list_items, unbold
-from musc_jax.sections import Section, sections
+from lm_jax.generation.answer_text import is_opening, unfenced, unquoted, visible, without_closing, without_opening
+from lm_jax.generation.refusals import is_refusal
+from lm_jax.generation.verdicts import NO, YES
+from musc_jax.pairs.constraints import folded
+from musc_jax.pairs.demonstrations import Demonstration, with_input
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.lists import list_items, unbold
+from musc_jax.pairs.sections import Section, sections
 
 MIN_TOKENS = 3  # "Write." asks for nothing
 _NO_INPUT = re.compile(r"[\s*_(\[]*(?:none|n/?a|null|无|無)[\s*_)\].。]*", re.IGNORECASE)

@@ -1,13 +1,14 @@
 """What the model is asked about its own responses: a score, yes or no for each constraint, faults, a revision.
 
 Those are the baselines that MuSC (arXiv 2502.11541, section 4) is compared with. The wordings stand in
-`musc_jax.prompts`, the in-context examples here: three responses, one good, one middling, one that misses the task.
+`musc_jax.pairs.prompts`, the in-context examples here: three responses, one good, one middling, one that misses
+the task.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from musc_jax.prompts import DEFAULT, Prompt, Prompts, ask, numbered
+from musc_jax.pairs.prompts import DEFAULT, Prompt, Prompts, ask, numbered
 
 NO_FAULTS = "None"
 

@@ -2,13 +2,13 @@
 
 import re
 
-from lm_jax.data.answer_text import unfenced, visible
-from lm_jax.data.refusals import is_refusal
-from lm_jax.data.verdicts import read_score
-from musc_jax.constraints import folded
-from musc_jax.drops import Drop
-from musc_jax.lists import list_items
-from musc_jax.prompts import SEPARATOR
+from lm_jax.generation.answer_text import unfenced, visible
+from lm_jax.generation.refusals import is_refusal
+from lm_jax.generation.verdicts import read_score
+from musc_jax.pairs.constraints import folded
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.lists import list_items
+from musc_jax.pairs.prompts import SEPARATOR
 
 _END = re.compile(rf"^[ \t]*{SEPARATOR}[ \t]*$", re.MULTILINE)
 _FAULTS_LABEL = re.compile(

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import unicodedata
 
-from lm_jax.data.answer_text import CLOSING, unquoted
+from lm_jax.generation.answer_text import CLOSING, unquoted
 
 _HAN = {digit: number for number, digit in enumerate("一二三四五六七八九十", 1)}
 _NAMES = (  # what stands before an item's number, as in "Constraint 1:"

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from musc_jax.row import Row
+from musc_jax.pairs.row import Row
 
 
 class Method(Protocol):

@@ -14,8 +14,8 @@ from typing import Any
 
 from lm_jax.data.similarity import similarity
 from lm_jax.errors import UserError
-from musc_jax.constraints import folded
 from musc_jax.draws import shuffled, uniform
+from musc_jax.pairs.constraints import folded
 
 SIMILAR = 0.5  # a substitute at least this similar to one of the row's constraints might change nothing
 _TRIES = 64

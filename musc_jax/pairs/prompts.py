@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lm_jax.data.text import Message
 from lm_jax.errors import UserError
-from musc_jax.demonstrations import Demonstration, pick
 from musc_jax.draws import uniform
+from musc_jax.pairs.demonstrations import Demonstration, pick
 
 NO_INPUT = "None"
 SEPARATOR = "###"  # alone on a line between the examples of raw text; a base model that runs on writes it too
@@ -54,7 +54,7 @@ class Prompts:
     """The words of all stages. `{instruction}` and the like are markers; other braces stand for themselves.
 
     What is filled in is never searched for markers, so texts come out as they went in. Keep section labels that
-    `musc_jax.sections` knows (Constraints, Input, Instruction, and their names in some other languages).
+    `musc_jax.pairs.sections` knows (Constraints, Input, Instruction, and their names in some other languages).
 
     Raises:
       UserError: a template lacks a marker, has it twice, or has one of another stage.
@@ -99,7 +99,7 @@ class Prompts:
         question="Constraints:\n{constraints}\n\nInstruction:\n{instruction}",
         answer="Answers:\n{verdicts}",
     )
-    # Those of the baselines; `musc_jax.judge_prompts` asks them
+    # Those of the baselines; `musc_jax.pairs.judge_prompts` asks them
     score: Wording = Wording(
         task="You judge how well a response follows an instruction. Weigh everything that the instruction asks for, "
         "name in a few sentences what the response does and what it fails to do, then give the whole response one "

@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lm_jax.data.answer_text import visible
 from lm_jax.data.similarity import near_duplicates
-from musc_jax.constraints import Decomposition, folded
-from musc_jax.drops import Drop
-from musc_jax.perturb import Perturbation
-from musc_jax.prompts import Prompt
-from musc_jax.stages import Answer
-from musc_jax.tasks import Task
+from lm_jax.generation.answer_text import visible
+from musc_jax.pairs.constraints import Decomposition, folded
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.perturb import Perturbation
+from musc_jax.pairs.prompts import Prompt
+from musc_jax.pairs.stages import Answer
+from musc_jax.pairs.tasks import Task
 
 NO_ANSWER = "no_answer"  # a reason beside those of `Drop`: the generator had none, as for a prompt that is too long
 FULL, PERTURBED = "full", "perturbed"

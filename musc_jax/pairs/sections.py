@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from musc_jax.prompts import SEPARATOR
+from musc_jax.pairs.prompts import SEPARATOR
 
 _LABELS = {
     "constraints": r"(?:decomposed |list of |numbered |yes/no |the )*(?:constraints?|requirements|questions"

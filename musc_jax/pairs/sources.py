@@ -7,12 +7,12 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
-from musc_jax import prompts
-from musc_jax.constraints import Decomposition, parse_decomposition, parse_self_instructed
-from musc_jax.demonstrations import Demonstration, pick
-from musc_jax.drops import Drop
-from musc_jax.row import Ask, Row, drop_near_duplicates, left, read
-from musc_jax.tasks import Task
+from musc_jax.pairs import prompts
+from musc_jax.pairs.constraints import Decomposition, parse_decomposition, parse_self_instructed
+from musc_jax.pairs.demonstrations import Demonstration, pick
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.row import Ask, Row, drop_near_duplicates, left, read
+from musc_jax.pairs.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)

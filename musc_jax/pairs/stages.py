@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.answers import answer_requests, missing_rows
+from lm_jax.console import say
 from lm_jax.data.journal import Journal, rows_fingerprint
 from lm_jax.data.rows import read_rows
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Generator, Request, SamplingConfig
-from lm_jax.training.metrics import say
+from lm_jax.generation.answers import answer_requests, missing_rows
+from lm_jax.generation.requests import Generator, Request, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from musc_jax.row import Row
+from musc_jax.pairs.row import Row
 
 _ORDER = (
     *("input", "self_instruct", "decompose", "recombine", "check", "respond"),

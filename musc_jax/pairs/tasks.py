@@ -8,7 +8,7 @@ from typing import Any
 from lm_jax.data.rows import read_rows
 from lm_jax.data.text import messages_fault
 from lm_jax.errors import UserError
-from musc_jax.demonstrations import with_input
+from musc_jax.pairs.demonstrations import with_input
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,16 +14,16 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from lm_jax.checkpoints.runs import open_model
+from lm_jax.console import say
 from lm_jax.data.rows import check_file_output, check_not_input, replacing
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.training.metrics import say
-from lm_jax.training.runs import open_model
 from musc_jax import draws
-from musc_jax.examples import Choose, load_pairs, read_pairs
-from musc_jax.report_pairs import pair_record, token_records
-from musc_jax.token_weights import AUTO, CONTEXTS, FROM_COLUMNS, FROM_STORE, WEIGHING_RULES, check_rule
+from musc_jax.report.pairs import pair_record, token_records
+from musc_jax.training.examples import Choose, load_pairs, read_pairs
+from musc_jax.weights.rules import AUTO, CONTEXTS, FROM_COLUMNS, FROM_STORE, WEIGHING_RULES, check_rule
 
 _SCRIPTS = ("data.js", "state.js", "tokens.js", "charts.js", "cards.js", "main.js")
 
@@ -159,7 +159,7 @@ def page(data: Mapping[str, Any]) -> bytes:
     The content security policy names the script and the style by their hashes and allows nothing else, no network
     either.
     """
-    files = importlib.resources.files("musc_jax") / "page"
+    files = importlib.resources.files("musc_jax.report") / "page"
     script = '"use strict";\n' + "\n".join((files / name).read_text("utf-8") for name in _SCRIPTS)
     style = (files / "page.css").read_text("utf-8")
     parts = {

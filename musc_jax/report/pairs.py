@@ -13,10 +13,10 @@ from lm_jax.data.pieces import token_pieces
 from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.text import Text
 from lm_jax.errors import UserError
-from musc_jax.examples import Pairs, perturbed_prompt
-from musc_jax.perturb import Kind
-from musc_jax.token_weights import CHOSEN, FROM_STORE, REJECTED
-from musc_jax.word_diff import KEPT, word_diff
+from musc_jax.pairs.perturb import Kind
+from musc_jax.report.word_diff import KEPT, word_diff
+from musc_jax.training.examples import Pairs, perturbed_prompt
+from musc_jax.weights.rules import CHOSEN, FROM_STORE, REJECTED
 
 _STEPS = 65535  # of a packed number: weights in [0, 2] are exact to 2e-5
 

@@ -21,23 +21,23 @@ from typing import Any
 
 import jax
 
-from lm_jax.commands.rounds import NO_ENDPOINT, begin_directory, do_parts, do_rounds, naming, round_directory
 from lm_jax.config import from_config_dict, to_dict
+from lm_jax.console import say
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import write_jsonl
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Generator
-from lm_jax.training.metrics import say
+from lm_jax.generation.requests import Generator
+from lm_jax.generation.rounds import NO_ENDPOINT, begin_directory, do_parts, do_rounds, naming, round_directory
 from musc_jax.draws import shuffled
-from musc_jax.methods import MUSC
-from musc_jax.pairs import make_pairs
-from musc_jax.pairs_config import PairsConfig
-from musc_jax.round_report import rounds_table, summary
-from musc_jax.tasks import Task, read_tasks
-from musc_jax.token_weights import AUTO, FROM_COLUMNS, FROM_STORE, ONLINE, parse_rules
-from musc_jax.train import MuscTrainConfig, train
-from musc_jax.weigh import WeighConfig, weigh_rows
+from musc_jax.pairs.command import make_pairs
+from musc_jax.pairs.config import PairsConfig
+from musc_jax.pairs.methods import MUSC
+from musc_jax.pairs.tasks import Task, read_tasks
+from musc_jax.rounds.report import rounds_table, summary
+from musc_jax.training.command import MuscTrainConfig, train
+from musc_jax.weights.command import WeighConfig, weigh_rows
+from musc_jax.weights.rules import AUTO, FROM_COLUMNS, FROM_STORE, ONLINE, parse_rules
 
 PREVIOUS, SEED = REFERENCES = ("previous", "seed")
 _SECTIONS = ("pairs", "weights", "train")

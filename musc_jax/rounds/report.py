@@ -6,8 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from lm_jax.commands.rounds import aligned
-from lm_jax.training.metrics import training_records
+from lm_jax.checkpoints.runs import training_records
+from lm_jax.generation.rounds import aligned
 
 _TRAINED = ("loss", "rewards/margins", "rewards/accuracies")
 

@@ -4,20 +4,20 @@ import dataclasses
 
 import jax
 
+from lm_jax.checkpoints.provenance import Method
+from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import FULL, ModelConfig
+from lm_jax.console import say
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, score_program, train_program
 from lm_jax.training.job import Job, Task, TrainConfig, begin_job, open_job, run_job
-from lm_jax.training.metrics import say
 from lm_jax.training.program import StepSpec
-from lm_jax.training.provenance import Method
-from lm_jax.training.runs import ModelSource, open_model, param_specs
-from musc_jax.examples import Pairs, load_pairs
-from musc_jax.losses import LossConfig
-from musc_jax.objective import given_weights, preference_objective
-from musc_jax.online import online_weights, responses_beside, rows_beside
-from musc_jax.reference import no_scores, reference_scores, weighted_pairs
-from musc_jax.token_weights import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule, online_rule
+from musc_jax.training.examples import Pairs, load_pairs
+from musc_jax.training.losses import LossConfig
+from musc_jax.training.objective import given_weights, preference_objective
+from musc_jax.training.reference import no_scores, reference_scores, weighted_pairs
+from musc_jax.weights.online import online_weights, responses_beside, rows_beside
+from musc_jax.weights.rules import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule, online_rule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from lm_jax.data.rows import read_rows
 from lm_jax.data.shares import encode_rows
 from lm_jax.data.text import TOOLS, EncodedResponse, Text, TextEncoder, messages_fault
 from lm_jax.errors import UserError
-from musc_jax.stored_weights import COLUMN, pair_fingerprint, stored_fields
-from musc_jax.token_weights import AUTO, CHOSEN, FROM_COLUMNS, FROM_STORE, REJECTED
+from musc_jax.weights.rules import AUTO, CHOSEN, FROM_COLUMNS, FROM_STORE, REJECTED
+from musc_jax.weights.stored import COLUMN, pair_fingerprint, stored_fields
 
 
 @dataclasses.dataclass(frozen=True)

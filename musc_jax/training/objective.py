@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import ComputeConfig, ModelConfig
-from lm_jax.inference.scoring import packed_logprobs
+from lm_jax.scoring.scoring import packed_logprobs
 from lm_jax.training.step import Batch, Objective, Sums
-from musc_jax.losses import LossConfig, preference_loss, segment_sums
+from musc_jax.training.losses import LossConfig, preference_loss, segment_sums
 
 
 def given_weights(params: Any, batch: Batch) -> jax.Array:

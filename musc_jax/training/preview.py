@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import numpy as np
 
-from lm_jax.inference.cached_scores import FIELDS
-from lm_jax.inference.scoring import score
+from lm_jax.console import say
+from lm_jax.scoring.cached_scores import FIELDS
+from lm_jax.scoring.scoring import score
 from lm_jax.training.job import open_job
-from lm_jax.training.metrics import say
 from lm_jax.training.preview import print_examples, with_values
-from musc_jax.examples import load_pairs
-from musc_jax.reference import no_scores, weighted_pairs
-from musc_jax.token_weights import CHOSEN, REJECTED, RULES_ON_SCORES, online_rule
-from musc_jax.train import MuscTrainConfig, open_reference
+from musc_jax.training.command import MuscTrainConfig, open_reference
+from musc_jax.training.examples import load_pairs
+from musc_jax.training.reference import no_scores, weighted_pairs
+from musc_jax.weights.rules import CHOSEN, REJECTED, RULES_ON_SCORES, online_rule
 
 
 def preview(config: MuscTrainConfig, number: int) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from lm_jax.checkpoints.runs import ModelSource
 from lm_jax.config import BatchConfig, ComputeConfig
+from lm_jax.console import Progress
 from lm_jax.data.packing import Segment
-from lm_jax.inference.cached_scores import FIELDS, cached_scores, scores_key
-from lm_jax.inference.scoring import score
-from lm_jax.training.metrics import Progress
-from lm_jax.training.runs import ModelSource
-from musc_jax.token_weights import FULL, RULES, ResponseScores
+from lm_jax.scoring.cached_scores import FIELDS, cached_scores, scores_key
+from lm_jax.scoring.scoring import score
+from musc_jax.weights.rules import FULL, RULES, ResponseScores
 
 Scores = Mapping[str, Sequence[np.ndarray]]  # "logprobs", "entropies": [R] float32 for each segment
 

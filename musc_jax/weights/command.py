@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from lm_jax.checkpoints.buckets import is_remote
+from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
+from lm_jax.console import Progress, say
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
@@ -20,15 +23,11 @@ from lm_jax.data.text import Text, TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.errors import UserError
-from lm_jax.inference.contrast import Contrast, contrast
 from lm_jax.models.decoder import check_compute
+from lm_jax.scoring.contexts import Contrast, contrast
 from lm_jax.sharding import make_mesh
-from lm_jax.storage import is_remote
-from lm_jax.training.metrics import Progress, say
-from lm_jax.training.runs import ModelSource, open_model, param_specs
-from musc_jax.examples import Pairs, load_pairs, perturbed_prompt
-from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint, store_as_written
-from musc_jax.token_weights import (
+from musc_jax.training.examples import Pairs, load_pairs, perturbed_prompt
+from musc_jax.weights.rules import (
     CHOSEN,
     FULL,
     MAX_WEIGHT,
@@ -40,6 +39,7 @@ from musc_jax.token_weights import (
     contexts_of,
     parse_rules,
 )
+from musc_jax.weights.stored import COLUMN, key_digest, pair_fingerprint, store_as_written
 
 _SIDES = (CHOSEN, REJECTED)
 _SUMMED = 4096  # responses read together for the table at the end

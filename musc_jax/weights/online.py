@@ -14,14 +14,14 @@ from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
 from lm_jax.data.order import Beside
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.errors import UserError
-from lm_jax.inference.contrast import packed_contrast
 from lm_jax.models.lora import without_dropout
+from lm_jax.scoring.contexts import packed_contrast
 from lm_jax.training.job import Job
 from lm_jax.training.step import Batch
-from musc_jax.examples import Pairs
-from musc_jax.losses import segment_sums
-from musc_jax.token_weights import PERTURBED, WEIGHING_RULES, ResponseScores
-from musc_jax.weigh import perturbed_prompts, response_examples
+from musc_jax.training.examples import Pairs
+from musc_jax.training.losses import segment_sums
+from musc_jax.weights.command import perturbed_prompts, response_examples
+from musc_jax.weights.rules import PERTURBED, WEIGHING_RULES, ResponseScores
 
 _NAME = "weigh"
 

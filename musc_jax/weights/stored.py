@@ -16,7 +16,7 @@ import numpy as np
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.text import Text
 from lm_jax.errors import UserError
-from musc_jax.token_weights import FROM_STORE, WEIGHING_RULES
+from musc_jax.weights.rules import FROM_STORE, WEIGHING_RULES
 
 COLUMN = "token_weights"
 _KINDS = {"store": str, "key": str, "row": int, "rule": str, "tokens": str}

@@ -13,10 +13,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
-from lm_jax.commands.generate import generate_rows
 from lm_jax.config import from_config_dict
-from lm_jax.inference.requests import Completion, Sample
-from main_jax.rounds import run_rounds
+from lm_jax.generation.command import generate_rows
+from lm_jax.generation.requests import Completion, Sample
+from main_jax.rounds.command import run_rounds
 from tests.main_writers import Writers
 
 JUDGE = "Judge: "  # `judge_question` begins with it
@@ -49,8 +49,8 @@ def step(module: str, *arguments: str) -> None:
 
 
 def command():
-    from main_jax import control_stages
-    from main_jax.controls_config import ControlsConfig
+    from lab.controls import command as control_stages
+    from lab.controls.config import ControlsConfig
 
     def main(config):
         jax.config.update("jax_compilation_cache_dir", str(Path(config.output).with_name("compiled")))

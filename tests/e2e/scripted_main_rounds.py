@@ -13,8 +13,8 @@ from tests.main_writers import Writers
 
 
 def command():
-    from main_jax.rounds import run_rounds
-    from main_jax.rounds_config import RoundsConfig
+    from main_jax.rounds.command import run_rounds
+    from main_jax.rounds.config import RoundsConfig
 
     def main(config):
         jax.config.update("jax_compilation_cache_dir", str(Path(config.output).with_name("compiled")))

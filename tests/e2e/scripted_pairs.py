@@ -5,7 +5,7 @@ from tests.strong_model import Scripted, careless
 
 
 def command():
-    from musc_jax.pairs import PairsConfig, make_pairs
+    from musc_jax.pairs.command import PairsConfig, make_pairs
 
     def main(config):
         change = [] if config.method == "musc" else [careless]  # a judge needs responses that differ

@@ -13,7 +13,7 @@ from tests.strong_model import Scripted
 
 
 def command():
-    from musc_jax.rounds import RoundsConfig, run_rounds
+    from musc_jax.rounds.command import RoundsConfig, run_rounds
 
     def main(config):
         jax.config.update("jax_compilation_cache_dir", str(Path(config.output).with_name("compiled")))

@@ -20,10 +20,10 @@ _BYTES = 1 << 20
 
 
 def command():
+    from lm_jax.checkpoints.orbax import Checkpoints
     from lm_jax.training import job
-    from lm_jax.training.checkpoints import Checkpoints
     from lm_jax.training.skipping import Skips
-    from musc_jax.train import MuscTrainConfig, train
+    from musc_jax.training.command import MuscTrainConfig, train
 
     def within(owner, name, does):
         """The function, which does something before its own work."""

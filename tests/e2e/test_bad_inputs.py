@@ -355,7 +355,7 @@ def test_a_loss_that_is_not_finite(train, tmp_path):
     assert step == 7 and saved == [1], (line, saved)  # six after the one that broke it, none of them saved
     for record in common.read_rows(tmp_path / "run" / "metrics.jsonl"):
         assert np.isfinite(list(record.values())).all(), record
-    from lm_jax.training.checkpoints import Checkpoints
+    from lm_jax.checkpoints.orbax import Checkpoints
 
     with Checkpoints(f"{tmp_path}/run/checkpoints", keep=None) as checkpoints:
         for saved_step in saved:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lm_jax.bench import bench as module
-from lm_jax.bench.bench import ROWS, BenchConfig
-from lm_jax.bench.material import budgets
+from lab.bench import bench as module
+from lab.bench.bench import ROWS, BenchConfig
+from lab.bench.material import budgets
 from lm_jax.errors import UserError
 from tests.e2e.common import arguments, run
 

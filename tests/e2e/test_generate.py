@@ -23,7 +23,7 @@ from launch import cli
 from tests.unit.test_generate import Fake
 
 def command():
-    from lm_jax.commands.generate import GenerateConfig, generate_rows
+    from lm_jax.generation.command import GenerateConfig, generate_rows
     return GenerateConfig, lambda config: generate_rows(config, Fake(seconds=0.02))
 
 cli.run(command)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
-from lm_jax.training.checkpoints import Checkpoints
+from lm_jax.checkpoints.orbax import Checkpoints
 from tests.e2e import common
 from tests.e2e.common import SMALL_SCORE, SMALL_TRAIN, TIMING, Fork, arguments, fork
 

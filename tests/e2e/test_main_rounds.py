@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax.training.checkpoints import Checkpoints
+from lm_jax.checkpoints.orbax import Checkpoints
 from tests.e2e import common
 from tests.e2e.common import TIMING, Done, Fork, arguments, fork
 

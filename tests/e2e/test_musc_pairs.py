@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from musc_jax.demonstrations import with_input
-from musc_jax.methods import PLANS
+from musc_jax.pairs.demonstrations import with_input
+from musc_jax.pairs.methods import PLANS
 from tests.e2e import common
 from tests.e2e.common import Done, Fork, arguments, fork
 from tests.http_server import Server

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs.musc_rounds import get_config
+from lm_jax.checkpoints.orbax import Checkpoints
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import from_config_dict
-from lm_jax.training.checkpoints import Checkpoints
-from lm_jax.training.runs import open_model
-from musc_jax import rounds
+from musc_jax.rounds import command as rounds
 from tests.e2e import common
 from tests.e2e.common import TIMING, Done, Fork, arguments, fork
 

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from lm_jax.commands.plan import read_config
 from lm_jax.config import BatchConfig, ModelConfig, RopeConfig
 from lm_jax.data.order import check_batch
 from lm_jax.models.registry import config_to_hf, weight_table
+from lm_jax.planning.command import read_config
 from lm_jax.planning.published import model_shape
-from main_jax.train import MainTrainConfig
-from musc_jax.train import MuscTrainConfig
+from main_jax.training.command import MainTrainConfig
+from musc_jax.training.command import MuscTrainConfig
 from tests.conftest import ROOT
 from tests.e2e.common import Done, arguments, fork
 

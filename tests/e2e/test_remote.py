@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax.training.checkpoints import Checkpoints
-from lm_jax.training.mirror import whole_steps
+from lm_jax.checkpoints.mirror import whole_steps
+from lm_jax.checkpoints.orbax import Checkpoints
 from tests import object_store
 from tests.e2e import common
 from tests.e2e.common import SMALL_SCORE, SMALL_TRAIN, TIMING, Done, Fork, arguments

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
-from lm_jax.training.checkpoints import Checkpoints
 from tests.e2e import common
 from tests.e2e.common import SMALL_TRAIN, TIMING, arguments, fork
 

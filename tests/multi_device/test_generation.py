@@ -27,13 +27,13 @@ def computed(directory):
     import jax
     import numpy as np
 
+    from lm_jax.checkpoints.runs import open_model
     from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
     from lm_jax.data.tokenizers import load_tokenizer
-    from lm_jax.inference import sampling as sampler
-    from lm_jax.inference.requests import Request, SamplingConfig
+    from lm_jax.generation import sampling as sampler
+    from lm_jax.generation.requests import Request, SamplingConfig
     from lm_jax.models.cache import cache_shapes
     from lm_jax.sharding import make_mesh
-    from lm_jax.training.runs import open_model
 
     source, tokenizer = open_model(directory), load_tokenizer(directory)
     rng = random.Random(0)

@@ -25,20 +25,20 @@ def computed(directory):
     import numpy as np
     import optax
 
+    from lm_jax.checkpoints.orbax import Checkpoints, abstract_like
+    from lm_jax.checkpoints.runs import param_specs
     from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
     from lm_jax.data.order import BatchIterator, plan_batches
     from lm_jax.data.packing import Segment, example_lengths
-    from lm_jax.inference.scoring import score
     from lm_jax.models.decoder import Decoder
     from lm_jax.models.weights import flatten
+    from lm_jax.scoring.scoring import score
     from lm_jax.sharding import make_mesh, state_shardings
-    from lm_jax.training.checkpoints import Checkpoints, abstract_like
     from lm_jax.training.loop import checkpoint_items, resume
     from lm_jax.training.optim import make_optimizer, make_schedule
-    from lm_jax.training.runs import param_specs
     from lm_jax.training.step import TrainState, make_train_step
-    from musc_jax.losses import LossConfig
-    from musc_jax.objective import preference_objective
+    from musc_jax.training.losses import LossConfig
+    from musc_jax.training.objective import preference_objective
 
     # 4 key/value heads: a tensor axis of 8 does not divide them. Two windows: both ways through attention.
     model = ModelConfig(

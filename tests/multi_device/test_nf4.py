@@ -20,14 +20,14 @@ def computed(directory):
     import jax.numpy as jnp
     import numpy as np
 
+    from lm_jax.checkpoints.runs import open_model, param_specs
     from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig
     from lm_jax.data.packing import Segment, fill_rows
     from lm_jax.errors import UserError
-    from lm_jax.inference.scoring import packed_logprobs
     from lm_jax.models.lora import init_adapters, join
     from lm_jax.models.weights import flatten, nest
+    from lm_jax.scoring.scoring import packed_logprobs
     from lm_jax.sharding import make_mesh
-    from lm_jax.training.runs import open_model, param_specs
 
     source = dataclasses.replace(open_model(directory), precision="nf4")
     compute = ComputeConfig("float32", remat="full", attention="reference", logprob_chunk=8)

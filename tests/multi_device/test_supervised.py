@@ -15,17 +15,17 @@ def computed():
     import numpy as np
     import optax
 
+    from lm_jax.checkpoints.runs import param_specs
     from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, ModelConfig, RopeConfig
     from lm_jax.data.order import BatchIterator, plan_batches
     from lm_jax.data.packing import Segment, example_lengths
     from lm_jax.models.decoder import Decoder
     from lm_jax.models.weights import flatten
     from lm_jax.sharding import make_mesh, state_shardings
-    from lm_jax.training.runs import param_specs
     from lm_jax.training.step import TrainState, make_train_step
     from lm_jax.training.supervised import VALUES, supervised_objective
-    from main_jax.losses import mixed_coefficients
-    from main_jax.weighting import AlphaConfig, alpha_carry
+    from main_jax.training.losses import mixed_coefficients
+    from main_jax.training.weighting import AlphaConfig, alpha_carry
 
     model = ModelConfig("llama", 64, 2, 32, 48, 8, 4, 4, RopeConfig(1e4), 1e-5, 64)
     compute = ComputeConfig("float32", attention="reference", logprob_chunk=16)

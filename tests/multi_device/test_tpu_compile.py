@@ -56,20 +56,20 @@ def computed():
     import jax.numpy as jnp
     from jax.experimental import topologies
 
+    from lm_jax.checkpoints.runs import param_shardings, param_specs
     from lm_jax.config import ComputeConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
-    from lm_jax.inference import decoding
-    from lm_jax.inference.requests import SamplingConfig
-    from lm_jax.inference.scoring import packed_logprobs
-    from lm_jax.inference.token_choice import filters_of
+    from lm_jax.generation import decoding
+    from lm_jax.generation.requests import SamplingConfig
+    from lm_jax.generation.token_choice import filters_of
     from lm_jax.models.cache import cache_shapes
     from lm_jax.models.registry import weight_table
     from lm_jax.models.weights import nest
+    from lm_jax.scoring.scoring import packed_logprobs
     from lm_jax.sharding import batch_sharding, make_mesh, state_shardings
     from lm_jax.training.optim import make_optimizer, make_schedule
-    from lm_jax.training.runs import param_shardings, param_specs
     from lm_jax.training.step import TrainState, make_train_step
-    from musc_jax.losses import LossConfig
-    from musc_jax.objective import preference_objective
+    from musc_jax.training.losses import LossConfig
+    from musc_jax.training.objective import preference_objective
 
     # Llama-3.2-1B, with fewer of its layers.
     model = ModelConfig(

@@ -19,16 +19,16 @@ _COMMANDS = flags.DEFINE_string("commands", None, "")
 def command():
     from ml_collections import config_flags
 
-    from lm_jax.commands.export import ExportConfig, export
-    from lm_jax.commands.generate import GenerateConfig, generate_rows
-    from lm_jax.commands.score import ScoreConfig, score_rows
+    from lm_jax.checkpoints.export import ExportConfig, export
     from lm_jax.config import from_config_dict
-    from main_jax.mutual_filter import FilterConfig, filter_candidates
-    from main_jax.prepare import PrepareConfig, prepare
-    from main_jax.rounds import run_rounds
-    from main_jax.rounds_config import RoundsConfig
-    from musc_jax.pairs import PairsConfig, make_pairs
-    from musc_jax.weigh import WeighConfig, weigh_rows
+    from lm_jax.generation.command import GenerateConfig, generate_rows
+    from lm_jax.scoring.command import ScoreConfig, score_rows
+    from main_jax.filter.command import FilterConfig, filter_candidates
+    from main_jax.rounds.command import run_rounds
+    from main_jax.rounds.config import RoundsConfig
+    from main_jax.texts.command import PrepareConfig, prepare
+    from musc_jax.pairs.command import PairsConfig, make_pairs
+    from musc_jax.weights.command import WeighConfig, weigh_rows
     from tests.main_writers import Writers
     from tests.strong_model import Scripted
 

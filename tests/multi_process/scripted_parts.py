@@ -19,9 +19,9 @@ def command():
     import jax
     import numpy as np
 
-    from lm_jax.commands.export import ExportConfig
-    from lm_jax.commands.rounds import do_parts
+    from lm_jax.checkpoints.export import ExportConfig
     from lm_jax.distributed import processes
+    from lm_jax.generation.rounds import do_parts
 
     def main(_):
         processes._GATHERED = 16

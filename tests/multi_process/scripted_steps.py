@@ -26,7 +26,7 @@ def command():
     import numpy as np
     from jax.experimental import multihost_utils
 
-    from lm_jax.commands.export import ExportConfig
+    from lm_jax.checkpoints.export import ExportConfig
     from lm_jax.distributed.processes import barrier, everywhere, reached, worked
     from lm_jax.errors import UserError
 

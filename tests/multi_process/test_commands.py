@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lm_jax.data.score_store import ScoreStore
-from musc_jax.token_weights import DEFAULT_RULE
+from musc_jax.weights.rules import DEFAULT_RULE
 from tests.e2e import common
 from tests.e2e.common import arguments
 from tests.e2e.test_main_filter import candidate

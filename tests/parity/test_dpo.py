@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm_jax.checkpoints.hf import load_params
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer
-from lm_jax.hf_io import load_params
-from lm_jax.inference.scoring import score
 from lm_jax.models.decoder import REMAT_POLICIES
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import flatten
+from lm_jax.scoring.scoring import score
 from lm_jax.sharding import make_mesh
-from musc_jax.losses import LossConfig
-from musc_jax.objective import preference_objective
+from musc_jax.training.losses import LossConfig
+from musc_jax.training.objective import preference_objective
 from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.trl_oracle import dpo_oracle
 

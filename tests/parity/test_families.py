@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from lm_jax.checkpoints.hf import load_params
 from lm_jax.config import ComputeConfig, RopeConfig
-from lm_jax.hf_io import load_params
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.registry import read_model_config
 from tests.checkpoints import make_checkpoint

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.tokenizers import load_tokenizer
-from lm_jax.inference.requests import Request, SamplingConfig
-from lm_jax.inference.sampling import LocalGenerator
-from lm_jax.inference.scoring import packed_logprobs
+from lm_jax.generation.requests import Request, SamplingConfig
+from lm_jax.generation.sampling import LocalGenerator
+from lm_jax.scoring.scoring import packed_logprobs
 from lm_jax.sharding import make_mesh
-from lm_jax.training.runs import open_model
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
 NEW = 64

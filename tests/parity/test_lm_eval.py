@@ -9,12 +9,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.evaluation.harness import JaxLM
 from lm_jax.evaluation.tasks import Tasks
 from lm_jax.sharding import make_mesh
-from lm_jax.training.runs import open_model
 from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.lm_eval_tasks import make_tasks
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 import transformers
 
+from lm_jax.checkpoints.hf import load_params
+from lm_jax.checkpoints.peft import export_peft
 from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.errors import UserError
-from lm_jax.hf_io import load_params
-from lm_jax.inference.scoring import packed_logprobs
 from lm_jax.models.lora import adapter_table, dropout_key, init_adapters, join, merge
 from lm_jax.models.registry import read_model_config
 from lm_jax.models.weights import flatten, nest
-from lm_jax.peft_io import export_peft
+from lm_jax.scoring.scoring import packed_logprobs
 from lm_jax.sharding import make_mesh
 from tests.checkpoints import make_checkpoint, make_tokenizer
 

@@ -8,12 +8,12 @@ import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, from_config_dict
 from lm_jax.data.packing import Segment
-from lm_jax.inference.scoring import score
+from lm_jax.scoring.scoring import score
 from lm_jax.sharding import make_mesh
-from lm_jax.training.runs import open_model
-from main_jax.mutual_filter import FilterConfig, filter_candidates
+from main_jax.filter.command import FilterConfig, filter_candidates
 from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.conftest import ROOT
 from tests.e2e.common import read_rows, write_rows
@@ -158,7 +158,7 @@ def test_scoring_without_entropies_and_of_some_batches(tmp_path):
 
 def test_the_pass_needs_no_entropies(monkeypatch, tmp_path):
     """They would cost passes over the logits."""
-    import main_jax.passes as passes
+    import main_jax.filter.passes as passes
 
     make_models(tmp_path, "qwen2")
     asked = []

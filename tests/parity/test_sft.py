@@ -8,16 +8,16 @@ import pytest
 import torch
 import transformers
 
+from lm_jax.checkpoints.hf import load_params
 from lm_jax.config import ComputeConfig
 from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack
 from lm_jax.data.supervised import load_supervised
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer
-from lm_jax.hf_io import load_params
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import flatten
 from lm_jax.training.supervised import VALUES, supervised_objective
-from main_jax.losses import mixed_coefficients
+from main_jax.training.losses import mixed_coefficients
 from tests.checkpoints import CHATML, make_checkpoint, make_tokenizer
 from tests.e2e.common import write_rows
 from tests.trl_oracle import sft_oracle

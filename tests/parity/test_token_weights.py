@@ -14,10 +14,10 @@ from lm_jax.data.packing import example_lengths, fill_rows, pack
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer
-from musc_jax.examples import load_pairs
-from musc_jax.reference import no_scores, weighted_pairs
-from musc_jax.token_weights import WEIGHING_RULES
-from musc_jax.weigh import WeighConfig, weigh_rows
+from musc_jax.training.examples import load_pairs
+from musc_jax.training.reference import no_scores, weighted_pairs
+from musc_jax.weights.command import WeighConfig, weigh_rows
+from musc_jax.weights.rules import WEIGHING_RULES
 from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.e2e.common import read_rows, write_rows
 

@@ -6,23 +6,23 @@ import runpy
 
 import pytest
 
+from lm_jax.checkpoints.runs import flat_settings
 from lm_jax.config import from_config_dict
 from lm_jax.errors import UserError
-from lm_jax.training.runs import flat_settings
 from tests.conftest import ROOT
 
 # Where a command's class is, and what of it may be in a bucket beside what is read
 CLASSES = {
-    "export_hf": ("lm_jax.commands.export:ExportConfig", {"output"}),
-    "generate": ("lm_jax.commands.generate:GenerateConfig", set()),
-    "main_filter": ("main_jax.mutual_filter:FilterConfig", set()),
-    "main_prepare": ("main_jax.prepare:PrepareConfig", set()),
-    "main_train": ("main_jax.train:MainTrainConfig", set()),
-    "musc_pairs": ("musc_jax.pairs:PairsConfig", set()),
-    "musc_token_weights": ("musc_jax.weigh:WeighConfig", {"output", "store"}),
-    "musc_train": ("musc_jax.train:MuscTrainConfig", {"reference_cache"}),
-    "report": ("musc_jax.report:ReportConfig", {"output"}),
-    "score": ("lm_jax.commands.score:ScoreConfig", {"output"}),
+    "export_hf": ("lm_jax.checkpoints.export:ExportConfig", {"output"}),
+    "generate": ("lm_jax.generation.command:GenerateConfig", set()),
+    "main_filter": ("main_jax.filter.command:FilterConfig", set()),
+    "main_prepare": ("main_jax.texts.command:PrepareConfig", set()),
+    "main_train": ("main_jax.training.command:MainTrainConfig", set()),
+    "musc_pairs": ("musc_jax.pairs.command:PairsConfig", set()),
+    "musc_token_weights": ("musc_jax.weights.command:WeighConfig", {"output", "store"}),
+    "musc_train": ("musc_jax.training.command:MuscTrainConfig", {"reference_cache"}),
+    "report": ("musc_jax.report.command:ReportConfig", {"output"}),
+    "score": ("lm_jax.scoring.command:ScoreConfig", {"output"}),
 }
 
 
@@ -47,7 +47,7 @@ def refused(cls, given, key) -> bool:
 
 
 def test_a_run_directory_is_local_and_its_copy_is_not():
-    from musc_jax.train import MuscTrainConfig
+    from musc_jax.training.command import MuscTrainConfig
 
     given = runpy.run_path(str(ROOT / "configs/musc_train.py"))["get_config"]()
     given.output = "gs://bucket/run"

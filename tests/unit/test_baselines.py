@@ -7,11 +7,11 @@ import time
 import pytest
 
 from lm_jax.errors import UserError
-from musc_jax.drops import Drop
-from musc_jax.judgements import parse_critique, parse_revision, parse_score
-from musc_jax.methods import PLANS
-from musc_jax.prompts import STOP
-from musc_jax.tasks import Task
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.judgements import parse_critique, parse_revision, parse_score
+from musc_jax.pairs.methods import PLANS
+from musc_jax.pairs.prompts import STOP
+from musc_jax.pairs.tasks import Task
 from tests.strong_model import Scripted, careless, core, cut, failed, manners, points_done, stage_of
 from tests.unit import test_pairs
 from tests.unit.test_pairs import content, counts_of, instructions, reasons
@@ -442,7 +442,7 @@ def test_loads_with_datasets_and_into_training(pairs, tmp_path, method):
 
     from lm_jax.data.text import TextEncoder
     from lm_jax.data.tokenizers import load_tokenizer
-    from musc_jax.examples import load_pairs
+    from musc_jax.training.examples import load_pairs
     from tests.checkpoints import make_tokenizer
 
     made, _, _ = pairs(model=model(), method=method)

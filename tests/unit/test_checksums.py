@@ -3,7 +3,7 @@
 import pytest
 from etils import epath
 
-from lm_jax.training.checksums import damage, write_checksums
+from lm_jax.checkpoints.checksums import damage, write_checksums
 
 FILES = ("params/d/0", "params/ocdbt.process_1/d/1", "optimizer/d/0", "progress/state", "_METADATA")
 

@@ -8,7 +8,8 @@ import pytest
 
 from lm_jax.data.similarity import similarity
 from lm_jax.errors import UserError
-from musc_jax.constraints import (
+from musc_jax.draws import shuffled, uniform
+from musc_jax.pairs.constraints import (
     MAX_CONSTRAINTS,
     Decomposition,
     SelfInstructed,
@@ -17,10 +18,9 @@ from musc_jax.constraints import (
     parse_decomposition,
     parse_self_instructed,
 )
-from musc_jax.draws import shuffled, uniform
-from musc_jax.drops import Drop
-from musc_jax.perturb import SIMILAR, Edit, Kind, Perturbation, PerturbConfig, Pool, perturb
-from musc_jax.prompts import decompose, negate, numbered, recombine
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.perturb import SIMILAR, Edit, Kind, Perturbation, PerturbConfig, Pool, perturb
+from musc_jax.pairs.prompts import decompose, negate, numbered, recombine
 
 NOTE = "The pump failed at 3 a.m.; nobody was hurt."
 INSTRUCTION = f"Rewrite the note below as a tweet. Use **two** hashtags and no emoji.\n\n{NOTE}"
@@ -548,14 +548,14 @@ def test_real_decompositions_come_back_from_their_own_rendering(examples):
 
 @pytest.fixture(scope="module")
 def shipped():
-    from musc_jax.demonstrations import own_demonstrations
+    from musc_jax.pairs.demonstrations import own_demonstrations
 
     return own_demonstrations()
 
 
 @pytest.fixture(scope="module")
 def examples(shipped, shared_data):
-    from musc_jax.demonstrations import read_demonstrations
+    from musc_jax.pairs.demonstrations import read_demonstrations
 
     real = [e for n in ("noinput", "input") for e in read_demonstrations(str(shared_data / f"infobench_{n}.json"))]
     assert len(real) == 248 and all(unicodedata.is_normalized("NFC", e.instruction) for e in real)

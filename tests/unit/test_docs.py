@@ -262,12 +262,12 @@ import sys, types
 import numpy as np, jax.numpy as jnp, torch
 from tests import checkpoints
 from lm_jax.config import ComputeConfig
-from lm_jax.hf_io import load_params
+from lm_jax.checkpoints.hf import load_params
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.registry import config_from_hf, config_to_hf, read_model_config
-from main_jax.scores import SCORES, CrossEntropies, check_selection
-from musc_jax.losses import LossConfig, preference_loss
-from musc_jax.token_weights import ONLINE_RULES, WEIGHING_RULES, ResponseScores, check_rule
+from main_jax.filter.scores import SCORES, CrossEntropies, check_selection
+from musc_jax.training.losses import LossConfig, preference_loss
+from musc_jax.weights.rules import ONLINE_RULES, WEIGHING_RULES, ResponseScores, check_rule
 
 checkpoints.FAMILY_TINY["seed_oss"] = {"head_dim": 8, "attention_out_bias": True}
 model = checkpoints.make_checkpoint(sys.argv[1], "seed_oss")

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from lm_jax.errors import UserError
-from lm_jax.inference.endpoint_gate import Gate
-from lm_jax.inference.endpoint_wire import wait_hint
-from lm_jax.inference.endpoints import EndpointGenerator
-from lm_jax.inference.requests import Request, SamplingConfig
+from lm_jax.generation.endpoint_gate import Gate
+from lm_jax.generation.endpoint_wire import wait_hint
+from lm_jax.generation.endpoints import EndpointGenerator
+from lm_jax.generation.requests import Request, SamplingConfig
 from tests.http_server import Asked, Reply, Server, completion
 
 KEY = "sk-secret-0123456789"
@@ -606,7 +606,7 @@ def test_an_error_of_the_readers_closes():
 
 def test_interrupt(repo_root):
     code = (
-        "import signal, sys; from lm_jax.inference.endpoints import *; assert 'openai' not in sys.modules\n"
+        "import signal, sys; from lm_jax.generation.endpoints import *; assert 'openai' not in sys.modules\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs are told to ignore it
         "rows = [Request(str(i), 'x') for i in range(100)]\n"
         "for batch in EndpointGenerator(sys.argv[1], 'tiny').generate(rows, SamplingConfig(4)): pass"

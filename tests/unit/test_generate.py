@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 
 from configs.generate import get_config
-from lm_jax.commands.generate import GenerateConfig, generate_rows
 from lm_jax.config import from_config_dict
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Completion, Sample, SamplingConfig
+from lm_jax.generation.command import GenerateConfig, generate_rows
+from lm_jax.generation.requests import Completion, Sample, SamplingConfig
 
 
 def text(seed: int, row: str, sample: int) -> str:
@@ -210,7 +210,7 @@ def test_settings_that_cannot_be(generate, keys, part):
     ],
 )
 def test_endpoints_that_cannot_be(output, settings, part):
-    pytest.importorskip("lm_jax.inference.endpoints")
+    pytest.importorskip("lm_jax.generation.endpoints")
     config = get_config()
     config.update({"input": "no.jsonl", "output": str(output), "endpoint": settings})
     with pytest.raises(UserError, match=part):

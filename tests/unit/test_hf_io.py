@@ -17,10 +17,12 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lm_jax import hf_io, model_directories, weight_files
+from lm_jax.checkpoints import directories as model_directories
+from lm_jax.checkpoints import hf as hf_io
+from lm_jax.checkpoints import weight_files
+from lm_jax.checkpoints.directories import resolve_model_dir
+from lm_jax.checkpoints.hf import export_hf, load_params
 from lm_jax.errors import UserError
-from lm_jax.hf_io import export_hf, load_params
-from lm_jax.model_directories import resolve_model_dir
 from lm_jax.models.registry import config_from_hf, read_model_config, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from tests.checkpoints import edit_config, make_checkpoint, make_tokenizer
@@ -170,7 +172,7 @@ def test_sharded_load_and_export_equal_one_device(source, tmp_path):
         import sys, jax, numpy as np
         from jax.sharding import NamedSharding
         from lm_jax.config import MeshConfig
-        from lm_jax.hf_io import export_hf, load_params
+        from lm_jax.checkpoints.hf import export_hf, load_params
         from lm_jax.models.registry import read_model_config, weight_table
         from lm_jax.models.weights import flatten, nest
         from lm_jax.sharding import make_mesh, param_spec
@@ -191,7 +193,7 @@ def test_sharded_load_and_export_equal_one_device(source, tmp_path):
 
 MEMORY = """
     import sys, threading, time, jax, numpy as np
-    from lm_jax.hf_io import export_hf, load_params
+    from lm_jax.checkpoints.hf import export_hf, load_params
     from lm_jax.models.registry import read_model_config
     def resident():  # bytes of this process, the mapped pages of files too
         kinds = ("RssAnon", "RssFile")
@@ -429,7 +431,7 @@ def test_a_full_disk_under_an_export_is_one_line(source, tmp_path):
     """safetensors writes by itself, with errors of its own."""
     code = """
         import resource, signal, sys
-        from lm_jax import hf_io
+        from lm_jax.checkpoints import hf as hf_io
         from lm_jax.errors import UserError
         from lm_jax.models.registry import read_model_config
         source, out = sys.argv[1:]
@@ -451,7 +453,7 @@ def test_a_full_disk_under_an_export_is_one_line(source, tmp_path):
 def test_a_killed_export_leaves_nothing_that_looks_whole_and_can_be_repeated(source, tmp_path):
     code = """
         import os, sys
-        from lm_jax import hf_io
+        from lm_jax.checkpoints import hf as hf_io
         from lm_jax.models.registry import read_model_config
         source, out = sys.argv[1:]
         config = read_model_config(source)

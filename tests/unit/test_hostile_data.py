@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch import cli
-from lm_jax.commands import evaluate
+from lm_jax.checkpoints.hf import load_params
 from lm_jax.data import rows as rows_module
 from lm_jax.data import score_store
 from lm_jax.data.journal import Journal
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
-from lm_jax.hf_io import load_params
+from lm_jax.evaluation import command as evaluate
 from lm_jax.models.registry import read_model_config
 from tests.checkpoints import make_checkpoint
 

@@ -11,13 +11,13 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from lm_jax.checkpoints.hf import load_params
+from lm_jax.checkpoints.weight_files import check_finite
 from lm_jax.data import chat
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.hf_io import load_params
 from lm_jax.models.registry import read_model_config
-from lm_jax.weight_files import check_finite
 from tests.checkpoints import edit_config, make_checkpoint, make_tokenizer
 
 NORM, WEIGHTS = "model.norm.weight", "model.safetensors"

@@ -187,5 +187,5 @@ def test_without_the_extra(monkeypatch, prompts):
 
 
 def test_lm_eval_is_imported_only_where_it_is_used(run_python):
-    code = "import sys, lm_jax.commands.evaluate; print(sorted({'lm_eval', 'nltk', 'langdetect'} & set(sys.modules)))"
+    code = "import sys, lm_jax.evaluation.command; print(sorted({'lm_eval', 'nltk', 'langdetect'} & set(sys.modules)))"
     assert run_python("-c", code).strip() == "[]"

@@ -10,16 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from configs.lab_ablation import get_config
-from lm_jax.commands import lab_ablation, lab_steps
-from lm_jax.commands.lab_ablation import LabAblationConfig, ablate, best_rate, own_cores
-from lm_jax.commands.lab_arms import Learnt
-from lm_jax.commands.lab_table import Method, markdown, plot_method, report_of
-from lm_jax.commands.steps import logged, run_step
+from lab import ablation as lab_ablation
+from lab import steps as lab_steps
+from lab.ablation import LabAblationConfig, ablate, best_rate, own_cores
+from lab.arms import Learnt
+from lab.commands import logged, run_step
+from lab.table import Method, markdown, plot_method, report_of
+from lab.worlds.gate import GATED
 from lm_jax.config import from_config_dict
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
-from lm_jax.lab.gate import GATED
-from musc_jax.token_weights import WEIGHING_RULES
+from musc_jax.weights.rules import WEIGHING_RULES
 from tests.lab import CONTROLS
 
 ASKED = "list tools. use exactly two words. start with saw."

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from lm_jax.lab.answers import Estimate, estimate, shares, truly_answers, verdicts
-from lm_jax.lab.lists import LISTS
+from lab.worlds.answers import Estimate, estimate, shares, truly_answers, verdicts
+from lab.worlds.lists import LISTS
 
 ASKED = "list tools. use exactly two words. start with saw."
 

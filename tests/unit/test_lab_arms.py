@@ -10,23 +10,23 @@ import pytest
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
-from lm_jax.commands import lab_steps
-from lm_jax.commands.lab_arms import DEV, TEST
-from lm_jax.commands.lab_main_arms import ADAPTERS, ORACLE, MainArms, MainArmsConfig, main_arms, supervised_row
-from lm_jax.commands.lab_musc_arms import MuscArms, MuscArmsConfig, musc_arms, oracle_pairs
-from lm_jax.commands.lab_musc_weights import constant_weights
+from lab import steps as lab_steps
+from lab.arms import DEV, TEST
+from lab.main_arms import ADAPTERS, ORACLE, MainArms, MainArmsConfig, main_arms, supervised_row
+from lab.musc_arms import MuscArms, MuscArmsConfig, musc_arms, oracle_pairs
+from lab.musc_weights import constant_weights
+from lab.worlds.compositions import Split, split_of
+from lab.worlds.data import instructions
+from lab.worlds.grammar import read_instruction
+from lab.worlds.lists import LISTS
+from lab.worlds.seed_data import PAIRED
 from lm_jax.config import from_config_dict
 from lm_jax.data.preference import preference_rows
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.supervised import supervised_rows
-from lm_jax.lab.compositions import Split, split_of
-from lm_jax.lab.data import instructions
-from lm_jax.lab.grammar import read_instruction
-from lm_jax.lab.lists import LISTS
-from lm_jax.lab.seed_data import PAIRED
 from main_jax.prompts import PromptConfig, Prompts, supervised_example
-from musc_jax.token_weights import DEFAULT_RULE, WEIGHING_RULES, check_rule
+from musc_jax.weights.rules import DEFAULT_RULE, WEIGHING_RULES, check_rule
 from tests.lab import CONTROLS
 
 MUSC = MuscArmsConfig(60, 2, (1e-4, 3e-4), (1e-3,), 4, 0.7)

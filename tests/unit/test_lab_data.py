@@ -5,29 +5,29 @@ import json
 import pytest
 import transformers
 
+from lab.worlds.compositions import COMPLEX, Split, split_of
+from lab.worlds.data import clean_pairs, instructions, prompts, unlabelled_responses
+from lab.worlds.forms import read
+from lab.worlds.gate import check_gate, make_gate
+from lab.worlds.grammar import NAMING, questions, read_instruction
+from lab.worlds.lists import LISTS
+from lab.worlds.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
+from lab.worlds.tokenizer import END, TEXT, make_tokenizer, write_tokenizer
+from lab.worlds.trips import TRIPS
+from lab.worlds.verifiers import verify
+from lab.worlds.world import draw
+from lab.worlds.writer import write
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import LAST, load_supervised
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.inference.stopping import response_text
-from lm_jax.lab.compositions import COMPLEX, Split, split_of
-from lm_jax.lab.data import clean_pairs, instructions, prompts, unlabelled_responses
-from lm_jax.lab.forms import read
-from lm_jax.lab.gate import check_gate, make_gate
-from lm_jax.lab.grammar import NAMING, questions, read_instruction
-from lm_jax.lab.lists import LISTS
-from lm_jax.lab.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
-from lm_jax.lab.tokenizer import END, TEXT, make_tokenizer, write_tokenizer
-from lm_jax.lab.trips import TRIPS
-from lm_jax.lab.verifiers import verify
-from lm_jax.lab.world import draw
-from lm_jax.lab.writer import write
-from musc_jax.constraints import parse_decomposition
-from musc_jax.conversations import decomposing, recombining, task_texts
-from musc_jax.demonstrations import demonstration
-from musc_jax.instructions import parse_instruction
-from musc_jax.prompts import decompose, recombine
+from lm_jax.generation.stopping import response_text
+from musc_jax.pairs.constraints import parse_decomposition
+from musc_jax.pairs.conversations import decomposing, recombining, task_texts
+from musc_jax.pairs.demonstrations import demonstration
+from musc_jax.pairs.instructions import parse_instruction
+from musc_jax.pairs.prompts import decompose, recombine
 
 WORLDS = pytest.mark.parametrize("world", [LISTS, TRIPS], ids=lambda world: world.name)
 TASKS = Tasks(decomposing, recombining)

@@ -5,13 +5,13 @@ import random
 import numpy as np
 import pytest
 
-from lm_jax.commands.lab_musc_weights import mean_weights, placed_weights
+from lab.musc_weights import mean_weights, placed_weights
+from lab.worlds.governed import dropped, labels
+from lab.worlds.grammar import Constraint, make_instruction
+from lab.worlds.world import tokens
+from lab.worlds.worlds import WORLDS
+from lab.worlds.writer import write
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.lab.governed import dropped, labels
-from lm_jax.lab.grammar import Constraint, make_instruction
-from lm_jax.lab.world import tokens
-from lm_jax.lab.worlds import WORLDS
-from lm_jax.lab.writer import write
 
 LISTS, TRIPS = WORLDS["lists"], WORLDS["trips"]
 

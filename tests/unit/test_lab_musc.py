@@ -7,22 +7,22 @@ import pytest
 
 from configs.lab_seed import get_config as lab_seed_config
 from configs.musc_pairs import get_config
-from lm_jax.commands.lab_seed import LabSeedConfig
+from lab.seed import LabSeedConfig
+from lab.worlds.compositions import COMPLEX
+from lab.worlds.data import instructions, prompts
+from lab.worlds.grammar import Constraint, questions, read_instruction, render
+from lab.worlds.lists import LISTS
+from lab.worlds.seed_data import decomposed
+from lab.worlds.trips import TRIPS
+from lab.worlds.verifiers import verify
+from lab.worlds.world import draw
+from lab.worlds.writer import write
 from lm_jax.config import from_config_dict
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
-from lm_jax.inference.requests import Completion, Sample
-from lm_jax.lab.compositions import COMPLEX
-from lm_jax.lab.data import instructions, prompts
-from lm_jax.lab.grammar import Constraint, questions, read_instruction, render
-from lm_jax.lab.lists import LISTS
-from lm_jax.lab.seed_data import decomposed
-from lm_jax.lab.trips import TRIPS
-from lm_jax.lab.verifiers import verify
-from lm_jax.lab.world import draw
-from lm_jax.lab.writer import write
-from musc_jax.pairs import PairsConfig, make_pairs
-from musc_jax.prompts import numbered
+from lm_jax.generation.requests import Completion, Sample
+from musc_jax.pairs.command import PairsConfig, make_pairs
+from musc_jax.pairs.prompts import numbered
 
 
 class Perfect:

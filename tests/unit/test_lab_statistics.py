@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_jax.lab.answers import Estimate
-from lm_jax.lab.statistics import Comparison, compare_runs, mean_of_runs
+from lab.worlds.answers import Estimate
+from lab.worlds.statistics import Comparison, compare_runs, mean_of_runs
 
 
 def test_means_of_runs_have_wider_intervals_than_the_normal_distribution_gives():

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from lm_jax.lab.compositions import COMPLEX, Split, draw_composition, split_of
-from lm_jax.lab.forms import Form, form_of, read
-from lm_jax.lab.grammar import (
+from lab.worlds.compositions import COMPLEX, Split, draw_composition, split_of
+from lab.worlds.forms import Form, form_of, read
+from lab.worlds.grammar import (
     Constraint,
     Instruction,
     allowed_words,
@@ -19,11 +19,11 @@ from lm_jax.lab.grammar import (
     questions,
     read_instruction,
 )
-from lm_jax.lab.lists import LISTS
-from lm_jax.lab.trips import TRIPS
-from lm_jax.lab.verifiers import verify
-from lm_jax.lab.world import SLOTS, Kind, World, draw, groups
-from lm_jax.lab.writer import plan, write
+from lab.worlds.lists import LISTS
+from lab.worlds.trips import TRIPS
+from lab.worlds.verifiers import verify
+from lab.worlds.world import SLOTS, Kind, World, draw, groups
+from lab.worlds.writer import plan, write
 
 WORLDS = pytest.mark.parametrize("world", [LISTS, TRIPS], ids=lambda world: world.name)
 _COUNT = 2000
@@ -213,8 +213,8 @@ def test_compositions_are_split_once_for_all(world):
 
 def test_draws_do_not_depend_on_the_process():
     code = (
-        "from lm_jax.lab.lists import LISTS; from lm_jax.lab.world import draw;"
-        "from lm_jax.lab.grammar import *; r = draw(LISTS, 3, 'x', 5);"
+        "from lab.worlds.lists import LISTS; from lab.worlds.world import draw;"
+        "from lab.worlds.grammar import *; r = draw(LISTS, 3, 'x', 5);"
         "print(make_instruction(LISTS, draw_kinds(LISTS, 4, r), r).text, end='')"
     )
     rng = draw(LISTS, 3, "x", 5)

@@ -9,29 +9,28 @@ from collections.abc import Iterator
 
 import pytest
 
-PACKAGES = ("lm_jax", "musc_jax", "main_jax", "launch")
+PACKAGES = ("lm_jax", "musc_jax", "main_jax", "lab", "launch")
 # Each room may import those on earlier lines and itself, never its neighbours
 LAYERS = (
     ("lm_jax.errors",),
-    ("lm_jax.strict_json", "lm_jax.storage"),
+    ("lm_jax.strict_json",),
     ("lm_jax.config",),
     ("lm_jax.distributed",),
-    ("lm_jax.sharding",),
+    ("lm_jax.console", "lm_jax.sharding"),
     ("lm_jax.models",),
-    ("lm_jax.weight_files", "lm_jax.model_directories"),
-    ("lm_jax.hf_io",),
-    ("lm_jax.peft_io",),
+    ("lm_jax.checkpoints",),
     ("lm_jax.data",),
-    ("lm_jax.inference", "lm_jax.training"),
-    ("lm_jax.lab", "lm_jax.evaluation", "lm_jax.planning"),
-    ("lm_jax.commands",),
-    ("lm_jax.bench",),
+    ("lm_jax.scoring",),
+    ("lm_jax.training",),
+    ("lm_jax.generation",),
+    ("lm_jax.evaluation", "lm_jax.planning"),
     ("musc_jax", "main_jax"),
+    ("lab",),
     ("launch",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
-ONLY_IN = {"tensorstore": "lm_jax/data/score_store.py", "orbax": "lm_jax/training/checkpoints.py"}
-PEERS = {"lm_jax/bench/peers.py": {"torch", "trl"}}  # a process of its own, for a row that asks for it
+ONLY_IN = {"tensorstore": "lm_jax/data/score_store.py", "orbax": "lm_jax/checkpoints/orbax.py"}
+PEERS = {"lab/bench/peers.py": {"torch", "trl"}}  # a process of its own, for a row that asks for it
 # With runpy a config file reads its neighbours, which no package holds, from wherever they lie
 IN_CONFIGS = {"ml_collections", "runpy"}
 # Formats that run code when they are read, and the oracles of the tests
@@ -111,16 +110,16 @@ def test_every_file_keeps_to_the_layout(sources):
         ("lm_jax/models/decoder.py", "from lm_jax.data import packing"),
         ("lm_jax/models/decoder.py", "def f():\n    import lm_jax.training.loop"),  # late imports count
         ("lm_jax/errors.py", "from lm_jax import config"),
-        ("lm_jax/data/text.py", "from lm_jax.inference.scoring import score"),
-        ("lm_jax/inference/scoring.py", "from lm_jax.training import loop"),
-        ("lm_jax/lab/gate.py", "import musc_jax"),
+        ("lm_jax/data/text.py", "from lm_jax.scoring.scoring import score"),
+        ("lm_jax/scoring/scoring.py", "from lm_jax.training import loop"),
+        ("lm_jax/scoring/scoring.py", "import lab"),
         ("lm_jax/config.py", "from lm_jax import nowhere"),
         ("lm_jax/nowhere.py", "import jax"),
         ("lm_jax/__init__.py", "from lm_jax.config import MeshConfig"),
         ("lm_jax/config.py", "from . import errors"),
-        ("musc_jax/train.py", "from main_jax.losses import nll"),
-        ("main_jax/train.py", "import musc_jax.losses as losses"),
-        ("musc_jax/train.py", "from launch import cli"),
+        ("musc_jax/training/command.py", "from main_jax.training.losses import nll"),
+        ("main_jax/training/command.py", "import musc_jax.training.losses as losses"),
+        ("musc_jax/training/command.py", "from launch import cli"),
         ("launch/score.py", "from configs.score import get_config"),
         ("launch/score.py", "import tests.checkpoints"),
         ("configs/score.py", "from lm_jax.config import MeshConfig"),
@@ -131,9 +130,9 @@ def test_every_file_keeps_to_the_layout(sources):
         ("lm_jax/training/loop.py", "from orbax.checkpoint import v1 as ocp"),
         ("lm_jax/data/text.py", "import pickle"),
         ("lm_jax/models/llama.py", "from torch import nn"),
-        ("lm_jax/bench/ours.py", "import torch"),
-        ("lm_jax/bench/peers.py", "import pickle"),
-        ("lm_jax/bench/bench.py", "from musc_jax.train import train"),
+        ("lab/bench/ours.py", "import torch"),
+        ("lab/bench/peers.py", "import pickle"),
+        ("lm_jax/evaluation/tasks.py", "from musc_jax.training.command import train"),
         ("lm_jax/data/text.py", "load(path, trust_remote_code=True)"),
         ("lm_jax/data/text.py", "load(path, trust_remote_code=flag)"),
         ("lm_jax/data/rows.py", "np.load(path, allow_pickle=True)"),
@@ -148,12 +147,12 @@ def test_a_violation_is_seen(path, source):
     ("path", "source"),
     [
         ("lm_jax/models/decoder.py", "import jax\nfrom lm_jax import sharding\nfrom lm_jax.models import rope"),
-        ("lm_jax/training/loop.py", "from lm_jax.data.packing import pack\nfrom lm_jax import hf_io"),
-        ("lm_jax/training/checkpoints.py", "from orbax.checkpoint import v1 as ocp"),
+        ("lm_jax/training/loop.py", "from lm_jax.data.packing import pack\nfrom lm_jax.checkpoints import hf"),
+        ("lm_jax/checkpoints/orbax.py", "from orbax.checkpoint import v1 as ocp"),
         ("lm_jax/data/score_store.py", "import tensorstore as ts"),
         ("lm_jax/data/text.py", "load(path, trust_remote_code=False)\n" * MAX_LINES),
-        ("musc_jax/train.py", "from lm_jax.training import loop\nfrom musc_jax import losses"),
-        ("launch/score.py", "from lm_jax.commands.score import score_rows\nimport main_jax.train"),
+        ("musc_jax/training/command.py", "from lm_jax.training import loop\nfrom musc_jax import losses"),
+        ("launch/score.py", "from lm_jax.scoring.command import score_rows\nimport main_jax.training.command"),
         ("configs/score.py", "from ml_collections.config_dict import placeholder"),
     ],
 )

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from lm_jax.errors import UserError
-from musc_jax import token_weights
-from musc_jax.losses import (
+from musc_jax.training.losses import (
     KINDS,
     LossConfig,
     hinge_loss,
@@ -20,6 +19,7 @@ from musc_jax.losses import (
     sigmoid_loss,
     simpo_loss,
 )
+from musc_jax.weights import rules as token_weights
 
 
 def loss_config(kind="sigmoid", beta=0.1, label_smoothing=0.0, simpo_gamma=0.0, nll_weight=0.0):

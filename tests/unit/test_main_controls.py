@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 
 from configs.main_controls import get_config
-from lm_jax.commands.steps import alone_in, changed_flags
-from lm_jax.config import from_config_dict
-from lm_jax.errors import UserError
-from main_jax import control_costs as costs
-from main_jax.control_report import Measured, markdown, paired_difference, report_of, stages_of
-from main_jax.controls import (
+from lab.commands import alone_in, changed_flags
+from lab.controls import costs
+from lab.controls.arms import (
     ARMS,
     arm_pairs,
     check_arms,
@@ -26,10 +23,13 @@ from main_jax.controls import (
     told_apart,
     trained_as,
 )
-from main_jax.controls_config import ControlsConfig
-from main_jax.plots import plot_controls
-from main_jax.rounds_config import RoundsConfig
-from main_jax.scores import SCORES
+from lab.controls.config import ControlsConfig
+from lab.controls.report import Measured, markdown, paired_difference, report_of, stages_of
+from lm_jax.config import from_config_dict
+from lm_jax.errors import UserError
+from main_jax.filter.plots import plot_controls
+from main_jax.filter.scores import SCORES
+from main_jax.rounds.config import RoundsConfig
 from tests.main_writers import ASK
 
 NAMES = [*SCORES]
@@ -307,7 +307,7 @@ def test_a_directory_is_one_commands(tmp_path):
     step = "import sys; print('at work', flush=True); sys.stdin.read()"
     code = f"""
 from pathlib import Path
-from lm_jax.commands.steps import alone_in, run_step
+from lab.commands import alone_in, run_step
 with alone_in(Path({str(tmp_path)!r})):
     run_step("timeit", "-n1", "-r1", {step!r})
 """

@@ -6,8 +6,8 @@ import pytest
 
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.errors import UserError
-from main_jax.instructions import Fault, copy_rate, read_instruction
 from main_jax.prompts import PromptConfig, Prompts, open_prompts
+from main_jax.rounds.instructions import Fault, copy_rate, read_instruction
 from tests.checkpoints import make_tokenizer
 
 WORDS = {

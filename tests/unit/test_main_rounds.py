@@ -9,12 +9,12 @@ from configs.main_rounds import get_config
 from lm_jax.config import from_config_dict
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
-from main_jax import rounds
-from main_jax.candidates import Candidates
-from main_jax.round_inputs import read_seeds
-from main_jax.round_report import rounds_table, training_summary
-from main_jax.round_rows import DIRECTIONS, shared_weights
-from main_jax.rounds_config import RoundsConfig
+from main_jax.rounds import command as rounds
+from main_jax.rounds.candidates import Candidates
+from main_jax.rounds.config import RoundsConfig
+from main_jax.rounds.inputs import read_seeds
+from main_jax.rounds.report import rounds_table, training_summary
+from main_jax.rounds.rows import DIRECTIONS, shared_weights
 from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.main_writers import ASK, SAMPLED, Writers
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from lm_jax.errors import UserError
-from main_jax.auroc import auroc, midranks
-from main_jax.candidates import Candidates
-from main_jax.filter_report import Measured, report_of, table
-from main_jax.mutual_filter import REASONS, select
-from main_jax.passes import FAULTS, NO_INSTRUCTION, TOO_LONG
-from main_jax.plots import plot_filter
-from main_jax.scores import DEFAULT_SCORE, SCORES, CrossEntropies, best_fraction, best_of_each, check_selection
+from main_jax.filter.auroc import auroc, midranks
+from main_jax.filter.command import REASONS, select
+from main_jax.filter.passes import FAULTS, NO_INSTRUCTION, TOO_LONG
+from main_jax.filter.plots import plot_filter
+from main_jax.filter.report import Measured, report_of, table
+from main_jax.filter.scores import DEFAULT_SCORE, SCORES, CrossEntropies, best_fraction, best_of_each, check_selection
+from main_jax.rounds.candidates import Candidates
 
 NAN = math.nan
 

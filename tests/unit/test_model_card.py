@@ -7,13 +7,13 @@ import sys
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
-from lm_jax import hf_io
-from lm_jax.commands.export import ExportConfig, export
-from lm_jax.commands.hub import check_push, push
-from lm_jax.commands.model_card import model_card
+from lm_jax.checkpoints import hf as hf_io
+from lm_jax.checkpoints.export import ExportConfig, export
+from lm_jax.checkpoints.hub import check_push, push
+from lm_jax.checkpoints.model_card import model_card
+from lm_jax.checkpoints.provenance import made_with, origin
 from lm_jax.config import from_config_dict
 from lm_jax.errors import UserError
-from lm_jax.training.provenance import made_with, origin
 from tests.checkpoints import make_checkpoint
 from tests.http_server import Reply, Server
 

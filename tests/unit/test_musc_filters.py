@@ -6,18 +6,18 @@ import time
 
 import pytest
 
-from lm_jax.data.refusals import is_refusal
 from lm_jax.data.similarity import near_duplicates, similarity, tokens
-from musc_jax.constraints import parse_decomposition, parse_self_instructed
-from musc_jax.demonstrations import Demonstration
-from musc_jax.drops import Drop
-from musc_jax.filters import (
+from lm_jax.generation.refusals import is_refusal
+from musc_jax.pairs.constraints import parse_decomposition, parse_self_instructed
+from musc_jax.pairs.demonstrations import Demonstration
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.filters import (
     instructions_fault,
     pair_fault,
     verdicts_fault,
 )
-from musc_jax.instructions import parse_constraint, parse_instruction, parse_verdicts
-from musc_jax.prompts import numbered
+from musc_jax.pairs.instructions import parse_constraint, parse_instruction, parse_verdicts
+from musc_jax.pairs.prompts import numbered
 
 CONSTRAINTS = ("Is it a tweet?", "Does it use two hashtags?", "Is it free of emoji?")
 GOOD = "Write a tweet with **two** hashtags and no emoji."

@@ -17,10 +17,10 @@ import pytest
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.text import messages_fault
 from lm_jax.errors import UserError
-from musc_jax.constraints import folded, parse_decomposition
-from musc_jax.demonstrations import Demonstration, own_demonstrations, pick, read_demonstrations, with_input
-from musc_jax.instructions import parse_constraint, parse_instruction, parse_verdicts
-from musc_jax.prompts import (
+from musc_jax.pairs.constraints import folded, parse_decomposition
+from musc_jax.pairs.demonstrations import Demonstration, own_demonstrations, pick, read_demonstrations, with_input
+from musc_jax.pairs.instructions import parse_constraint, parse_instruction, parse_verdicts
+from musc_jax.pairs.prompts import (
     DEFAULT,
     SEPARATOR,
     STOP,
@@ -296,7 +296,7 @@ def test_an_installed_wheel_has_the_examples(repo_root, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "import musc_jax.demonstrations as d; print(len(d.own_demonstrations()), d.__file__)"
+    code = "import musc_jax.pairs.demonstrations as d; print(len(d.own_demonstrations()), d.__file__)"
     out = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

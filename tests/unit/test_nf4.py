@@ -10,17 +10,17 @@ import pytest
 import qwix
 from scipy.stats import norm
 
+from lm_jax.checkpoints.runs import abstract_params, open_model
 from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig, ModelConfig, RopeConfig, from_config_dict
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.errors import UserError
-from lm_jax.inference.scoring import packed_logprobs
 from lm_jax.models import quantized
 from lm_jax.models.linear import contract_nf4
 from lm_jax.models.lora import abstract_adapters, init_adapters, join
 from lm_jax.models.nf4 import NF4, dequantize
 from lm_jax.models.weights import flatten, nest
+from lm_jax.scoring.scoring import packed_logprobs
 from lm_jax.sharding import make_mesh
-from lm_jax.training.runs import abstract_params, open_model
 from tests.checkpoints import make_checkpoint
 
 COMPUTE = ComputeConfig("float32", remat="full", attention="reference", logprob_chunk=8)

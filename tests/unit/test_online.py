@@ -10,15 +10,15 @@ import pytest
 from lm_jax.config import BatchConfig, ComputeConfig, LoraConfig, MeshConfig, ModelConfig, RopeConfig
 from lm_jax.data.order import BatchIterator, Beside, plan_batches
 from lm_jax.data.packing import Segment, example_lengths, fill_rows
-from lm_jax.inference.contrast import contrast
 from lm_jax.models.decoder import Decoder
 from lm_jax.models.lora import dropout_key, init_adapters, join
+from lm_jax.scoring.contexts import contrast
 from lm_jax.sharding import make_mesh
-from musc_jax.losses import LossConfig
-from musc_jax.objective import preference_objective
-from musc_jax.online import online_weights
-from musc_jax.token_weights import CHOSEN, CONTEXTS, ONLINE_RULES, REJECTED, WEIGHING_RULES, check_rule, online_rule
-from musc_jax.weigh import response_scores
+from musc_jax.training.losses import LossConfig
+from musc_jax.training.objective import preference_objective
+from musc_jax.weights.command import response_scores
+from musc_jax.weights.online import online_weights
+from musc_jax.weights.rules import CHOSEN, CONTEXTS, ONLINE_RULES, REJECTED, WEIGHING_RULES, check_rule, online_rule
 
 MODEL = ModelConfig("llama", 64, 2, 16, 24, 4, 2, 4, RopeConfig(10_000.0), 1e-5, 64)
 COMPUTE = ComputeConfig("float32", attention="reference", logprob_chunk=8)

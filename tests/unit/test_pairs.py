@@ -10,10 +10,10 @@ from configs.musc_pairs import get_config
 from lm_jax.config import from_config_dict
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
-from musc_jax.demonstrations import own_demonstrations
-from musc_jax.pairs import PairsConfig, make_pairs
-from musc_jax.prompts import SEPARATOR, STOP
-from musc_jax.tasks import Task, read_tasks
+from musc_jax.pairs.command import PairsConfig, make_pairs
+from musc_jax.pairs.demonstrations import own_demonstrations
+from musc_jax.pairs.prompts import SEPARATOR, STOP
+from musc_jax.pairs.tasks import Task, read_tasks
 from tests.strong_model import POINT, TASK, Scripted, core, cut, failed, manners, stage_of
 
 MIXED = {"drop": 0.4, "substitute": 0.3, "negate": 0.3}
@@ -231,7 +231,7 @@ def test_loads_with_datasets_and_into_training(pairs, tmp_path):
 
     from lm_jax.data.text import TextEncoder
     from lm_jax.data.tokenizers import load_tokenizer
-    from musc_jax.examples import load_pairs
+    from musc_jax.training.examples import load_pairs
     from tests.checkpoints import make_tokenizer
 
     made, _, _ = pairs(perturb=MIXED)

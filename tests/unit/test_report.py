@@ -14,10 +14,10 @@ from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.errors import UserError
-from musc_jax.examples import load_pairs
-from musc_jax.report import ReportConfig, chosen_rows, embedded, page, report_data, write_report
-from musc_jax.report_pairs import constraint_records, packed, pair_record, prompt_parts
-from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint
+from musc_jax.report.command import ReportConfig, chosen_rows, embedded, page, report_data, write_report
+from musc_jax.report.pairs import constraint_records, packed, pair_record, prompt_parts
+from musc_jax.training.examples import load_pairs
+from musc_jax.weights.stored import COLUMN, key_digest, pair_fingerprint
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
 ATTACKS = [
@@ -170,7 +170,7 @@ def test_embedded_json_holds_no_sign_of_markup():
 def test_a_failed_report_leaves_the_old_page(tmp_path, monkeypatch):
     path = written(tmp_path, rows())
     (tmp_path / "page.html").write_text("old")
-    monkeypatch.setattr("musc_jax.report.page", lambda data: "no bytes")
+    monkeypatch.setattr("musc_jax.report.command.page", lambda data: "no bytes")
     with pytest.raises(TypeError):
         write_report(config(path))
     assert (tmp_path / "page.html").read_text() == "old"

@@ -9,9 +9,9 @@ from configs.musc_rounds import get_config
 from lm_jax.config import from_config_dict
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
-from musc_jax import rounds
-from musc_jax.round_report import rounds_table, summary
-from musc_jax.tasks import read_tasks
+from musc_jax.pairs.tasks import read_tasks
+from musc_jax.rounds import command as rounds
+from musc_jax.rounds.report import rounds_table, summary
 from tests.unit.test_pairs import _lines
 
 

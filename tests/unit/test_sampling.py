@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.inference import sampling as sampler
-from lm_jax.inference.requests import Request, SamplingConfig
-from lm_jax.inference.sampling import LocalGenerator
+from lm_jax.generation import sampling as sampler
+from lm_jax.generation.requests import Request, SamplingConfig
+from lm_jax.generation.sampling import LocalGenerator
 from lm_jax.models.cache import CHUNK
 from lm_jax.sharding import make_mesh
-from lm_jax.training.runs import open_model
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("optimized")

@@ -11,8 +11,8 @@ import pytest
 from lm_jax.config import from_config_dict
 from lm_jax.data.similarity import near_duplicates, tokens
 from lm_jax.errors import UserError
-from main_jax.prepare import PrepareConfig, prepare, table
-from main_jax.segments import LineFault, SegmentConfig, SegmentFault, cut, line_fault
+from main_jax.texts.command import PrepareConfig, prepare, table
+from main_jax.texts.segments import LineFault, SegmentConfig, SegmentFault, cut, line_fault
 from tests.conftest import ROOT
 
 

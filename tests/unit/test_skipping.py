@@ -9,23 +9,24 @@ import numpy as np
 import optax
 import pytest
 
+from lab.controls import config as controls_config
+from lm_jax.checkpoints import runs
+from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.config import BatchConfig, MeshConfig
 from lm_jax.data.order import BatchIterator, plan_batches
 from lm_jax.data.packing import example_lengths
 from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
-from lm_jax.training import runs
-from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.loop import checkpoint_items, resume
 from lm_jax.training.optim import make_optimizer, make_schedule
 from lm_jax.training.skipping import Skips
 from lm_jax.training.step import Objective, TrainState, make_train_step
 from lm_jax.training.supervised import supervised_objective
-from main_jax import controls_config, rounds_config
-from main_jax.losses import mixed_coefficients
-from main_jax.weighting import alpha_carry
-from musc_jax import rounds
-from musc_jax.objective import preference_objective
+from main_jax.rounds import config as rounds_config
+from main_jax.training.losses import mixed_coefficients
+from main_jax.training.weighting import alpha_carry
+from musc_jax.rounds import command as rounds
+from musc_jax.training.objective import preference_objective
 from tests.unit import test_step, test_supervised_objective
 
 HUGE = 63  # a token whose embedding lies at the end of fp32's range

@@ -17,8 +17,8 @@ from lm_jax.models.decoder import Decoder
 from lm_jax.models.weights import flatten
 from lm_jax.training.optim import make_optimizer, make_schedule
 from lm_jax.training.step import Objective, TrainState, make_evaluate, make_train_step
-from musc_jax.losses import LossConfig
-from musc_jax.objective import preference_objective
+from musc_jax.training.losses import LossConfig
+from musc_jax.training.objective import preference_objective
 
 MODEL = ModelConfig("llama", 64, 2, 16, 24, 4, 2, 4, RopeConfig(10_000.0), 1e-5, 64, qkv_bias=True)
 COMPUTE = ComputeConfig("float32", attention="reference", logprob_chunk=8)  # what compiles fastest

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lm_jax.commands import steps
+from lab import commands as steps
 
 
 @pytest.mark.parametrize("own", [None, "glibc.malloc.hugetlb=0"])

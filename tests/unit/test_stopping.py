@@ -6,7 +6,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lm_jax.inference.stopping import find_stop, resolve_stops, response_text
+from lm_jax.generation.stopping import find_stop, resolve_stops, response_text
 from tests.checkpoints import make_tokenizer
 
 WORDS = ["▁the", "▁cat", "▁", "the", "cat", "s", "\n", "▁end", "e", "<0xE6>", "<0x97>", "<0xA5>"]

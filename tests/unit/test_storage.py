@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm_jax import hf_io, storage
+from lm_jax.checkpoints import buckets as storage
+from lm_jax.checkpoints import hf as hf_io
+from lm_jax.checkpoints import mirror
+from lm_jax.checkpoints.checksums import write_checksums
+from lm_jax.checkpoints.directories import check_output
+from lm_jax.checkpoints.runs import open_model
 from lm_jax.data.rows import check_file_output, check_not_input, read_rows, replacing, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
-from lm_jax.model_directories import check_output
-from lm_jax.training import mirror
-from lm_jax.training.checksums import write_checksums
-from lm_jax.training.runs import open_model
 from tests import object_store
 from tests.checkpoints import make_checkpoint, make_tokenizer
 

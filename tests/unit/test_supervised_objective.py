@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.config import ComputeConfig, ModelConfig, RopeConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.models.decoder import Decoder
-from lm_jax.training.checkpoints import Checkpoints
 from lm_jax.training.loop import checkpoint_items, resume
 from lm_jax.training.step import TrainState, make_evaluate, make_train_step
 from lm_jax.training.supervised import VALUES, supervised_objective
-from main_jax.losses import mixed_coefficients, plain_coefficients
-from main_jax.weighting import AlphaConfig, alpha_carry
+from main_jax.training.losses import mixed_coefficients, plain_coefficients
+from main_jax.training.weighting import AlphaConfig, alpha_carry
 
 MODEL = ModelConfig("llama", 64, 2, 16, 24, 4, 2, 4, RopeConfig(10_000.0), 1e-5, 64)
 COMPUTE = ComputeConfig("float32", attention="reference", logprob_chunk=8)  # what compiles fastest

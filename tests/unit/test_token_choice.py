@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from lm_jax.inference import token_choice
-from lm_jax.inference.requests import SamplingConfig
-from lm_jax.inference.token_choice import choose_tokens, filters_of
+from lm_jax.generation import token_choice
+from lm_jax.generation.requests import SamplingConfig
+from lm_jax.generation.token_choice import choose_tokens, filters_of
 
 DRAWS = 24_000
 VOCABULARIES = {"small": 11, "one-group": 128, "groups": 300}

@@ -11,12 +11,12 @@ import pytest
 from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
-from lm_jax.inference.contrast import contrast_head
-from musc_jax import token_weights
-from musc_jax.examples import Pairs, rule_for
-from musc_jax.stored_weights import COLUMN, key_digest, pair_fingerprint, store_as_written, stored_fields
-from musc_jax.token_weights import CHOSEN, REJECTED, WEIGHING_RULES, ResponseScores, contexts_of, parse_rules
-from musc_jax.weigh import perturbed_prompts
+from lm_jax.scoring.contexts import contrast_head
+from musc_jax.training.examples import Pairs, rule_for
+from musc_jax.weights import rules as token_weights
+from musc_jax.weights.command import perturbed_prompts
+from musc_jax.weights.rules import CHOSEN, REJECTED, WEIGHING_RULES, ResponseScores, contexts_of, parse_rules
+from musc_jax.weights.stored import COLUMN, key_digest, pair_fingerprint, store_as_written, stored_fields
 
 
 def array(*values):

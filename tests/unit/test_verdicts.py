@@ -2,8 +2,8 @@
 
 import pytest
 
-from lm_jax.data.verdicts import read_points, read_preference
 from lm_jax.evaluation.judged import Question, read_verdict
+from lm_jax.generation.verdicts import read_points, read_preference
 
 POINTS = [
     ("1: YES\n2: NO\n3: YES", (True, False, True)),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lm_jax.errors import UserError
-from main_jax.losses import mixed_coefficients, plain_coefficients
-from main_jax.weighting import AlphaConfig, alpha_carry
+from main_jax.training.losses import mixed_coefficients, plain_coefficients
+from main_jax.training.weighting import AlphaConfig, alpha_carry
 
 CONFIG = AlphaConfig("loss_ratio", value=0.25, start=0.0, end=0.5, decay=0.5)
 

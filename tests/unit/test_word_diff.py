@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from musc_jax.word_diff import ADDED, DROPPED, KEPT, word_diff
+from musc_jax.report.word_diff import ADDED, DROPPED, KEPT, word_diff
 
 
 def sides(parts):

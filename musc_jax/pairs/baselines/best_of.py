@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from musc_jax import filters
-from musc_jax.drops import Drop
-from musc_jax.prompts import Prompt
-from musc_jax.row import FULL, NO_ANSWER, Row, left, parse_response
-from musc_jax.sources import Source
-from musc_jax.stages import Answer
+from musc_jax.pairs import filters
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.prompts import Prompt
+from musc_jax.pairs.row import FULL, NO_ANSWER, Row, left, parse_response
+from musc_jax.pairs.sources import Source
+from musc_jax.pairs.stages import Answer
 
 
 @dataclasses.dataclass(frozen=True)

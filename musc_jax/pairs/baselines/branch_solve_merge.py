@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from musc_jax import judge_prompts
-from musc_jax.baselines.best_of import BestOf
-from musc_jax.drops import Drop
-from musc_jax.instructions import parse_verdicts
-from musc_jax.prompts import Prompt
-from musc_jax.row import FULL, Row
-from musc_jax.sources import Source
+from musc_jax.pairs import judge_prompts
+from musc_jax.pairs.baselines.best_of import BestOf
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.instructions import parse_verdicts
+from musc_jax.pairs.prompts import Prompt
+from musc_jax.pairs.row import FULL, Row
+from musc_jax.pairs.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)

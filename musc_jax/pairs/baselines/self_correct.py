@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from musc_jax import filters, judge_prompts
-from musc_jax.baselines.best_of import read_response
-from musc_jax.judgements import parse_critique, parse_revision
-from musc_jax.row import FULL, Row, left, read
-from musc_jax.sources import Source
+from musc_jax.pairs import filters, judge_prompts
+from musc_jax.pairs.baselines.best_of import read_response
+from musc_jax.pairs.judgements import parse_critique, parse_revision
+from musc_jax.pairs.row import FULL, Row, left, read
+from musc_jax.pairs.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Self-Rewarding language models (arXiv 2401.10020): the model scores each of its responses as a whole, from 1 to 5."""
 
-from musc_jax import judge_prompts
-from musc_jax.baselines.best_of import BestOf
-from musc_jax.drops import Drop
-from musc_jax.judgements import parse_score
-from musc_jax.prompts import Prompt
-from musc_jax.row import Row
-from musc_jax.sources import Source
+from musc_jax.pairs import judge_prompts
+from musc_jax.pairs.baselines.best_of import BestOf
+from musc_jax.pairs.drops import Drop
+from musc_jax.pairs.judgements import parse_score
+from musc_jax.pairs.prompts import Prompt
+from musc_jax.pairs.row import Row
+from musc_jax.pairs.sources import Source
 
 
 def self_reward(source: Source, num_samples: int, judge_samples: int) -> BestOf:
