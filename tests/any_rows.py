@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from lm_jax.config import from_config_dict, to_dict  # noqa: E402
+from lm_jax.data.batches import check_batch  # noqa: E402
 from lm_jax.data.journal import rows_fingerprint  # noqa: E402
-from lm_jax.data.order import check_batch  # noqa: E402
 from lm_jax.data.preference import check_weight_lengths, preference_rows  # noqa: E402
 from lm_jax.data.rows import read_rows, write_jsonl  # noqa: E402
 from lm_jax.data.supervised import supervised_rows  # noqa: E402

@@ -32,7 +32,7 @@ import numpy as np
 
 from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
-from lm_jax.data.order import plan_batches
+from lm_jax.data.batches import plan_batches
 from lm_jax.data.packing import Segment, example_lengths
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer

@@ -14,7 +14,7 @@ import jax
 from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, split_names
 from lm_jax.console import say
-from lm_jax.data.order import check_batch
+from lm_jax.data.batches import check_batch
 from lm_jax.data.rows import check_not_input, write_jsonl, write_text
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError

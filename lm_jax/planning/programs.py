@@ -13,7 +13,7 @@ import numpy as np
 
 from lm_jax.checkpoints.runs import abstract_params
 from lm_jax.config import FULL, BatchConfig, ComputeConfig, DecodeConfig, ModelConfig
-from lm_jax.data.order import batch_shapes, check_batch
+from lm_jax.data.batches import batch_shapes, check_batch
 from lm_jax.generation import decoding
 from lm_jax.generation.requests import SamplingConfig
 from lm_jax.generation.sampling import decode_rows, decoding_compute

@@ -10,9 +10,9 @@ import jax
 from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress
+from lm_jax.data.batches import check_batch
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.layouts import prompt_with_tools
-from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import check_file_output, read_rows, write_jsonl
 from lm_jax.data.shares import encode_rows

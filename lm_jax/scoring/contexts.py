@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.data.batches import BatchIterator, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows

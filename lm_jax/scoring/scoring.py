@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.data.batches import BatchIterator, plan_batches
 from lm_jax.data.packing import Segment, example_lengths, response_slice
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.logprobs import token_statistics

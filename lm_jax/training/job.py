@@ -14,7 +14,7 @@ from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, begin_run, open_model, param_specs, training_records
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
 from lm_jax.console import say
-from lm_jax.data.order import BatchIterator, Beside, batch_shapes, check_batch, plan_batches
+from lm_jax.data.batches import BatchIterator, Beside, batch_shapes, check_batch, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer

@@ -13,7 +13,7 @@ import numpy as np
 from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.config import CheckpointConfig
 from lm_jax.console import Progress, say
-from lm_jax.data.order import BatchIterator
+from lm_jax.data.batches import BatchIterator
 from lm_jax.distributed.processes import stops_before
 from lm_jax.distributed.stopping import Stopped
 from lm_jax.errors import UserError

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lm_jax.checkpoints.orbax import abstract_like
 from lm_jax.checkpoints.runs import abstract_params, param_specs
 from lm_jax.config import LoraConfig, ModelConfig, OptimConfig
-from lm_jax.data.order import Beside
+from lm_jax.data.batches import Beside
 from lm_jax.models.lora import abstract_adapters, adapter_specs, dropout_key, join
 from lm_jax.sharding import state_shardings
 from lm_jax.training.optim import make_optimizer, make_schedule

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.data.order import BatchIterator
+from lm_jax.data.batches import BatchIterator
 from lm_jax.data.rows import replacing
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError

@@ -11,7 +11,7 @@ import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, to_dict
 from lm_jax.console import say
-from lm_jax.data.order import check_batch
+from lm_jax.data.batches import check_batch
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError

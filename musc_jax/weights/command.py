@@ -14,7 +14,7 @@ from lm_jax.checkpoints.buckets import is_remote
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress, say
-from lm_jax.data.order import check_batch
+from lm_jax.data.batches import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import Beside
+from lm_jax.data.batches import Beside
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.errors import UserError
 from lm_jax.models.lora import without_dropout

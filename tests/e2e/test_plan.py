@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from lm_jax.config import BatchConfig, ModelConfig, RopeConfig
-from lm_jax.data.order import check_batch
+from lm_jax.data.batches import check_batch
 from lm_jax.models.registry import config_to_hf, weight_table
 from lm_jax.planning.command import read_config
 from lm_jax.planning.published import model_shape

@@ -28,7 +28,7 @@ def computed(directory):
     from lm_jax.checkpoints.orbax import Checkpoints, abstract_like
     from lm_jax.checkpoints.runs import param_specs
     from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
-    from lm_jax.data.order import BatchIterator, plan_batches
+    from lm_jax.data.batches import BatchIterator, plan_batches
     from lm_jax.data.packing import Segment, example_lengths
     from lm_jax.models.decoder import Decoder
     from lm_jax.models.weights import flatten

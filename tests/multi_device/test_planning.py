@@ -25,7 +25,7 @@ def computed(topology):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from lm_jax.config import BatchConfig, ComputeConfig, LoraConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
-    from lm_jax.data.order import batch_shapes
+    from lm_jax.data.batches import batch_shapes
     from lm_jax.planning.compiled import compile_program
     from lm_jax.planning.programs import Program
     from lm_jax.planning.traced import matmul_flops

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm_jax.config import BatchConfig, ComputeConfig, LoraConfig, MeshConfig, ModelConfig, RopeConfig
-from lm_jax.data.order import BatchIterator, Beside, plan_batches
+from lm_jax.data.batches import BatchIterator, Beside, plan_batches
 from lm_jax.data.packing import Segment, example_lengths, fill_rows
 from lm_jax.models.decoder import Decoder
 from lm_jax.models.lora import dropout_key, init_adapters, join

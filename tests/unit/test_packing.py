@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lm_jax.config import BatchConfig, MeshConfig
-from lm_jax.data.order import BatchIterator, check_batch, plan_batches
+from lm_jax.data.batches import BatchIterator, check_batch, plan_batches
 from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack, response_slice
 from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh

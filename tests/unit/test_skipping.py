@@ -13,7 +13,7 @@ from lab.controls import config as controls_config
 from lm_jax.checkpoints import runs
 from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.config import BatchConfig, MeshConfig
-from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.data.batches import BatchIterator, plan_batches
 from lm_jax.data.packing import example_lengths
 from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
