@@ -106,7 +106,7 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
     rows = material.responses(given["pairs"], tokenizer, tokenizer.eos_token_id, given["max_length"])
     segments = [Segment(np.array(prompt, np.int32), np.array(response, np.int32)) for prompt, response in rows]
     compute, parts = ComputeConfig(given["dtype"]), mesh.size
-    batch = BatchConfig(2 * parts, max(given["max_length"], 1024), 1, max_examples_per_row=64)
+    batch = BatchConfig(2 * parts, max(given["max_length"], 1024))
     for _ in range(2):
         begin, total = time.perf_counter(), 0.0
         for group in score_segments(params, segments, config, compute, batch, mesh, True):

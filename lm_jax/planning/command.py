@@ -146,12 +146,12 @@ def _table(report: Mapping[str, Any]) -> str:
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:
     config = candidate.config
-    mesh, batch = dataclasses.asdict(config.mesh), config.batch
+    mesh = dataclasses.asdict(config.mesh)
     return {
         "fits": candidate.fits,
         "hbm_bytes_per_chip": candidate.cost.hbm,
         "mesh": mesh,
-        "batch": {"rows": batch.rows, "microbatches": batch.microbatches},
+        "batch": {"rows_per_device": config.batch.rows_per_device},
         "remat": config.compute.remat,
         "recompute_factor": candidate.cost.program.recompute_factor,
         "wire_bytes": candidate.cost.wire_bytes,

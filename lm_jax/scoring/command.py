@@ -10,7 +10,6 @@ import jax
 from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress
-from lm_jax.data.batches import check_batch
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.layouts import prompt_with_tools
 from lm_jax.data.packing import Segment
@@ -64,7 +63,6 @@ def score_rows(config: ScoreConfig) -> None:
       UserError: anything the user can mend, naming file or row.
     """
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     check_file_output(config.output)
     source = open_model(config.model)

@@ -12,10 +12,20 @@ from lm_jax.checkpoints.mirror import Mirror
 from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, begin_run, open_model, param_specs, training_records
-from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
+from lm_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    ComputeConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimConfig,
+    StepBatch,
+    to_dict,
+)
 from lm_jax.console import say
-from lm_jax.data.batches import BatchIterator, Beside, batch_shapes, check_batch, plan_batches
+from lm_jax.data.batches import AuxiliaryBatch, BatchIterator, batch_shapes
 from lm_jax.data.packing import Example, example_lengths
+from lm_jax.data.plans import BatchPlan, plan_passes, plan_steps
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.distributed.processes import stops_before
@@ -25,7 +35,7 @@ from lm_jax.models.attention import chosen
 from lm_jax.models.decoder import check_compute
 from lm_jax.models.lora import adapter_specs, init_adapters
 from lm_jax.models.quantized import check_quantizer
-from lm_jax.sharding import make_mesh
+from lm_jax.sharding import batch_divisor, make_mesh
 from lm_jax.training.flops import forward_flops, train_flops
 from lm_jax.training.loggers import check_loggers, open_loggers
 from lm_jax.training.loop import Run, StepCost, fit, resume
@@ -51,7 +61,7 @@ class TrainConfig:
     epochs: int
     max_steps: int | None
     eval_every: int
-    batch: BatchConfig
+    batch: StepBatch
     optim: OptimConfig
     lora: LoraConfig
     mesh: MeshConfig
@@ -66,6 +76,15 @@ class TrainConfig:
         for name in ("max_length", "epochs", "eval_every", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"config.{name}: must be at least 1, got {value}")
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that a row may hold: two of the longest sequences, so that a pair always fits."""
+        return 2 * self.max_length
+
+    def forward_batch(self, mesh: jax.sharding.Mesh) -> BatchConfig:
+        """The shape of a pass without a gradient, of as many rows at one time as a step's microbatch."""
+        return BatchConfig(self.batch.rows_per_device * batch_divisor(mesh), self.row_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +111,15 @@ class Task:
 
     Attributes:
       eval_objective: None: the same; what it carries does not enter an evaluation.
-      unit: what an example is, in the plural.
       values: what goes along with every response token, as `Segment.values` has it.
       eval_examples: empty for no evaluation.
-      beside: what goes along with the examples, and `eval_beside` with those of the evaluation.
+      auxiliary: what travels with the examples, and `eval_auxiliary` with those of the evaluation.
       describe: example number -> how a user finds that row.
       shown: metric name -> short name, of what the progress line and the summary show.
       sides: what the segments of an example are.
     """
 
     objective: Objective
-    unit: str
     examples: Sequence[Example]
     eval_examples: Sequence[Example]
     values: tuple[str, ...]
@@ -110,19 +127,18 @@ class Task:
     shown: Mapping[str, str]
     sides: tuple[str, ...] = ("response",)
     eval_objective: Objective | None = None
-    beside: Beside | None = None
-    eval_beside: Beside | None = None
+    auxiliary: AuxiliaryBatch | None = None
+    eval_auxiliary: AuxiliaryBatch | None = None
 
 
 def open_job(config: TrainConfig) -> Job:
     """Checks what can be checked without the data; reads no weights and writes nothing.
 
     Raises:
-      UserError: a mesh, batch or model that do not fit each other.
+      UserError: a mesh and a model that do not fit each other.
     """
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     check_quantizer(config.lora.base)
     policy = dataclasses.replace(open_model(config.model), precision=config.lora.base)
@@ -147,25 +163,25 @@ def run_job(job: Job, task: Task) -> None:
       Stopped: asked to stop before the end.
     """
     config, mesh = job.config, job.mesh
-    lengths = _lengths(task.examples, task.beside, config.batch)
-    plan = plan_batches(lengths, config.batch, config.epochs, config.seed)
+    lengths, size = _lengths(task.examples, task.auxiliary), config.batch.size
+    rows = config.forward_batch(mesh).rows
+    plan = plan_steps(lengths, size, config.epochs, config.seed, rows, config.row_length)
     num_steps = min(len(plan), config.max_steps or len(plan))
-    per_step = len(task.examples) * config.epochs / len(plan)
     model, dtype = job.policy.config, config.compute.dtype
     attention = config.compute.attention
     attention = chosen(mesh, model.head_dim) if attention == "auto" else attention
     say(
-        f"{len(task.examples)} {task.unit}: {num_steps} steps of about {per_step:.1f} on mesh {dict(mesh.shape)}, "
-        f"attention {attention}"
+        f"{len(task.examples)} {config.batch.unit}: {num_steps} steps of {size}, {_row_shapes(plan)}, on mesh "
+        f"{dict(mesh.shape)}, attention {attention}"
     )
     program = step_program(model, task.objective, config.optim, config.lora, dtype, mesh, num_steps, config.seed)
-    batches = BatchIterator(plan, task.examples, mesh, task.values, task.beside)
+    batches = BatchIterator(plan, task.examples, mesh, task.values, task.auxiliary)
     copy = _mirror(config)
     keep = config.checkpoints.keep
     checkpointing = Checkpoints(f"{config.output}/checkpoints", keep, None if copy is None else copy.push)
     with deferred(), jax.set_mesh(mesh), checkpointing as checkpoints:
-        shapes = batch_shapes(config.batch, mesh, task.values, task.beside)
-        compiling = compile_ahead(program, mesh, shapes)
+        shapes = (plan.rows, plan.max_examples, mesh, task.values, task.auxiliary)
+        compiling = compile_ahead(program, mesh, [batch_shapes(stacks, *shapes) for stacks in plan.shapes])
         frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
         state = _start_state(job, program, checkpoints, batches)
         compiling.join()
@@ -184,7 +200,7 @@ def run_job(job: Job, task: Task) -> None:
                     train_step=program.step,
                     frozen=frozen,
                     batches=batches,
-                    costs=[_step_cost(plan[i], task, job) for i in range(num_steps)],
+                    costs=[_step_cost(plan, i, task, job) for i in range(num_steps)],
                     evaluate=_evaluation(job, task, frozen) if task.eval_examples else None,
                     eval_every=config.eval_every,
                     skips=Skips(config.output, config.optim.skip_limit, batches, task.describe),
@@ -213,21 +229,28 @@ def _mirror(config: TrainConfig) -> Mirror | None:
     return Mirror(remote, config.output, config.checkpoints.keep, jax.process_index(), jax.process_count())
 
 
-def _lengths(examples: Sequence[Example], beside: Beside | None, batch: BatchConfig) -> np.ndarray:
-    """[N] tokens of a row that each example takes, of the examples' row or of that beside it."""
+def _row_shapes(plan: BatchPlan) -> str:
+    """Such as `microbatches of 2 x 3072 or 2 x 4096 tokens`."""
+    lengths = sorted({stack.row_length for shape in plan.shapes for stack in shape})
+    return f"microbatches of {' or '.join(f'{plan.rows} x {length}' for length in lengths)} tokens"
+
+
+def _lengths(examples: Sequence[Example], auxiliary: AuxiliaryBatch | None) -> np.ndarray:
+    """[N] tokens of a row that each example takes, its auxiliary ones too."""
     lengths = example_lengths(examples)
-    return lengths if beside is None else np.maximum(lengths, beside.lengths(batch.row_length))
+    return lengths if auxiliary is None else np.maximum(lengths, auxiliary.lengths())
 
 
 def _evaluation(job: Job, task: Task, frozen):
     """What is trained -> metrics over all evaluation examples."""
-    batch = job.config.batch
-    plan = plan_batches(_lengths(task.eval_examples, task.eval_beside, batch), batch, 1, None)
+    lengths, batch = _lengths(task.eval_examples, task.eval_auxiliary), job.config.forward_batch(job.mesh)
+    plan = plan_passes(lengths, batch, batch_divisor(job.mesh))
     evaluate = make_evaluate(task.eval_objective or task.objective)
-    return lambda trained: evaluate(
-        assemble(trained, frozen, job.config.lora),
-        BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_beside),
-    )
+
+    def batches():
+        return BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_auxiliary)
+
+    return lambda trained: evaluate(assemble(trained, frozen, job.config.lora), (stack for (stack,) in batches()))
 
 
 def _start_state(job: Job, program: StepProgram, checkpoints: Checkpoints, batches: BatchIterator) -> TrainState:
@@ -242,19 +265,18 @@ def _start_state(job: Job, program: StepProgram, checkpoints: Checkpoints, batch
     return program.begin(policy.load_params(mesh, "float32"))
 
 
-def _step_cost(rows, task: Task, job: Job) -> StepCost:
+def _step_cost(plan: BatchPlan, step: int, task: Task, job: Job) -> StepCost:
     def segment_lengths(examples, items):
         return np.array([len(segment) for item in items for segment in examples[item]], np.int64)
 
-    model, items = job.policy.config, [item for row in rows for item in row]
+    model, items = job.policy.config, plan.examples(step)
     lengths = segment_lengths(task.examples, items)
     flops = train_flops(model, lengths, frozen=bool(job.config.lora.rank))
-    if task.beside is not None:
-        n = task.beside.per_example
-        beside = segment_lengths(task.beside.examples, [item * n + i for item in items for i in range(n)])
-        flops += forward_flops(model, beside)
-    slots = job.config.batch.rows * job.config.batch.row_length
-    return StepCost(tokens=int(lengths.sum()), slots=slots, flops=flops)
+    if task.auxiliary is not None:
+        n = task.auxiliary.per_example
+        auxiliary = segment_lengths(task.auxiliary.examples, [item * n + i for item in items for i in range(n)])
+        flops += forward_flops(model, auxiliary)
+    return StepCost(tokens=int(lengths.sum()), padded_tokens=plan.tokens(step), flops=flops)
 
 
 def _say_summary(output: str, records, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:

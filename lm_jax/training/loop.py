@@ -30,7 +30,7 @@ class StepCost:
     """What a step works on, known from the plan before it runs."""
 
     tokens: int  # real tokens, padding excluded
-    slots: int  # tokens including padding
+    padded_tokens: int  # tokens including padding
     flops: float  # of the model, forward and backward
 
 
@@ -206,7 +206,7 @@ def _finish(run: Run, pending: _Pending, clock: float, progress: Progress) -> fl
             **values,
             "num_tokens": pending.num_tokens,
             "num_flops": pending.num_flops,
-            "padding_fraction": 1 - cost.tokens / cost.slots,
+            "padding_fraction": 1 - cost.tokens / cost.padded_tokens,
             "num_compiles": run.train_step._cache_size(),
             "tokens_per_second": cost.tokens / seconds,
             "model_flops_utilization": None if peak is None else cost.flops / seconds / peak,

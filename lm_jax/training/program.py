@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lm_jax.checkpoints.orbax import abstract_like
 from lm_jax.checkpoints.runs import abstract_params, param_specs
 from lm_jax.config import LoraConfig, ModelConfig, OptimConfig
-from lm_jax.data.batches import Beside
+from lm_jax.data.batches import AuxiliaryBatch
 from lm_jax.models.lora import abstract_adapters, adapter_specs, dropout_key, join
 from lm_jax.sharding import state_shardings
 from lm_jax.training.optim import make_optimizer, make_schedule
@@ -24,12 +24,12 @@ class StepSpec:
     """What a method puts into the step, known without its data.
 
     Attributes:
-      objective, values, beside: as `Task` in `lm_jax.training.job` has them; `beside` may lack its examples.
+      objective, values, auxiliary: as `Task` in `lm_jax.training.job` has them; `auxiliary` may lack its examples.
     """
 
     objective: Objective
     values: tuple[str, ...]
-    beside: Beside | None = None
+    auxiliary: AuxiliaryBatch | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +94,18 @@ def step_program(
     )
 
 
-def compile_ahead(program: StepProgram, mesh: jax.sharding.Mesh, batch: Any) -> threading.Thread:
+def compile_ahead(program: StepProgram, mesh: jax.sharding.Mesh, batches: Sequence[Any]) -> threading.Thread:
     """Compiles the step beside whatever comes next; once the thread has ended, the first step finds it compiled.
 
     Args:
-      batch: ShapeDtypeStructs of what the step will be given.
+      batches: ShapeDtypeStructs of what the steps will be given, one for each shape.
     """
 
     def compile_step():
         # What goes wrong here goes wrong in the first step again, where it is reported
         with jax.set_mesh(mesh), contextlib.suppress(Exception):
-            program.step.lower(program.state, batch, program.frozen).compile()
+            for batch in batches:
+                program.step.lower(program.state, batch, program.frozen).compile()
 
     thread = threading.Thread(target=compile_step, name="compile", daemon=True)
     thread.start()

@@ -47,7 +47,7 @@ class Skips:
         example, self.number = int(values["bad_example"]), int(values["skipped_steps"])
         where = f" (in {self._describe(example)})" if example >= 0 else ""
         what = f"step {step}: {bad[0]} is {values[bad[0]]}{where}"
-        examples = self._batches.examples(step - 1)
+        examples = self._batches.plan.examples(step - 1)
         rows = ", ".join(map(self._describe, examples[:_NAMED]))
         rows += f" and {len(examples) - _NAMED} more" if len(examples) > _NAMED else ""
         if self.number <= self._limit:
@@ -60,9 +60,11 @@ class Skips:
         )
 
     def _write(self, step: int) -> str:
-        """The step's batch as arrays [M, B, ...], and the names of its rows; returns what to say of it."""
-        names = [self._describe(i) for i in self._batches.examples(step - 1)]
-        arrays: dict[str, Any] = {"rows": np.array(names), **self._batches.whole(step - 1)}
+        """The step's stacks as arrays `T/...` [M, B, ...] and its rows' names; returns what to say of it."""
+        names = [self._describe(i) for i in self._batches.plan.examples(step - 1)]
+        arrays: dict[str, Any] = {"rows": np.array(names)}
+        for stack in self._batches.whole(step - 1):
+            arrays |= {f"{stack['tokens'].shape[-1]}/{name}": array for name, array in stack.items()}
         path = f"{self._output}/skipped/step_{step}.npz"
         try:
             with replacing(path) as out:

@@ -1,15 +1,18 @@
 """One optimiser step and one evaluation pass, for any objective.
 
-Axes: M microbatches, B rows, T tokens. A batch is a dict of [M, B, ...] arrays.
+Axes: M microbatches, B rows, T tokens. A step's batch is one stack of microbatches for each row length, a stack a dict
+of [M, B, ...] arrays.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Batch = dict[str, jax.Array]
@@ -40,7 +43,8 @@ class Objective:
     """What a method minimises, in a form that adds up exactly over microbatches, devices and hosts.
 
     Attributes:
-      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone.
+      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone. Where all are 0 there is
+        nothing to compute.
       loss: (params, microbatch, totals) -> (loss, metrics, bad_example): the microbatch's *contributions*, sums
         already divided by the totals of the whole step, so that adding contributions gives the mean. `bad_example` is
         the largest id of an example whose loss is not finite, or -1. A metric that is not defined in a step is NaN.
@@ -104,20 +108,32 @@ def make_train_step(
         (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, at, micro, totals)
         return grads, *aux
 
-    def train_step(state: TrainState, batch: Batch, frozen: Any = None):
+    def train_step(state: TrainState, batch: Sequence[Batch], frozen: Any = None):
         known = objective.carry.read(state.carried, jnp.minimum(state.step / max(num_steps - 1, 1), 1.0))
-        totals = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch)) | known
-        first, rest = jax.tree.map(lambda x: x[0], batch), jax.tree.map(lambda x: x[1:], batch)
-        summed = gradients(state.params, frozen, (state.step, 0), first, totals)
+        counts = [jax.vmap(objective.count)(stack) for stack in batch]
+        totals = jax.tree.map(lambda *x: sum(map(jnp.sum, x)), *counts) | known
+        first = jax.tree.map(lambda x: x[0], batch[0])
+        one = functools.partial(gradients, state.params, frozen, totals=totals)
 
-        def accumulate(carry, numbered):
-            number, micro = numbered
-            grads, metrics, bad = gradients(state.params, frozen, (state.step, number), micro, totals)
-            add = (jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], metrics))
-            return (*add, jnp.maximum(carry[2], bad)), None
+        def accumulate(sums, microbatch):
+            number, count, micro = microbatch
 
-        if left := jax.tree.leaves(rest)[0].shape[0]:
-            summed, _ = jax.lax.scan(accumulate, summed, (jnp.arange(1, left + 1), rest))
+            def add(sums):
+                grads, metrics, bad = one((state.step, number), micro)
+                return (*jax.tree.map(jnp.add, sums[:2], (grads, metrics)), jnp.maximum(sums[2], bad))
+
+            # One that holds nothing is not computed: steps need more or fewer of them
+            holds = jnp.any(jnp.array(jax.tree.leaves(count)) != 0)
+            return jax.lax.cond(holds, add, lambda sums: sums, sums), None
+
+        sizes = [len(jax.tree.leaves(stack)[0]) for stack in batch]
+        if sum(sizes) == 1:
+            summed = one((state.step, 0), first)
+        else:
+            *like, bad = jax.eval_shape(one, (state.step, 0), first)
+            summed = (*jax.tree.map(jnp.zeros_like, like), jnp.full_like(bad, -1))
+            for start, size, count, stack in zip(np.cumsum([0, *sizes]), sizes, counts, batch, strict=False):
+                summed, _ = jax.lax.scan(accumulate, summed, (start + jnp.arange(size), count, stack))
         grads, metrics, bad = summed
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from lm_jax.checkpoints.provenance import Method
-from lm_jax.config import ModelConfig
+from lm_jax.config import ExampleBatch, ModelConfig
 from lm_jax.console import say
 from lm_jax.data.supervised import SOURCES, TRAIN_ON, load_supervised
 from lm_jax.errors import UserError
@@ -21,6 +21,7 @@ from main_jax.training.weighting import AlphaConfig, alpha_carry
 class MainTrainConfig(TrainConfig):
     """`configs/main_train.py` says what each key is for and why it has its value."""
 
+    batch: ExampleBatch
     train_on: str
     response_column: str | None
     alpha: AlphaConfig
@@ -29,11 +30,6 @@ class MainTrainConfig(TrainConfig):
         super().__post_init__()
         if self.train_on not in TRAIN_ON:
             raise UserError(f"config.train_on: unknown {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
-        if self.max_length > self.batch.row_length:
-            raise UserError(
-                f"config.batch.row_length={self.batch.row_length} must hold config.max_length={self.max_length} "
-                "tokens; raise the one or lower the other"
-            )
 
 
 def train(config: MainTrainConfig) -> None:
@@ -63,7 +59,6 @@ def train(config: MainTrainConfig) -> None:
     begin_job(job, "main_train", _method(config, mixed))
     task = Task(
         objective=spec.objective,
-        unit="rows",
         examples=[(segment,) for segment in rows.segments],
         eval_examples=[(segment,) for segment in held_out.segments] if held_out else [],
         values=spec.values,

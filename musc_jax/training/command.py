@@ -6,7 +6,7 @@ import jax
 
 from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
-from lm_jax.config import FULL, ModelConfig
+from lm_jax.config import FULL, ModelConfig, PairBatch
 from lm_jax.console import say
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, score_program, train_program
@@ -16,7 +16,7 @@ from musc_jax.training.examples import Pairs, load_pairs
 from musc_jax.training.losses import LossConfig
 from musc_jax.training.objective import given_weights, preference_objective
 from musc_jax.training.reference import no_scores, reference_scores, weighted_pairs
-from musc_jax.weights.online import online_weights, responses_beside, rows_beside
+from musc_jax.weights.online import auxiliary_responses, auxiliary_rows, online_weights
 from musc_jax.weights.rules import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule, online_rule
 
 
@@ -24,6 +24,7 @@ from musc_jax.weights.rules import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule
 class MuscTrainConfig(TrainConfig):
     """`configs/musc_train.py` says what each key is for and why it has its value."""
 
+    batch: PairBatch
     reference: str | None
     weights: str
     loss: LossConfig
@@ -32,11 +33,6 @@ class MuscTrainConfig(TrainConfig):
     def __post_init__(self):
         check_rule(self.weights)
         super().__post_init__()
-        if 2 * self.max_length > self.batch.row_length:
-            raise UserError(
-                f"config.batch.row_length={self.batch.row_length} must hold a pair, 2 x config.max_length="
-                f"{2 * self.max_length} tokens; raise the one or lower the other"
-            )
 
 
 def train(config: MuscTrainConfig) -> None:
@@ -53,8 +49,8 @@ def train(config: MuscTrainConfig) -> None:
     for pairs in filter(None, (train_pairs, eval_pairs)):
         say("\n".join(pairs.report))
     online = online_rule(rule)
-    beside, eval_beside = (
-        responses_beside(pairs, online, job) if online and pairs else None for pairs in (train_pairs, eval_pairs)
+    auxiliary, eval_auxiliary = (
+        auxiliary_responses(pairs, online, job) if online and pairs else None for pairs in (train_pairs, eval_pairs)
     )
     spec = step_spec(config, job.policy.config, rule)
     begin_job(job, "musc_train", _method(config, rule))
@@ -62,15 +58,14 @@ def train(config: MuscTrainConfig) -> None:
     say(f"weights: {rule}")
     task = Task(
         objective=spec.objective,
-        unit="pairs",
         examples=examples,
         eval_examples=eval_examples,
         values=spec.values,
         describe=train_pairs.name,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
         sides=(CHOSEN, REJECTED),
-        beside=beside,
-        eval_beside=eval_beside,
+        auxiliary=auxiliary,
+        eval_auxiliary=eval_auxiliary,
     )
     run_job(job, task)
 
@@ -97,7 +92,7 @@ def step_spec(config: MuscTrainConfig, model: ModelConfig, rule: str) -> StepSpe
         return StepSpec(preference_objective(model, config.compute, config.loss, given_weights), values)
     weigh = online_weights(online, model, config.compute)
     objective = preference_objective(model, config.compute, config.loss, weigh)
-    return StepSpec(objective, values[1:], rows_beside(online, config.batch))
+    return StepSpec(objective, values[1:], auxiliary_rows(online))
 
 
 def musc_programs(config: MuscTrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
@@ -105,7 +100,8 @@ def musc_programs(config: MuscTrainConfig, model: ModelConfig, mesh: jax.shardin
     programs = [train_program(config, model, step_spec(config, model, config.weights), mesh)]
     if config.loss.needs_reference:
         precision = FULL if config.reference else config.lora.base
-        programs.append(score_program(config.batch, config.compute, config.max_length, model, mesh, precision))
+        batch = config.forward_batch(mesh)
+        programs.append(score_program(batch, config.compute, config.max_length, model, mesh, precision))
     return programs
 
 
@@ -135,7 +131,8 @@ def _examples(config, rule: str, job: Job, reference, train_pairs: Pairs, eval_p
     segments = train_pairs.segments + (eval_pairs.segments if eval_pairs else [])
     if config.loss.needs_reference or rule in RULES_ON_SCORES:
         cache = config.reference_cache or f"{config.output}/reference"
-        scores = reference_scores(segments, reference, cache, config.compute, config.batch, job.mesh)
+        batch = config.forward_batch(job.mesh)
+        scores = reference_scores(segments, reference, cache, config.compute, batch, job.mesh)
     else:
         scores = no_scores(segments)
     examples = weighted_pairs(segments, scores, rule)

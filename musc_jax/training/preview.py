@@ -1,10 +1,9 @@
 """`launch.musc_train --preview=N`: the first pairs as training sees them, and nothing trained or written."""
 
-import dataclasses
-
 import jax
 import numpy as np
 
+from lm_jax.config import BatchConfig
 from lm_jax.console import say
 from lm_jax.scoring.cached_scores import FIELDS
 from lm_jax.scoring.scoring import score
@@ -55,7 +54,7 @@ def preview(config: MuscTrainConfig, number: int) -> None:
 def _scores(segments, reference, job) -> dict[str, list[np.ndarray]]:
     """As `reference_scores`, of a few rows and without a cache: in batches as small as the mesh allows."""
     config, mesh = job.config, job.mesh
-    batch = dataclasses.replace(config.batch, rows=mesh.shape["data"] * mesh.shape["fsdp"], microbatches=1)
+    batch = BatchConfig(rows=1, row_length=config.row_length)  # of each device
     found: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.float32)] * len(segments) for name in FIELDS}
     params = reference.load_params(mesh, "float32")
     for scores in score(params, segments, reference.config, config.compute, batch, mesh):

@@ -16,9 +16,10 @@ def computed():
     import optax
 
     from lm_jax.checkpoints.runs import param_specs
-    from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, ModelConfig, RopeConfig
-    from lm_jax.data.batches import BatchIterator, plan_batches
+    from lm_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
+    from lm_jax.data.batches import BatchIterator
     from lm_jax.data.packing import Segment, example_lengths
+    from lm_jax.data.plans import plan_steps
     from lm_jax.models.decoder import Decoder
     from lm_jax.models.weights import flatten
     from lm_jax.sharding import make_mesh, state_shardings
@@ -49,8 +50,8 @@ def computed():
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         begin = lambda p: TrainState.create(p, optimizer, jax.tree.map(np.float32, carry.initial))  # noqa: E731
         shardings = state_shardings(jax.eval_shape(begin, params), param_specs(model, mesh), mesh)
-        batch = BatchConfig(rows=8, row_length=16, microbatches=1, max_examples_per_row=2)
-        plan = plan_batches(example_lengths(examples), batch, 1, seed=0)
+        rows = 4 if sizes != (1, 1, 1) else 1  # the same steps, otherwise laid out
+        plan = plan_steps(example_lengths(examples), 11, 1, seed=0, rows=rows, row_length=32)
         batches = BatchIterator(plan, examples, mesh, VALUES)
         step = jax.jit(
             make_train_step(objective, optimizer, lambda step: 0.3, num_steps=len(plan)),

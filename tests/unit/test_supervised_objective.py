@@ -73,7 +73,7 @@ def trained(microbatches):
     """[(state, metrics)] of the steps."""
     state, found = start(), []
     for rows in STEPS:
-        state, metrics = train_step()(state, batch_of(rows, microbatches))
+        state, metrics = train_step()(state, [batch_of(rows, microbatches)])
         found.append((state, {k: float(v) for k, v in metrics.items()}))
     return found
 
@@ -157,7 +157,7 @@ def test_what_is_carried_is_in_the_checkpoint(tmp_path):
         restored, position = resume(checkpoints, jax.eval_shape(start))
     assert position == {"next": 2}
     assert float(restored.carried["seed"]["weight"]) == 0.75 and float(restored.carried["synthetic"]["weight"]) == 0.5
-    again, metrics = train_step()(jax.device_get(restored), batch_of(STEPS[2]))
+    again, metrics = train_step()(jax.device_get(restored), [batch_of(STEPS[2])])
     last, expected = trained(1)[2]
     assert {k: float(v) for k, v in metrics.items()} == expected
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(last), strict=True))
@@ -170,6 +170,6 @@ def test_a_bad_example_is_named():
     (segment,) = spoiled[5]
     outside = np.where(np.arange(len(segment.prompt)) == 1, 10**6, segment.prompt)  # fill mode: its embedding is NaN
     spoiled[5] = (Segment(outside, segment.response, segment.values, segment.loss_mask),)
-    _, metrics = train_step()(start(), batch_of(STEPS[0], 1, spoiled))
+    _, metrics = train_step()(start(), [batch_of(STEPS[0], 1, spoiled)])
     assert metrics["bad_example"] == 5 and not np.isfinite(metrics["loss"])
     assert trained(1)[0][1]["bad_example"] == -1
