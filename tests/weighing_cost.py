@@ -32,8 +32,8 @@ import numpy as np
 
 from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
-from lm_jax.data.plans import plan_passes
 from lm_jax.data.packing import Segment, example_lengths
+from lm_jax.data.plans import plan_passes
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.models.decoder import Decoder, output_embedding

@@ -15,7 +15,7 @@ from lm_jax.config import BatchConfig
 from lm_jax.data.packing import balance, first_fit, pack
 
 _ROW_LENGTHS = 3  # at most, of a run: each is compiled
-_WORTH = 0.04  # share of the tokens, padding included, that a further row length must save
+_WORTH = 0.02  # share of the tokens, padding included, that a further row length must save
 _CANDIDATES = 32  # row lengths to choose from
 _SAMPLE = 512  # examples of the steps that the choice looks at
 
@@ -138,8 +138,8 @@ def _layouts(
     """Ways to lay a step out: its rows, the fullest first, and the tokens of the fullest row of each microbatch."""
     most = max(row_lengths)
     least = -(-sum(lengths[i] for i in items) // (most * rows))  # microbatches that it needs at least
-    ways = [first_fit(items, lengths, length) for length in row_lengths if length >= lengths[items[0]]]
-    ways += [balance(items, lengths, count * rows) for count in (least, least + 1)]
+    ways = [balance(items, lengths, count * rows) for count in (least, least + 1)]
+    ways += [first_fit(items, lengths, length) for length in row_lengths if length >= lengths[items[0]]]
     for way in ways:
         filled = sorted(((sum(lengths[i] for i in row), row) for row in way if row), key=lambda x: -x[0])
         if filled[0][0] <= most:
