@@ -1,6 +1,6 @@
 """Llama's config.json <-> ModelConfig, and the strict reading of config.json that the other families share.
 
-A field of config.json is read here, or changes nothing, or is an error: a checkpoint is never run with maths that differ
+A field of config.json is read here, changes nothing, or is an error: a checkpoint is never run with maths that differ
 from what transformers computes. What transformers' own config class does not know changes nothing.
 """
 
@@ -96,7 +96,7 @@ def read_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     unread = unread_keys(hf, defaults)
     known = known_to_transformers(hf["model_type"]) if unread else frozenset()
     for key in [k for k in unread if k in known] + [k for k in ONLY if k not in defaults and k in hf]:
-        if hf[key] not in ONLY.get(key, ()):
+        if hf[key] not in ONLY.get(key, (None,)):
             cure = CURES.get(key, "it changes what transformers computes; use a model without it")
             wrong.append(f"{key}={reprlib.repr(hf[key])}: not supported for model_type {hf['model_type']!r}; {cure}")
     if wrong:
@@ -113,7 +113,7 @@ def unread_keys(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
 
 @functools.cache
 def known_to_transformers(model_type: str) -> frozenset[str]:
-    """What its config class has: fields, class attributes and properties. It sets other keys too, but reads them not."""
+    """Fields, attributes and properties of its config class, which sets other keys too, but does not read them."""
     import transformers  # slow, and needed only for a file with other keys than the usual ones
 
     cls = transformers.CONFIG_MAPPING[model_type]

@@ -403,10 +403,8 @@ OF_OTHERS = set(
 def test_whatever_else_transformers_looks_up_is_known_here(family):
     """A key that its class lacks can still be read, with a default, by the code of masks, caches and embeddings."""
     folder = Path(transformers.__file__).parent
-    rope, *others = (
-        (folder / f"{name}.py").read_text()
-        for name in f"modeling_rope_utils models/{family}/modeling_{family} masking_utils cache_utils modeling_utils".split()
-    )
+    files = f"modeling_rope_utils models/{family}/modeling_{family} masking_utils cache_utils modeling_utils"
+    rope, *others = ((folder / f"{name}.py").read_text() for name in files.split())
     looked_up = {*re.findall(r"(?:get|has)attr\((?:self|config), \"(\w+)\"", rope)}
     looked_up |= {*re.findall(r"(?:get|has)attr\([\w.]*config, \"(\w+)\"", "".join(others))}
     assert {"head_dim", "sliding_window", "is_causal", "original_max_position_embeddings"} <= looked_up
