@@ -69,7 +69,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def padded_shape(axes: tuple[str, ...], shape: tuple[int, ...], sharding: Any) -> tuple[int, ...]:
-    """A parameter's shape on a mesh: the vocabulary has rows of padding, zeros, at its end, so that the mesh divides it.
+    """A parameter's shape on a mesh: the vocabulary ends in rows of padding, zeros, so that the mesh divides it.
 
     Args:
       sharding: the mesh, or anything with a `mesh`; what has none needs no padding.
