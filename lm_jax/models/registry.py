@@ -46,9 +46,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
       UserError: an architecture that is not supported, a field that is not understood.
     """
     family, architectures = hf.get("model_type"), hf.get("architectures")
-    if not architectures and isinstance(family, str) and family in FAMILIES:
-        architectures = [ARCHITECTURES[family]]
-    if not isinstance(family, str) or family not in FAMILIES or architectures != [ARCHITECTURES[family]]:
+    known = ARCHITECTURES.get(family) if isinstance(family, str) else None
+    # As saved from within FSDP, or without its output embedding, are the same model
+    same = [] if known is None else [[known], [f"FSDP{known}"], [known.replace("ForCausalLM", "Model")]]
+    if known is None or not isinstance(family, str) or (architectures and architectures not in same):
         raise UserError(
             f"model_type {family!r} with architectures {architectures!r} is not supported; "
             f"supported: {', '.join(ARCHITECTURES.values())}"
