@@ -338,6 +338,24 @@ def test_end_token_ids(tmp_path):
             end_token_ids(str(tmp_path), tokenizer)
 
 
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None, "top_p": 0.9}, {"eos_token_id": 4}])
+def test_end_token_ids_of_config_json_where_generation_config_names_none(tmp_path, generation):
+    """What merging tools write; transformers' generation config of a model is the oracle."""
+    tokenizer, hf = byte_level(), {"model_type": "llama", "vocab_size": 320, "eos_token_id": [1, 2]}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    if generation:
+        expected = generation["eos_token_id"] or hf["eos_token_id"]
+    else:
+        expected = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.for_model(**hf)).eos_token_id
+    assert set(end_token_ids(str(tmp_path), tokenizer)) == {1, *([expected] if isinstance(expected, int) else expected)}
+    (tmp_path / "config.json").write_text('{"eos_token_id": "x"}')
+    if generation != {"eos_token_id": 4}:
+        with pytest.raises(UserError, match=r"/config.json: eos_token_id .*mend"):
+            end_token_ids(str(tmp_path), tokenizer)
+
+
 def test_fingerprint_follows_what_decides_the_ids(tmp_path):
     tokenizer = byte_level(CHATML)
     before = tokenizer_fingerprint(tokenizer)
