@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 
@@ -196,8 +196,15 @@ def test_many_rows_equal_one_by_one(monkeypatch):
     starts = encoder.encode_prompts(prompts, wheres)
     assert [s.tolist() for s in starts] == [m.prompt_ids.tolist() for m in many]
     responses[5] = ""
-    with pytest.raises(UserError, match="rows.jsonl row 5: .*empty"):
-        encoder.encode_many(prompts, responses, wheres)
+    prompts[4] = user("poem " * 500)
+    with_faults = encoder.encode_many(prompts, responses, wheres)
+    assert [ids(m) for i, m in enumerate(with_faults) if i not in (4, 5)] == [
+        ids(m) for i, m in enumerate(many) if i not in (4, 5)
+    ]
+    assert "rows.jsonl row 4: the response is lost" in str(with_faults[4]) and "row 5: the resp" in str(with_faults[5])
+    assert "row 4: the response is lost" in str(encoder.encode_prompts(prompts, wheres)[4])
+    with pytest.raises(UserError, match="rows.jsonl row 4: the response is lost"):
+        checked(with_faults)
 
 
 def test_truncation_cuts_the_responses_tail():
