@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax.data.text import EncodedResponse, Text, TextEncoder
+from lm_jax.data.text import EncodedResponse, T, Text, TextEncoder
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 
@@ -25,11 +25,11 @@ def encode_rows(
     responses: Sequence[Text],
     wheres: Sequence[str],
     assistant_only: bool = False,
-) -> list[EncodedResponse]:
+) -> list[EncodedResponse | UserError]:
     """`encoder.encode_many`, which see; every process must give the same rows.
 
     Raises:
-      UserError: in the process whose share has the row; it ends all with that line. Or the processes' rows differ.
+      UserError: the processes' rows differ.
     """
     if processes.link is None:
         return encoder.encode_many(prompts, responses, wheres, assistant_only)
@@ -37,21 +37,35 @@ def encode_rows(
 
     def encode(part: slice) -> list[Arrays]:
         encoded = encoder.encode_many(prompts[part], responses[part], wheres[part], assistant_only)
-        return [_arrays(row) for row in encoded]
+        return [_with_fault(_arrays, row, 4) for row in encoded]
 
-    return [_response(arrays) for arrays in _divided(len(prompts), encode)]
+    return [_or_fault(_response, *arrays) for arrays in _divided(len(prompts), encode)]
 
 
-def encode_prompts(encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
+def encode_prompts(
+    encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequence[str]
+) -> list[np.ndarray | UserError]:
     """`encoder.encode_prompts`, as `encode_rows` is of `encode_many`."""
     if processes.link is None:
         return encoder.encode_prompts(prompts, wheres)
     _check_alike(prompts, wheres)
 
     def encode(part: slice) -> list[Arrays]:
-        return [(ids,) for ids in encoder.encode_prompts(prompts[part], wheres[part])]
+        return [_with_fault(lambda ids: (ids,), ids, 1) for ids in encoder.encode_prompts(prompts[part], wheres[part])]
 
-    return [ids for (ids,) in _divided(len(prompts), encode)]
+    return [_or_fault(lambda arrays: arrays[0], *arrays) for arrays in _divided(len(prompts), encode)]
+
+
+def _with_fault(arrays: Callable[[T], Arrays], row: T | UserError, number: int) -> Arrays:
+    """`number` arrays of a row behind what is wrong with it, as characters; one of the two is empty."""
+    if isinstance(row, UserError):
+        text = np.array([ord(character) for character in str(row)], np.int32)
+        return text, *[np.zeros(0, np.int32)] * number
+    return np.zeros(0, np.int32), *arrays(row)
+
+
+def _or_fault(row: Callable[[Arrays], T], fault: np.ndarray, *arrays: np.ndarray) -> T | UserError:
+    return UserError("".join(map(chr, fault))) if fault.size else row(arrays)
 
 
 def _check_alike(*columns: Sequence[Any]) -> None:

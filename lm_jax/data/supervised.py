@@ -22,7 +22,7 @@ from lm_jax.data.layouts import (
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import Message, Text, TextEncoder
+from lm_jax.data.text import Message, Text, TextEncoder, checked
 from lm_jax.errors import UserError
 
 SEED, SYNTHETIC = SOURCES = ("seed", "synthetic")
@@ -97,7 +97,7 @@ def load_supervised(
     if not rows:
         raise UserError(f"{path}: no rows left, all dropped ({counted(data.dropped)}); give rows that weigh something")
     prompts, responses, names = zip(*((r.prompt, r.response, f"{where} row {r.row}") for r in rows), strict=True)
-    encoded = encode_rows(encoder, prompts, responses, names, assistant_only=True)
+    encoded = checked(encode_rows(encoder, prompts, responses, names, assistant_only=True))
     segments = [
         Segment(
             text.prompt_ids,

@@ -3,8 +3,8 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from lm_jax.data.chat import render_chat
 from lm_jax.data.tokenizers import first_line
 from lm_jax.errors import UserError
 
+T = TypeVar("T")
 Message = dict[str, Any]  # role and content, strings, and what else a template reads: tool_calls, name
 Text = str | list[Message]  # raw text, or messages for the chat template
 
@@ -114,8 +115,8 @@ class TextEncoder:
         self._adds_prefix = after[: len(head)] == head and after[len(head) :] != alone
 
     def encode(self, prompt: Text, response: Text, where: str) -> EncodedResponse:
-        """One row; see `encode_many`."""
-        return self.encode_many([prompt], [response], [where])[0]
+        """One row; raises what `encode_many` gives in its place."""
+        return checked(self.encode_many([prompt], [response], [where]))[0]
 
     def encode_many(
         self,
@@ -123,7 +124,7 @@ class TextEncoder:
         responses: Sequence[Text],
         wheres: Sequence[str],
         assistant_only: bool = False,
-    ) -> list[EncodedResponse]:
+    ) -> list[EncodedResponse | UserError]:
         """Encodes many rows, in batches over the tokenizer's threads.
 
         Args:
@@ -133,38 +134,45 @@ class TextEncoder:
           assistant_only: of a response of several messages, the assistant's turns (each up to its end token) are told
             from the others' in `loss_mask`. What generation would start from stands before each of them.
 
-        Raises:
-          UserError: naming the row and the cure: malformed or empty text, no chat template or one that fails, a prompt
-            that is no prefix, doubled BOS or EOS, no end token, no room for the response.
+        Returns:
+          Each row's ids or, in their place, what is wrong with it and the cure: malformed or empty text, no chat
+          template or one that fails, a prompt that is no prefix, doubled BOS or EOS, no end token, no room for the
+          response. `checked` raises such an error.
         """
-        encoded = []
-        rows = list(zip(prompts, responses, wheres, strict=True))
-        for batch in _batches(rows):
-            rendered = [self._render(p, r, where, assistant_only) for p, r, where in batch]
-            tokenized = iter(self._tokenize([text for r in rendered for text in r.texts]))
-            for row, r in zip(batch, rendered, strict=True):
-                encoded.append(self._split(r, list(itertools.islice(tokenized, len(r.texts))), row[2]))
+        encoded: list[EncodedResponse | UserError] = []
+        for batch in _batches(list(zip(prompts, responses, wheres, strict=True))):
+            rendered = [_attempt(self._render, *row, assistant_only) for row in batch]
+            tokenized = iter(self._tokenize([text for r in rendered if isinstance(r, _Rendered) for text in r.texts]))
+            for (*_, where), r in zip(batch, rendered, strict=True):
+                if isinstance(r, _Rendered):
+                    encoded.append(_attempt(self._split, r, list(itertools.islice(tokenized, len(r.texts))), where))
+                else:
+                    encoded.append(r)
         return encoded
 
     def encode_prompt(self, prompt: Text, where: str) -> np.ndarray:
-        """One prompt to generate from; see `encode_prompts`."""
-        return self.encode_prompts([prompt], [where])[0]
+        """One prompt to generate from; raises what `encode_prompts` gives in its place."""
+        return checked(self.encode_prompts([prompt], [where]))[0]
 
-    def encode_prompts(self, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
+    def encode_prompts(self, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray | UserError]:
         """Prompts to generate from: int32 [P] each, P < max_length, the `prompt_ids` that `encode_many` gives.
 
-        Raises:
-          UserError: as `encode_many`, as far as it concerns prompts.
+        What is wrong with one stands in its place, as in `encode_many`.
         """
-        encoded = []
+        encoded: list[np.ndarray | UserError] = []
         for batch in _batches(list(zip(prompts, wheres, strict=True))):
-            rendered = [self._render_prompt(*row) for row in batch]
-            tokenized = self._tokenize([text for _, text in rendered])
-            for (lead, _), ids, (_, where) in zip(rendered, tokenized, batch, strict=True):
-                encoded.append(self._check_prompt([*lead, *ids], where))
+            rendered = [_attempt(self._render_prompt, *row) for row in batch]
+            tokenized = iter(self._tokenize([r[1] for r in rendered if isinstance(r, tuple)]))
+            for r, (_, where) in zip(rendered, batch, strict=True):
+                if isinstance(r, tuple):
+                    encoded.append(_attempt(self._check_prompt, [*r[0], *next(tokenized)], where))
+                else:
+                    encoded.append(r)
         return encoded
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         return self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
@@ -337,6 +345,20 @@ def _no_prefix(shorter: str, longer: str, where: str, later: bool) -> UserError:
         f"{where}: the chat template's prompt is no prefix of prompt and response: alone it goes on with {seen[0]}, "
         f"with the response {seen[1]}; use a chat template that renders the prompt alike with and without the response"
     )
+
+
+def _attempt(do: Callable[..., T], *args: Any) -> T | UserError:
+    try:
+        return do(*args)
+    except UserError as error:
+        return error
+
+
+def checked(encoded: Sequence[T | UserError]) -> list[T]:
+    """`encoded`, where every row could be; raises the first error that stands in a row's place."""
+    if fault := next((row for row in encoded if isinstance(row, UserError)), None):
+        raise fault
+    return [row for row in encoded if not isinstance(row, UserError)]
 
 
 def _batches(rows: list[Any]) -> Iterator[list[Any]]:

@@ -60,8 +60,8 @@ def names(line: str, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        ([], ["no config file given", "--config=configs/NAME.py"]),
-        (["--config.model=x"], ["no config file given", "--config=configs/NAME.py"]),
+        ([], ["config.input: not set"]),  # the command's own config file
+        (["--config.model=x"], ["config.input: not set"]),
         (["--config=configs/absent.py", "--config.model=x"], ["configs/absent.py", "no such config file"]),
         (["--config=configs/musc_train.py:huge"], ["configs/musc_train.py:huge", "unknown preset", "choose tiny"]),
         (["--config=configs/score.py:tiny"], ["configs/score.py:tiny", "has no presets"]),
