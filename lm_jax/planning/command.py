@@ -20,7 +20,7 @@ from lm_jax.planning.published import model_shape
 from lm_jax.planning.search import Candidate, estimated_seconds, search
 from lm_jax.planning.topologies import Target, open_target
 from lm_jax.sharding import make_mesh
-from lm_jax.training.job import TrainConfig
+from lm_jax.training.trainer import TrainConfig
 
 # (config of a command, model, mesh) -> what the command compiles, its main program first
 Programs = Callable[[Any, ModelConfig, jax.sharding.Mesh], list[Program]]

@@ -26,8 +26,9 @@ from lm_jax.planning.traced import matmul_flops
 from lm_jax.scoring.scoring import ARRAYS, scoring_compute
 from lm_jax.sharding import batch_divisor, batch_sharding
 from lm_jax.training.flops import forward_flops, forward_parts, train_flops
-from lm_jax.training.job import TrainConfig
-from lm_jax.training.program import StepSpec, step_program
+from lm_jax.training.objective import Objective
+from lm_jax.training.program import step_program
+from lm_jax.training.trainer import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Program:
     beside: int = 0
 
 
-def train_program(config: TrainConfig, model: ModelConfig, spec: StepSpec, mesh: jax.sharding.Mesh) -> Program:
+def train_program(config: TrainConfig, model: ModelConfig, objective: Objective, mesh: jax.sharding.Mesh) -> Program:
     """The training step. All sequences are taken to be of `config.max_length` tokens, two of them a row.
 
     Raises:
@@ -62,17 +63,17 @@ def train_program(config: TrainConfig, model: ModelConfig, spec: StepSpec, mesh:
     stack = Stack(-(-num_sequences // (2 * rows)), config.row_length)
     check_compute(config.compute)
     dtype, seed = config.compute.dtype, config.seed
-    program = step_program(model, spec.objective, config.optim, lora, dtype, mesh, 100, seed)
+    program = step_program(model, objective, config.optim, lora, dtype, mesh, 100, seed)
     with jax.set_mesh(mesh):
-        shapes = batch_shapes([stack], rows, 2 // batch.sequences, mesh, spec.values, spec.auxiliary)
+        shapes = batch_shapes([stack], rows, 2 // batch.sequences, mesh, objective.values, objective.auxiliary)
         traced = program.step.trace(program.state, shapes, program.frozen)
         lowered = _lower(traced, mesh)
     sequences, packed = np.full(num_sequences, config.max_length), np.full(stack.microbatches * rows, stack.row_length)
     frozen = bool(lora.rank)
     flops, matmuls = train_flops(model, sequences, frozen), (2 if frozen else 3) * forward_parts(model, packed)[0]
-    if spec.auxiliary is not None:
-        flops += spec.auxiliary.length_ratio * forward_flops(model, sequences)
-        matmuls += spec.auxiliary.length_ratio * forward_parts(model, packed)[0]
+    if objective.auxiliary is not None:
+        flops += objective.auxiliary.length_ratio * forward_flops(model, sequences)
+        matmuls += objective.auxiliary.length_ratio * forward_parts(model, packed)[0]
     return Program("train", lowered, int(packed.sum()), flops, matmul_flops(traced) / matmuls)
 
 

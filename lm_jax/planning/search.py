@@ -14,7 +14,7 @@ from lm_jax.planning.compiled import Cost
 from lm_jax.planning.programs import Program
 from lm_jax.planning.topologies import Target
 from lm_jax.training.flops import PEAK_FLOPS
-from lm_jax.training.job import TrainConfig
+from lm_jax.training.trainer import TrainConfig
 
 _REMAT = ("full", "save_matmuls", "none")  # from the least memory to the most
 _TENSOR = (1, 2, 4, 8)  # more would cut a layer across slow links

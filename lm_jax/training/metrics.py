@@ -9,11 +9,12 @@ import jax
 from etils import epath
 
 from lm_jax.errors import UserError
+from lm_jax.training.callbacks import Callback, Metrics, Timing
 
 Log = Callable[[int, dict[str, float]], None]  # step, metrics
 
 
-class MetricsWriter:
+class MetricsWriter(Callback):
     """Appends one JSON object a line to `metrics.jsonl` and the same scalars to `tensorboard/`; a context manager.
 
     Resuming at step s drops what was logged after s, so that the file reads as if the run had never stopped.
@@ -45,7 +46,10 @@ class MetricsWriter:
     def __exit__(self, *exc):
         self.close()
 
-    def write(self, step: int, metrics: dict) -> None:
+    def on_metrics(self, step: int, metrics: Metrics, timing: Timing) -> None:
+        self.write(step, metrics)
+
+    def write(self, step: int, metrics: Metrics) -> None:
         """Writes scalars; None (unknown on this machine) and, but for losses, NaN (not defined here) are left out."""
         if self._file is None:
             return

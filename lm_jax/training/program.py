@@ -12,24 +12,11 @@ import jax.numpy as jnp
 from lm_jax.checkpoints.orbax import abstract_like
 from lm_jax.checkpoints.runs import abstract_params, param_specs
 from lm_jax.config import LoraConfig, ModelConfig, OptimConfig
-from lm_jax.data.batches import AuxiliaryBatch
 from lm_jax.models.lora import abstract_adapters, adapter_specs, dropout_key, join
 from lm_jax.sharding import state_shardings
+from lm_jax.training.objective import Objective
 from lm_jax.training.optim import make_optimizer, make_schedule
-from lm_jax.training.step import Objective, TrainState, make_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """What a method puts into the step, known without its data.
-
-    Attributes:
-      objective, values, auxiliary: as `Task` in `lm_jax.training.job` has them; `auxiliary` may lack its examples.
-    """
-
-    objective: Objective
-    values: tuple[str, ...]
-    auxiliary: AuxiliaryBatch | None = None
+from lm_jax.training.step import TrainState, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +59,7 @@ def step_program(
     optimizer = make_optimizer(optim, schedule)
 
     def begin(trained):
-        return TrainState.create(trained, optimizer, jax.tree.map(jnp.float32, objective.carry.initial))
+        return TrainState.create(trained, optimizer, jax.tree.map(jnp.float32, objective.state.initial))
 
     if lora.rank:
         specs, trained = adapter_specs(model, lora, mesh), abstract_adapters(model, lora, mesh)

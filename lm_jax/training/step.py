@@ -4,7 +4,6 @@ Axes: M microbatches, B rows, T tokens. A step's batch is one stack of microbatc
 of [M, B, ...] arrays.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,45 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-Batch = dict[str, jax.Array]
-Sums = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Carry:
-    """What an objective takes along from step to step; it is part of the state, and of every checkpoint.
-
-    So a value that depends on earlier losses is known before the step and the same for all of its microbatches,
-    devices and hosts, and no gradient goes through it.
-
-    Attributes:
-      initial: pytree of fp32 scalars before the first step; None: nothing is taken along.
-      read: (carried, progress) -> named scalars that hold for the whole step: they join its totals and are reported
-        among its metrics. `progress` goes from 0 in the run's first step to 1 in its last.
-      update: (carried, totals, metrics) -> what the next step reads; `metrics` are those of the whole step.
-    """
-
-    initial: Any = None
-    read: Callable[[Any, jax.Array], Sums] = lambda carried, progress: {}
-    update: Callable[[Any, Sums, Sums], Any] = lambda carried, totals, metrics: carried
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What a method minimises, in a form that adds up exactly over microbatches, devices and hosts.
-
-    Attributes:
-      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone. Where all are 0 there is
-        nothing to compute.
-      loss: (params, microbatch, totals) -> (loss, metrics, bad_example): the microbatch's *contributions*, sums
-        already divided by the totals of the whole step, so that adding contributions gives the mean. `bad_example` is
-        the largest id of an example whose loss is not finite, or -1. A metric that is not defined in a step is NaN.
-      carry: in training alone; `totals` lack what it reads in an evaluation.
-    """
-
-    count: Callable[[Batch], Sums]
-    loss: Callable[[Any, Batch, Sums], tuple[jax.Array, Sums, jax.Array]]
-    carry: Carry = Carry()
+from lm_jax.training.objective import Batch, Objective, Sums
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -61,20 +22,20 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: batches seen, the skipped ones too; the optimiser and its schedule have seen `step - skipped`.
-      carried: of the objective.
+      objective_state: what the objective keeps, see `ObjectiveState`.
       skipped: steps whose loss or gradient was not finite, so that they changed nothing but these two counts.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
-    carried: Any
+    objective_state: Any
     skipped: jax.Array
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation, carried: Any = None) -> "TrainState":
+    def create(cls, params: Any, optimizer: optax.GradientTransformation, objective_state: Any = None) -> "TrainState":
         step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two: each is donated
-        return cls(step=step, params=params, opt_state=optimizer.init(params), carried=carried, skipped=skipped)
+        return cls(step, params, optimizer.init(params), objective_state, skipped)
 
 
 def make_train_step(
@@ -86,9 +47,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step function, to be jitted by the caller with the state's shardings and the state donated.
 
-    A step whose loss or gradient norm is not finite is skipped: parameters, optimiser and carry stay bit for bit as
-    they are, and the schedule does not move. Nothing of it waits for the host, and no batch is ever let through after
-    so many skips, as `optax.apply_if_finite` does: it is the caller who looks at `skipped_steps` and ends the run.
+    A step whose loss or gradient norm is not finite is skipped: parameters, optimiser and the objective's state stay
+    bit for bit as they are, and the schedule does not move. Nothing of it waits for the host, and no batch is ever let
+    through after so many skips, as `optax.apply_if_finite` does: the caller looks at `skipped_steps` and ends the run.
 
     Args:
       assemble: (what is trained, what is not, number of the step and of the microbatch, from 0) -> the objective's
@@ -96,7 +57,7 @@ def make_train_step(
       num_steps: of the whole run, for an objective that follows its progress.
 
     Returns:
-      (state, batch, frozen) -> (state, metrics): the objective's metrics and what its carry reads, `loss`, `grad_norm`
+      (state, batch, frozen) -> (state, metrics): the objective's metrics and what its state reads, `loss`, `grad_norm`
       (before clipping), `learning_rate`, `skipped_steps` (of the run so far, this one included) and `bad_example`.
     """
 
@@ -109,7 +70,7 @@ def make_train_step(
         return grads, *aux
 
     def train_step(state: TrainState, batch: Sequence[Batch], frozen: Any = None):
-        known = objective.carry.read(state.carried, jnp.minimum(state.step / max(num_steps - 1, 1), 1.0))
+        known = objective.state.read(state.objective_state, jnp.minimum(state.step / max(num_steps - 1, 1), 1.0))
         counts = [jax.vmap(objective.count)(stack) for stack in batch]
         totals = jax.tree.map(lambda *x: sum(map(jnp.sum, x)), *counts) | known
         first = jax.tree.map(lambda x: x[0], batch[0])
@@ -138,15 +99,15 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         skipped = state.skipped + ~finite
-        carried = objective.carry.update(state.carried, totals, metrics)
+        kept = objective.state.update(state.objective_state, totals, metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # A choice of elements rather than a branch, for which XLA on GPUs brings the condition to the host; on a TPU it
         # takes no more memory either
-        params, opt_state, carried = jax.tree.map(
+        params, opt_state, kept = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, carried),
-            (state.params, state.opt_state, state.carried),
+            (params, opt_state, kept),
+            (state.params, state.opt_state, state.objective_state),
         )
         metrics |= known
         metrics |= {
@@ -155,7 +116,7 @@ def make_train_step(
             "skipped_steps": skipped,
             "bad_example": bad,
         }
-        return TrainState(state.step + 1, params, opt_state, carried, skipped), metrics
+        return TrainState(state.step + 1, params, opt_state, kept, skipped), metrics
 
     return train_step
 

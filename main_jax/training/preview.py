@@ -4,8 +4,8 @@ import jax
 
 from lm_jax.console import say
 from lm_jax.data.supervised import load_supervised
-from lm_jax.training.job import open_job
 from lm_jax.training.preview import print_examples, with_values
+from lm_jax.training.trainer import Trainer
 from main_jax.training.command import MainTrainConfig
 
 _VALUES = ("weights",)
@@ -17,8 +17,8 @@ def preview(config: MainTrainConfig, number: int) -> None:
     Raises:
       UserError: as `train`, as far as it concerns settings and these rows.
     """
-    job = open_job(config)
-    rows = load_supervised(config.input, job.encoder, config.train_on, config.response_column, number)
+    trainer = Trainer(config)
+    rows = load_supervised(config.input, trainer.encoder, config.train_on, config.response_column, number)
     say("\n".join(rows.report))
     if jax.process_index() == 0:
         print_examples(
@@ -30,6 +30,6 @@ def preview(config: MainTrainConfig, number: int) -> None:
                 )
                 for i, (segment, full_length) in enumerate(zip(rows.segments, rows.full_lengths, strict=True))
             ],
-            job.tokenizer,
+            trainer.tokenizer,
             _VALUES,
         )

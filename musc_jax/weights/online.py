@@ -16,8 +16,8 @@ from lm_jax.data.packing import Example, example_lengths
 from lm_jax.errors import UserError
 from lm_jax.models.lora import without_dropout
 from lm_jax.scoring.contexts import packed_contrast
-from lm_jax.training.job import Job
-from lm_jax.training.step import Batch
+from lm_jax.training.objective import Batch
+from lm_jax.training.trainer import Trainer
 from musc_jax.training.examples import Pairs
 from musc_jax.training.losses import segment_sums
 from musc_jax.weights.command import perturbed_prompts, response_examples
@@ -26,7 +26,7 @@ from musc_jax.weights.rules import PERTURBED, WEIGHING_RULES, ResponseScores
 _NAME = "weigh"
 
 
-def auxiliary_responses(pairs: Pairs, rule: str, job: Job) -> AuxiliaryBatch:
+def auxiliary_responses(pairs: Pairs, rule: str, trainer: Trainer) -> AuxiliaryBatch:
     """What the batches carry so that `online_weights` can weigh them.
 
     Raises:
@@ -34,8 +34,8 @@ def auxiliary_responses(pairs: Pairs, rule: str, job: Job) -> AuxiliaryBatch:
     """
     contexts = WEIGHING_RULES[rule].contexts
     perturbed = perturbed_prompts(pairs, (rule,)) if PERTURBED in contexts else None
-    examples = response_examples(pairs, contexts, perturbed, job.encoder, job.tokenizer)
-    auxiliary, most = auxiliary_rows(rule, examples), len(contexts) * job.config.row_length
+    examples = response_examples(pairs, contexts, perturbed, trainer.encoder, trainer.tokenizer)
+    auxiliary, most = auxiliary_rows(rule, examples), len(contexts) * trainer.config.row_length
     lengths = example_lengths(examples).reshape(-1, 2).sum(axis=1)
     if lengths.max() > most:
         worst = int(lengths.argmax())

@@ -21,8 +21,8 @@ _BYTES = 1 << 20
 
 def command():
     from lm_jax.checkpoints.orbax import Checkpoints
-    from lm_jax.training import job
     from lm_jax.training.skipping import Skips
+    from lm_jax.training.trainer import Trainer
     from musc_jax.training.command import MuscTrainConfig, train
 
     def within(owner, name, does):
@@ -43,7 +43,7 @@ def command():
             if done[0] % 10 == 0:
                 kept.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
 
-        def step(_, number, values):
+        def step(_, number, *given):
             done[0] = number
             if _LEAK.value:
                 leak()
@@ -52,8 +52,8 @@ def command():
             evaluate = made(*args)
             return lambda trained: (stop("evaluation"), evaluate(trained))[1]
 
-        made, job._evaluation = job._evaluation, evaluation
-        within(Skips, "look", step)
+        made, Trainer._evaluation = Trainer._evaluation, evaluation
+        within(Skips, "on_metrics", step)
         within(Checkpoints, "save", lambda *_: stop("save"))
         train(config)
 

@@ -34,7 +34,7 @@ def computed(directory):
     from lm_jax.models.weights import flatten
     from lm_jax.scoring.scoring import score
     from lm_jax.sharding import make_mesh, state_shardings
-    from lm_jax.training.loop import checkpoint_items, resume
+    from lm_jax.training.checkpointing import checkpoint_items, resume
     from lm_jax.training.optim import make_optimizer, make_schedule
     from lm_jax.training.step import TrainState, make_train_step
     from musc_jax.training.losses import LossConfig

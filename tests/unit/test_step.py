@@ -15,8 +15,9 @@ from lm_jax.config import ComputeConfig, ModelConfig, OptimConfig, RopeConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.models.decoder import Decoder
 from lm_jax.models.weights import flatten
+from lm_jax.training.objective import Objective
 from lm_jax.training.optim import make_optimizer, make_schedule
-from lm_jax.training.step import Objective, TrainState, make_evaluate, make_train_step
+from lm_jax.training.step import TrainState, make_evaluate, make_train_step
 from musc_jax.training.losses import LossConfig
 from musc_jax.training.objective import preference_objective
 
