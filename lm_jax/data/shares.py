@@ -4,13 +4,15 @@ All of them, since each epoch's batches are drawn from the lengths of all rows, 
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from lm_jax.data.text import EncodedResponse, Text, TextEncoder
+from lm_jax.data.messages import Text
+from lm_jax.data.text import EncodedResponse, TextEncoder
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 
@@ -20,26 +22,35 @@ Arrays = tuple[np.ndarray, ...]
 
 
 def encode_rows(
-    encoder: TextEncoder,
-    prompts: Sequence[Text],
-    responses: Sequence[Text],
-    wheres: Sequence[str],
-    assistant_only: bool = False,
+    encoder: TextEncoder, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
 ) -> list[EncodedResponse]:
     """`encoder.encode_many`, which see; every process must give the same rows.
 
     Raises:
       UserError: in the process whose share has the row; it ends all with that line. Or the processes' rows differ.
     """
+    found = _examples(lambda *part: [[row] for row in encoder.encode_many(*part)], prompts, responses, wheres)
+    return [row for (row,) in found]
+
+
+def encode_conversations(
+    encoder: TextEncoder, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
+) -> list[list[EncodedResponse]]:
+    """`encoder.encode_conversations`, as `encode_rows` is of `encode_many`."""
+    return _examples(encoder.encode_conversations, prompts, responses, wheres)
+
+
+def _examples(
+    encode: Callable[..., list[list[EncodedResponse]]], *columns: Sequence[Any]
+) -> list[list[EncodedResponse]]:
     if processes.link is None:
-        return encoder.encode_many(prompts, responses, wheres, assistant_only)
-    _check_alike(prompts, responses, wheres)
+        return encode(*columns)
+    _check_alike(*columns)
 
-    def encode(part: slice) -> list[Arrays]:
-        encoded = encoder.encode_many(prompts[part], responses[part], wheres[part], assistant_only)
-        return [_arrays(row) for row in encoded]
+    def arrays(part: slice) -> list[list[Arrays]]:
+        return [[_arrays(e) for e in row] for row in encode(*(column[part] for column in columns))]
 
-    return [_response(arrays) for arrays in _divided(len(prompts), encode)]
+    return [[_response(example) for example in row] for row in _divided(len(columns[0]), arrays)]
 
 
 def encode_prompts(encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
@@ -48,10 +59,10 @@ def encode_prompts(encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequen
         return encoder.encode_prompts(prompts, wheres)
     _check_alike(prompts, wheres)
 
-    def encode(part: slice) -> list[Arrays]:
-        return [(ids,) for ids in encoder.encode_prompts(prompts[part], wheres[part])]
+    def encode(part: slice) -> list[list[Arrays]]:
+        return [[(ids,)] for ids in encoder.encode_prompts(prompts[part], wheres[part])]
 
-    return [ids for (ids,) in _divided(len(prompts), encode)]
+    return [ids for ((ids,),) in _divided(len(prompts), encode)]
 
 
 def _check_alike(*columns: Sequence[Any]) -> None:
@@ -77,8 +88,8 @@ def _response(arrays: Arrays) -> EncodedResponse:
     )
 
 
-def _divided(number: int, encode: Callable[[slice], list[Arrays]]) -> Iterator[Arrays]:
-    """Each row's arrays, in order, of which this process makes those of its parts."""
+def _divided(number: int, encode: Callable[[slice], list[list[Arrays]]]) -> Iterator[list[Arrays]]:
+    """The arrays of each row's examples, in order, of which this process makes those of its parts."""
     start = 0
     while start < number:
         share = min(_BLOCK, -(-(number - start) // jax.process_count()))
@@ -90,16 +101,18 @@ def _divided(number: int, encode: Callable[[slice], list[Arrays]]) -> Iterator[A
         start += share * jax.process_count()
 
 
-def _packed(rows: list[Arrays]) -> np.ndarray:
-    """[N] int32: how many arrays, how many of them a row, their lengths, their values."""
-    arrays = [array for row in rows for array in row]
-    head = np.array([len(arrays), len(rows[0]) if rows else 1, *map(len, arrays)], np.int32)
-    return np.concatenate([head, *arrays], dtype=np.int32)
+def _packed(rows: list[list[Arrays]]) -> np.ndarray:
+    """[N] int32: how many rows, arrays and arrays an example; examples of each row, each array's length, all values."""
+    arrays = [array for row in rows for example in row for array in example]
+    per_example = next((len(example) for row in rows for example in row), 1)
+    head = [len(rows), len(arrays), per_example, *map(len, rows), *map(len, arrays)]
+    return np.concatenate([np.array(head, np.int32), *arrays], dtype=np.int32)
 
 
-def _unpacked(packed: np.ndarray) -> Iterator[Arrays]:
-    number, per_row = map(int, packed[:2])
-    ends = number + 2 + np.cumsum(packed[2 : number + 2], dtype=np.int64)
-    arrays = np.split(packed, [number + 2, *ends])[1:-1]
-    for first in range(0, number, per_row):
-        yield tuple(arrays[first : first + per_row])
+def _unpacked(packed: np.ndarray) -> Iterator[list[Arrays]]:
+    num_rows, num_arrays, per_example = map(int, packed[:3])
+    begin = 3 + num_rows + num_arrays
+    ends = begin + np.cumsum(packed[3 + num_rows : begin], dtype=np.int64)
+    arrays = iter(np.split(packed, [begin, *ends])[1:-1])
+    for examples in packed[3 : 3 + num_rows]:
+        yield [tuple(itertools.islice(arrays, per_example)) for _ in range(examples)]

@@ -19,7 +19,6 @@ from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig
 from lm_jax.console import Progress
 from lm_jax.data.chat import render_chat
 from lm_jax.data.packing import Segment
-from lm_jax.data.text import TEMPLATE_DAY
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.requests import Request, SamplingConfig
@@ -104,7 +103,6 @@ class JaxLM(TemplateLM):
         options = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
-            "date_string": TEMPLATE_DAY,
         }
         try:
             return render_chat(self.tokenizer, chat_history, **options)

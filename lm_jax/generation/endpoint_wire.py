@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lm_jax.data.text import Text, messages_fault, split_tools
+from lm_jax.data.messages import Text, messages_fault, split_tools
 from lm_jax.generation.requests import Request, Sample, SamplingConfig
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from lm_jax.data.text import Text
+from lm_jax.data.messages import Text
 from lm_jax.errors import UserError
 
 

@@ -13,10 +13,11 @@ from lm_jax.checkpoints.runs import open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig
 from lm_jax.console import Progress, say
 from lm_jax.data.journal import Journal
+from lm_jax.data.messages import Text
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import stream_rows
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.generation.answers import missing_rows

@@ -26,9 +26,10 @@ from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import to_dict
 from lm_jax.console import say
 from lm_jax.data.journal import rows_fingerprint
+from lm_jax.data.messages import Text
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lm_jax.data.messages import Text
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.text import TextEncoder
 from lm_jax.generation.refusals import is_refusal
 from main_jax.prompts import Prompts, supervised_example
 from main_jax.rounds.inputs import SeedPair

@@ -11,8 +11,8 @@ import jax
 from lm_jax.config import to_dict
 from lm_jax.console import say
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
+from lm_jax.data.messages import Text
 from lm_jax.data.rows import check_not_input, write_jsonl
-from lm_jax.data.text import Text
 from lm_jax.data.tokenizers import takes_system
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError

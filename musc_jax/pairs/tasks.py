@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lm_jax.data.messages import messages_fault
 from lm_jax.data.rows import read_rows
-from lm_jax.data.text import messages_fault
 from lm_jax.errors import UserError
 from musc_jax.pairs.demonstrations import with_input
 

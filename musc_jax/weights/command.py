@@ -14,12 +14,13 @@ from lm_jax.checkpoints.buckets import is_remote
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress, say
+from lm_jax.data.messages import Text
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.shares import encode_prompts
-from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.errors import UserError
