@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lm_jax.data.messages import decoded_calls
+from lm_jax.data.messages import decoded_arguments, map_call_arguments
 
 # The day of every template that asks for one, as Llama 3's do: today's would make a row's ids depend on the day.
 # Llama 3.1 takes this day by itself.
@@ -46,8 +46,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options
     """
     own = getattr(tokenizer, "chat_template_kwargs", {})
     options = {"date_string": TEMPLATE_DAY.strftime("%d %b %Y"), **own, **options}
-    given = list(messages)
-    decoded = decoded_calls(given)
+    given = [dict(message) for message in messages]
+    decoded = map_call_arguments(given, decoded_arguments)
     with _watched(), _stopped_clock():
         try:
             text = tokenizer.apply_chat_template(decoded, tokenize=False, **options)
@@ -76,11 +76,12 @@ def _stopped_clock() -> Iterator[None]:
     from transformers.utils import chat_template_utils
 
     with _clock:
-        clock, chat_template_utils.datetime = chat_template_utils.datetime, _Day
+        clock = chat_template_utils.datetime
+        setattr(chat_template_utils, "datetime", _Day)  # noqa: B010 mypy has a class there, which is no variable
         try:
             yield
         finally:
-            chat_template_utils.datetime = clock
+            setattr(chat_template_utils, "datetime", clock)  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_jax.errors import UserError
@@ -77,26 +77,28 @@ def read_template_kwargs(value: Any, name: str) -> dict[str, Any]:
     return without_nulls(value)
 
 
-def decoded_calls(messages: Sequence[Message]) -> list[Message]:
-    """The messages with their tool calls' arguments as objects: OpenAI's API gives them as a string of JSON.
+def map_call_arguments(messages: Sequence[Message], change: Callable[[Any], Any]) -> list[Message]:
+    """The messages with the arguments of their tool calls changed."""
 
-    A string that is no JSON object stays.
-    """
-
-    def decoded(call: Any) -> Any:
+    def changed(call: Any) -> Any:
         if not isinstance(call, dict):
             return call
         if isinstance(call.get("function"), dict):
-            return {**call, "function": decoded(call["function"])}
-        found = _json_object(call["arguments"]) if isinstance(call.get("arguments"), str) else None
-        return call if found is None else {**call, "arguments": found}
+            return {**call, "function": changed(call["function"])}
+        return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
 
     return [
-        {**message, "tool_calls": [decoded(call) for call in message["tool_calls"]]}
+        {**message, "tool_calls": [changed(call) for call in message["tool_calls"]]}
         if isinstance(message.get("tool_calls"), list)
         else message
         for message in messages
     ]
+
+
+def decoded_arguments(arguments: Any) -> Any:
+    """A call's arguments as an object where they are the JSON of one, as OpenAI's API gives them; else as they are."""
+    found = _json_object(arguments) if isinstance(arguments, str) else None
+    return arguments if found is None else found
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

@@ -120,7 +120,8 @@ def load_supervised(
         + f"; {sum(r.source == SYNTHETIC for r in data.rows)} of them synthetic"
         + (f"; {len(rows)} of them taken" if len(rows) < kept else ""),
         f"{where}: sequences of {lengths.min()} to {lengths.max()} tokens, median {int(np.median(lengths))}; {learnt} "
-        f"of {lengths.sum()} tokens learnt; {sum(e.truncated for _, e in examples)} examples truncated to config.max_length",
+        f"of {lengths.sum()} tokens learnt; {sum(e.truncated for _, e in examples)} examples truncated to "
+        "config.max_length",
     ]
     if len(examples) > len(rows):
         report.append(

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
@@ -10,6 +12,7 @@ from etils import epath
 from lm_jax.console import say
 from lm_jax.data.chat import render_chat
 from lm_jax.data.messages import TEMPLATE_KWARGS, read_template_kwargs
+from lm_jax.data.turns import opening_of_thoughts
 from lm_jax.errors import UserError
 
 # What tokenizers' rules differ in: spaces, line breaks, digits, contractions, scripts, characters of several bytes
@@ -159,6 +162,20 @@ def takes_system(tokenizer: Any) -> bool:
     except Exception:  # a template can raise anything
         return False
     return task in shown
+
+
+def opens_thoughts(tokenizer: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """`<think>` or its like where the chat template's prompt of generation ends with it: responses then begin in
+    thoughts. Empty where it does not.
+
+    Args:
+      kwargs: what the template takes besides.
+    """
+    try:
+        prompt = render_chat(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True, **kwargs)
+    except Exception:  # a template can raise anything
+        return ""
+    return opening_of_thoughts(prompt)
 
 
 def first_line(error: BaseException) -> str:

@@ -50,7 +50,7 @@ def _own_text(turn: Message, start: str) -> str:
     """What the model wrote; with the thoughts that a row keeps apart where generation begins with thoughts."""
     content = turn.get("content") or ""
     thoughts = next((turn[name] for name in _KEPT_APART if turn.get(name)), None)
-    tag = _opening(start[-_REACH:])
+    tag = opening_of_thoughts(start)
     if not isinstance(thoughts, str) or not tag:
         return content
     return f"{thoughts.strip()}\n{tag[0]}/{tag[1:]}\n\n{content}"
@@ -91,13 +91,13 @@ def _lead(start: str, head: str) -> tuple[str, str]:
 
 def _without_opening(text: str, opened: str) -> str:
     """`text` without the opening of thoughts that `opened`, which stands before it, ends with."""
-    tag, bare = _opening(opened), text.lstrip()
+    tag, bare = opening_of_thoughts(opened), text.lstrip()
     return bare.removeprefix(tag).lstrip("\n") if tag and bare.startswith(tag) else text
 
 
-def _opening(text: str) -> str:
+def opening_of_thoughts(text: str) -> str:
     """The `<think>` or its like that a text ends with, or nothing."""
-    found = _OPENED.search(text)
+    found = _OPENED.search(text[-_REACH:])
     return found[0].strip() if found else ""
 
 

@@ -45,17 +45,18 @@ class FrozenModel:
       path: run directory, Hugging Face directory or hub id.
       mesh: where its parameters will lie.
       dtype: of the parameters.
+      chat_template_kwargs: of `load_tokenizer`.
 
     Raises:
       UserError: no such model, or one that does not fit the mesh.
     """
 
-    def __init__(self, name: str, path: str, mesh: jax.sharding.Mesh, dtype: str):
+    def __init__(self, name: str, path: str, mesh: jax.sharding.Mesh, dtype: str, chat_template_kwargs: str):
         self.name, self.path, self.mesh = name, path, mesh
         self._dtype = dtype
         self.source = open_model(path)
         param_specs(self.source.config, mesh)
-        self.tokenizer = load_tokenizer(self.source.directory, self.source.config.vocab_size)
+        self.tokenizer = load_tokenizer(self.source.directory, self.source.config.vocab_size, chat_template_kwargs)
         end_ids = end_token_ids(self.source.directory, self.tokenizer)
         self.encoder = TextEncoder(self.tokenizer, _NO_LIMIT, end_ids)
         self.identity = {

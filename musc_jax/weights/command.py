@@ -56,6 +56,7 @@ class WeighConfig:
     input: str
     output: str
     store: str | None
+    chat_template_kwargs: str
     rules: str
     keep_scores: bool
     seed: int
@@ -87,7 +88,7 @@ def weigh_rows(config: WeighConfig) -> None:
     check_not_input(config.output, config.input)
     source = open_model(config.model)
     param_specs(source.config, mesh)
-    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     pairs = load_pairs(config.input, encoder, "uniform")
     contexts = contexts_of(rules)
