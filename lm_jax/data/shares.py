@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lm_jax.data.messages import Text
-from lm_jax.data.text import EncodedResponse, TextEncoder
+from lm_jax.data.text import EncodedResponse, T, TextEncoder
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 
@@ -23,46 +23,62 @@ Arrays = tuple[np.ndarray, ...]
 
 def encode_rows(
     encoder: TextEncoder, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
-) -> list[EncodedResponse]:
+) -> list[EncodedResponse | UserError]:
     """`encoder.encode_many`, which see; every process must give the same rows.
 
     Raises:
-      UserError: in the process whose share has the row; it ends all with that line. Or the processes' rows differ.
+      UserError: the processes' rows differ.
     """
-    found = _examples(lambda *part: [[row] for row in encoder.encode_many(*part)], prompts, responses, wheres)
-    return [row for (row,) in found]
+    return _encoded(encoder.encode_many, _arrays, _response, prompts, responses, wheres)
 
 
 def encode_conversations(
     encoder: TextEncoder, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
-) -> list[list[EncodedResponse]]:
+) -> list[list[EncodedResponse] | UserError]:
     """`encoder.encode_conversations`, as `encode_rows` is of `encode_many`."""
-    return _examples(encoder.encode_conversations, prompts, responses, wheres)
+
+    def arrays(examples: list[EncodedResponse]) -> Arrays:
+        return tuple(array for example in examples for array in _arrays(example))
+
+    def examples(arrays: Arrays) -> list[EncodedResponse]:
+        return [_response(arrays[i : i + 4]) for i in range(0, len(arrays), 4)]
+
+    return _encoded(encoder.encode_conversations, arrays, examples, prompts, responses, wheres)
 
 
-def _examples(
-    encode: Callable[..., list[list[EncodedResponse]]], *columns: Sequence[Any]
-) -> list[list[EncodedResponse]]:
+def encode_prompts(
+    encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequence[str]
+) -> list[np.ndarray | UserError]:
+    """`encoder.encode_prompts`, as `encode_rows` is of `encode_many`."""
+    return _encoded(encoder.encode_prompts, lambda ids: (ids,), lambda arrays: arrays[0], prompts, wheres)
+
+
+def _encoded(
+    encode: Callable[..., list[T | UserError]],
+    arrays: Callable[[T], Arrays],
+    row: Callable[[Arrays], T],
+    *columns: Sequence[Any],
+) -> list[T | UserError]:
+    """What `encode` makes of the columns; `arrays` of a row travel between processes, and `row` is made of them."""
     if processes.link is None:
         return encode(*columns)
     _check_alike(*columns)
 
-    def arrays(part: slice) -> list[list[Arrays]]:
-        return [[_arrays(e) for e in row] for row in encode(*(column[part] for column in columns))]
+    def part(own: slice) -> list[Arrays]:
+        return [_with_fault(arrays, found) for found in encode(*(column[own] for column in columns))]
 
-    return [[_response(example) for example in row] for row in _divided(len(columns[0]), arrays)]
+    return [_or_fault(row, *found) for found in _divided(len(columns[0]), part)]
 
 
-def encode_prompts(encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
-    """`encoder.encode_prompts`, as `encode_rows` is of `encode_many`."""
-    if processes.link is None:
-        return encoder.encode_prompts(prompts, wheres)
-    _check_alike(prompts, wheres)
+def _with_fault(arrays: Callable[[T], Arrays], row: T | UserError) -> Arrays:
+    """A row's arrays behind what is wrong with it, as characters; one of the two is empty."""
+    if isinstance(row, UserError):
+        return (np.array([ord(character) for character in str(row)], np.int32),)
+    return np.zeros(0, np.int32), *arrays(row)
 
-    def encode(part: slice) -> list[list[Arrays]]:
-        return [[(ids,)] for ids in encoder.encode_prompts(prompts[part], wheres[part])]
 
-    return [ids for ((ids,),) in _divided(len(prompts), encode)]
+def _or_fault(row: Callable[[Arrays], T], fault: np.ndarray, *arrays: np.ndarray) -> T | UserError:
+    return UserError("".join(map(chr, fault))) if fault.size else row(arrays)
 
 
 def _check_alike(*columns: Sequence[Any]) -> None:
@@ -88,8 +104,8 @@ def _response(arrays: Arrays) -> EncodedResponse:
     )
 
 
-def _divided(number: int, encode: Callable[[slice], list[list[Arrays]]]) -> Iterator[list[Arrays]]:
-    """The arrays of each row's examples, in order, of which this process makes those of its parts."""
+def _divided(number: int, encode: Callable[[slice], list[Arrays]]) -> Iterator[Arrays]:
+    """Each row's arrays, in order, of which this process makes those of its parts."""
     start = 0
     while start < number:
         share = min(_BLOCK, -(-(number - start) // jax.process_count()))
@@ -101,18 +117,17 @@ def _divided(number: int, encode: Callable[[slice], list[list[Arrays]]]) -> Iter
         start += share * jax.process_count()
 
 
-def _packed(rows: list[list[Arrays]]) -> np.ndarray:
-    """[N] int32: how many rows, arrays and arrays an example; examples of each row, each array's length, all values."""
-    arrays = [array for row in rows for example in row for array in example]
-    per_example = next((len(example) for row in rows for example in row), 1)
-    head = [len(rows), len(arrays), per_example, *map(len, rows), *map(len, arrays)]
-    return np.concatenate([np.array(head, np.int32), *arrays], dtype=np.int32)
+def _packed(rows: list[Arrays]) -> np.ndarray:
+    """[N] int32: how many rows, how many arrays each has, their lengths, their values."""
+    arrays = [array for row in rows for array in row]
+    head = np.array([len(rows), *map(len, rows), *map(len, arrays)], np.int32)
+    return np.concatenate([head, *arrays], dtype=np.int32)
 
 
-def _unpacked(packed: np.ndarray) -> Iterator[list[Arrays]]:
-    num_rows, num_arrays, per_example = map(int, packed[:3])
-    begin = 3 + num_rows + num_arrays
-    ends = begin + np.cumsum(packed[3 + num_rows : begin], dtype=np.int64)
+def _unpacked(packed: np.ndarray) -> Iterator[Arrays]:
+    counts = packed[1 : packed[0] + 1]
+    begin = 1 + len(counts) + int(counts.sum())
+    ends = begin + np.cumsum(packed[1 + len(counts) : begin], dtype=np.int64)
     arrays = iter(np.split(packed, [begin, *ends])[1:-1])
-    for examples in packed[3 : 3 + num_rows]:
-        yield [tuple(itertools.islice(arrays, per_example)) for _ in range(examples)]
+    for count in counts:
+        yield tuple(itertools.islice(arrays, int(count)))

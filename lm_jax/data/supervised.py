@@ -23,7 +23,7 @@ from lm_jax.data.messages import Message, Text
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows
 from lm_jax.data.shares import encode_conversations
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.errors import UserError
 
 SEED, SYNTHETIC = SOURCES = ("seed", "synthetic")
@@ -98,7 +98,7 @@ def load_supervised(
     if not rows:
         raise UserError(f"{path}: no rows left, all dropped ({counted(data.dropped)}); give rows that weigh something")
     prompts, responses, names = zip(*((r.prompt, r.response, f"{where} row {r.row}") for r in rows), strict=True)
-    encoded = encode_conversations(encoder, prompts, responses, names)
+    encoded = checked(encode_conversations(encoder, prompts, responses, names))
     examples = [(row, example) for row, own in zip(rows, encoded, strict=True) for example in own]
     segments = [
         Segment(

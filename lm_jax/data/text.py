@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from lm_jax.data.tokenizers import first_line
 from lm_jax.data.turns import Rewritten, write_turn
 from lm_jax.errors import UserError
 
+T = TypeVar("T")
 _BATCH = 1024  # rows tokenised at once: enough to keep the tokenizer's threads busy, little as Python lists
 _ANCHORS = ("\n", "a", "0", "")  # see TextEncoder._tokenize_apart
 
@@ -61,12 +62,12 @@ class TextEncoder:
         self._adds_prefix = after[: len(head)] == head and after[len(head) :] != alone
 
     def encode(self, prompt: Text, response: Text, where: str) -> EncodedResponse:
-        """One row; see `encode_many`."""
-        return self.encode_many([prompt], [response], [where])[0]
+        """One row; raises what `encode_many` gives in its place."""
+        return checked(self.encode_many([prompt], [response], [where]))[0]
 
     def encode_many(
         self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
-    ) -> list[EncodedResponse]:
+    ) -> list[EncodedResponse | UserError]:
         """Encodes many rows, in batches over the tokenizer's threads.
 
         Args:
@@ -75,15 +76,17 @@ class TextEncoder:
             messages all is the response, other turns too.
           wheres: name of each row in errors, as "pairs.jsonl row 17 (chosen)".
 
-        Raises:
-          UserError: naming the row and the cure: malformed or empty text, no chat template or one that fails or shows
-            the prompt otherwise below several messages, doubled BOS or EOS, no end token, no room for the response.
+        Returns:
+          Each row's ids or, in their place, what is wrong with it and the cure: malformed or empty text, no chat
+          template or one that fails or shows the prompt otherwise below several messages, doubled BOS or EOS, no end
+          token, no room for the response. `checked` raises such an error.
         """
-        return [examples[0] for examples in self._encode(prompts, responses, wheres, self._render)]
+        rows = self._encode(prompts, responses, wheres, self._render)
+        return [row if isinstance(row, UserError) else row[0] for row in rows]
 
     def encode_conversations(
         self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
-    ) -> list[list[EncodedResponse]]:
+    ) -> list[list[EncodedResponse] | UserError]:
         """As `encode_many`, but of responses of several messages each turn of the assistant is learnt.
 
         What generation would start from stands before each turn, and each ends with its end token. An example holds as
@@ -99,42 +102,55 @@ class TextEncoder:
         responses: Sequence[Text],
         wheres: Sequence[str],
         render: Callable[[Text, Text, str], list[_Rendered]],
-    ) -> list[list[EncodedResponse]]:
-        encoded = []
+    ) -> list[list[EncodedResponse] | UserError]:
+        encoded: list[list[EncodedResponse] | UserError] = []
         for batch in _batches(list(zip(prompts, responses, wheres, strict=True))):
-            rendered = [render(*row) for row in batch]
-            tokenized = iter(self._tokenize([text for examples in rendered for r in examples for text in r.texts]))
+            rendered = [_attempt(render, *row) for row in batch]
+            texts = [text for examples in rendered if isinstance(examples, list) for r in examples for text in r.texts]
+            tokenized = iter(self._tokenize(texts))
             for (*_, where), examples in zip(batch, rendered, strict=True):
-                found: list[EncodedResponse] = []
-                for r in examples:
-                    ids = list(itertools.islice(tokenized, len(r.texts)))
-                    if found and len(r.lead) + len(ids[0]) >= self._max_length:
-                        lost = found[-1].full_length + len(ids[-1]) - len(ids[0])
-                        found[-1] = dataclasses.replace(found[-1], full_length=lost)
-                    else:
-                        found.append(self._split(r, ids, where))
-                encoded.append(found)
+                if isinstance(examples, list):
+                    ids = [list(itertools.islice(tokenized, len(r.texts))) for r in examples]
+                    encoded.append(_attempt(self._examples, examples, ids, where))
+                else:
+                    encoded.append(examples)
         return encoded
 
-    def encode_prompt(self, prompt: Text, where: str) -> np.ndarray:
-        """One prompt to generate from; see `encode_prompts`."""
-        return self.encode_prompts([prompt], [where])[0]
+    def _examples(
+        self, rendered: list[_Rendered], tokenized: list[list[list[int]]], where: str
+    ) -> list[EncodedResponse]:
+        found: list[EncodedResponse] = []
+        for r, ids in zip(rendered, tokenized, strict=True):
+            if found and len(r.lead) + len(ids[0]) >= self._max_length:
+                lost = found[-1].full_length + len(ids[-1]) - len(ids[0])
+                found[-1] = dataclasses.replace(found[-1], full_length=lost)
+            else:
+                found.append(self._split(r, ids, where))
+        return found
 
-    def encode_prompts(self, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
+    def encode_prompt(self, prompt: Text, where: str) -> np.ndarray:
+        """One prompt to generate from; raises what `encode_prompts` gives in its place."""
+        return checked(self.encode_prompts([prompt], [where]))[0]
+
+    def encode_prompts(self, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray | UserError]:
         """Prompts to generate from: int32 [P] each, P < max_length, the `prompt_ids` that `encode_many` gives.
 
-        Raises:
-          UserError: as `encode_many`, as far as it concerns prompts.
+        What is wrong with one stands in its place, as in `encode_many`.
         """
-        encoded = []
+        encoded: list[np.ndarray | UserError] = []
         for batch in _batches(list(zip(prompts, wheres, strict=True))):
-            rendered = [self._render_prompt(*row) for row in batch]
-            tokenized = self._tokenize([text for _, text in rendered])
-            for (lead, _), ids, (_, where) in zip(rendered, tokenized, batch, strict=True):
-                encoded.append(self._check_prompt([*lead, *ids], where))
+            rendered = [_attempt(self._render_prompt, *row) for row in batch]
+            tokenized = iter(self._tokenize([r[1] for r in rendered if isinstance(r, tuple)]))
+            for r, (_, where) in zip(rendered, batch, strict=True):
+                if isinstance(r, tuple):
+                    encoded.append(_attempt(self._check_prompt, [*r[0], *next(tokenized)], where))
+                else:
+                    encoded.append(r)
         return encoded
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         return self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
@@ -333,6 +349,20 @@ def _difference(shorter: str, longer: str) -> str:
         "the chat template shows the prompt otherwise once several turns follow: alone it goes on with "
         f"{shorter[common : common + 40]!r}, then with {longer[common : common + 40]!r}"
     )
+
+
+def _attempt(do: Callable[..., T], *args: Any) -> T | UserError:
+    try:
+        return do(*args)
+    except UserError as error:
+        return error
+
+
+def checked(encoded: Sequence[T | UserError]) -> list[T]:
+    """`encoded`, where every row could be; raises the first error that stands in a row's place."""
+    if fault := next((row for row in encoded if isinstance(row, UserError)), None):
+        raise fault
+    return [row for row in encoded if not isinstance(row, UserError)]
 
 
 def _batches(rows: list[Any]) -> Iterator[list[Any]]:

@@ -123,21 +123,23 @@ def _alike(backend: Any, written: Any, around: bool) -> bool:
 
 
 def end_token_ids(model_dir: str, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's eos first, then those of generation_config.json where there is one.
+    """Tokens that end a response: the tokenizer's eos, then those of generation_config.json, or where that names none
+    those of config.json (transformers and vLLM read both so).
 
     Raises:
-      UserError: generation_config.json is broken, or names an end token that can be none.
+      UserError: one of the files is broken, or names an end token that can be none.
     """
     ids = [tokenizer.eos_token_id]
-    path = epath.Path(model_dir) / "generation_config.json"
-    if path.exists():
+    for path in (epath.Path(model_dir) / name for name in ("generation_config.json", "config.json")):
         try:
-            found = json.loads(path.read_text()).get("eos_token_id")
+            found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
             ids += [int(i) for i in (found if isinstance(found, list) else [found] if found is not None else [])]
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: eos_token_id cannot be read ({first_line(error)}); mend the file") from error
         if wrong := [i for i in ids if not 0 <= i < 2**31]:
             raise UserError(f"{path}: eos_token_id {wrong[0]} is no token id; mend the file")
+        if found is not None:
+            break
     return tuple(dict.fromkeys(ids))
 
 

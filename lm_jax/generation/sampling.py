@@ -113,17 +113,15 @@ class LocalGenerator:
 
     def _encode(self, requests, sampling) -> tuple[list[_Row], list[Completion]]:
         texts = [r for r in requests if r.token_ids is None]
-        encoded: Iterator[np.ndarray | None]
-        try:
-            encoded = iter(self._encoder.encode_prompts([_not_blank(r) for r in texts], [f"row {r.id}" for r in texts]))
-        except UserError:
-            encoded = iter([None] * len(texts))  # one of them has a fault: each by itself
+        encoded = iter(self._encoder.encode_prompts([r.prompt for r in texts], [f"row {r.id}" for r in texts]))
         prompts = [next(encoded) if r.token_ids is None else np.asarray(r.token_ids, np.int32) for r in requests]
         rows, failed = [], []
         for request, prompt in zip(requests, prompts, strict=True):
             try:
-                if prompt is None:
-                    prompt = self._encoder.encode_prompt(_not_blank(request), f"row {request.id}")
+                if isinstance(request.prompt, str) and not request.prompt.strip() and request.token_ids is None:
+                    raise UserError(f"row {request.id}: the prompt is empty; give a text, or drop the row")
+                if isinstance(prompt, UserError):
+                    raise prompt
                 if len(prompt) >= self._context:
                     raise UserError(self._too_long(request, len(prompt)))
                 own = request.max_new_tokens or sampling.max_new_tokens
@@ -297,9 +295,3 @@ def _in_order(rows: list[_Row], batch: int) -> list[_Row]:
 def _stream(seed: int, request_id: str, index: int) -> np.ndarray:
     """[2] uint32: the key of a sample's random stream."""
     return np.frombuffer(hashlib.sha256(f"{seed} {index} {request_id}".encode()).digest()[:8], np.uint32)
-
-
-def _not_blank(request: Request) -> Any:
-    if isinstance(request.prompt, str) and not request.prompt.strip():
-        raise UserError(f"row {request.id}: the prompt is empty; give a text, or drop the row")
-    return request.prompt

@@ -17,7 +17,7 @@ from lm_jax.data.messages import Text
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import stream_rows
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.generation.answers import missing_rows
@@ -155,7 +155,7 @@ def _score_block(model, block, wanted, max_length, batch, compute):
     values = {i: {"fault": item} for i, item in enumerate(block) if isinstance(item, str)}
     texts = [i for i in range(len(block)) if i not in values]
     prompts, responses, wheres = ([block[i][part] for i in texts] for part in range(3))
-    encoded = encode_rows(model.encoder, prompts, responses, wheres)
+    encoded = checked(encode_rows(model.encoder, prompts, responses, wheres))
     segments, numbers = [], []
     for i, e in zip(texts, encoded, strict=True):
         if len(e.prompt_ids) + len(e.response_ids) > max_length:

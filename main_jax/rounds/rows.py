@@ -11,7 +11,7 @@ from typing import Any
 
 from lm_jax.data.messages import Text
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.generation.answer_text import visible
 from lm_jax.generation.refusals import is_refusal
 from main_jax.prompts import Prompts, supervised_example
@@ -133,7 +133,7 @@ def fitting(rows: Sequence[Row], encoder: TextEncoder, max_length: int) -> list[
       encoder: with NO_LIMIT.
     """
     columns = ([row["prompt"] for row in rows], [row["response"] for row in rows], [f"row {row['id']}" for row in rows])
-    encoded = encoder.encode_many(*columns)
+    encoded = checked(encoder.encode_many(*columns))
     return [
         row
         for row, text in zip(rows, encoded, strict=True)
@@ -144,7 +144,7 @@ def fitting(rows: Sequence[Row], encoder: TextEncoder, max_length: int) -> list[
 def room_to_answer(prompts: Sequence[Text], encoder: TextEncoder, max_length: int) -> list[bool]:
     """Whether each prompt has at most `max_length` tokens."""
     names = [f"prompt {number}" for number in range(len(prompts))]
-    return [len(ids) <= max_length for ids in encoder.encode_prompts(prompts, names)]
+    return [len(ids) <= max_length for ids in checked(encoder.encode_prompts(prompts, names))]
 
 
 def counted(faults: Iterable[str | None]) -> dict[str, int]:

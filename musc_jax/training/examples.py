@@ -12,7 +12,7 @@ from lm_jax.data.packing import Segment
 from lm_jax.data.preference import PreferenceRow, check_weight_lengths, preference_rows
 from lm_jax.data.rows import read_rows
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import EncodedResponse, TextEncoder
+from lm_jax.data.text import EncodedResponse, TextEncoder, checked
 from lm_jax.errors import UserError
 from musc_jax.weights.rules import AUTO, CHOSEN, FROM_COLUMNS, FROM_STORE, REJECTED
 from musc_jax.weights.stored import COLUMN, pair_fingerprint, stored_fields
@@ -108,7 +108,7 @@ def load_pairs(path: str, encoder: TextEncoder, weights: str, choose: Choose | N
             prompts.append(row.prompt)
             responses.append(response)
             wheres.append(f"{where} row {row.row} ({side})")
-    encoded = encode_rows(encoder, prompts, responses, wheres)
+    encoded = checked(encode_rows(encoder, prompts, responses, wheres))
     segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
     lengths = np.array([len(s) for s in segments])
     report = [

@@ -20,7 +20,7 @@ from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.shares import encode_prompts
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.errors import UserError
@@ -150,7 +150,7 @@ def response_examples(
     prompts: dict[str, list[np.ndarray]] = {FULL: [s.prompt for s in pairs.segments[::2]]}
     if perturbed is not None:
         names = [f"{pairs.name(i)} (perturbed_prompt)" for i in range(len(pairs))]
-        prompts[PERTURBED] = encode_prompts(encoder, perturbed, names)
+        prompts[PERTURBED] = checked(encode_prompts(encoder, perturbed, names))
     if NONE in contexts:
         empty = {form: no_prompt(encoder, tokenizer, form) for form in {type(row.prompt) for row in pairs.rows}}
         prompts[NONE] = [empty[type(row.prompt)] for row in pairs.rows]

@@ -108,11 +108,17 @@ def test_the_work_is_divided(monkeypatch, encoder):
     assert sorted(asked) == [2, 4, 4]
 
 
-def test_the_process_that_has_a_bad_row_says_so(monkeypatch, encoder):
+def test_all_know_what_is_wrong_with_a_row_of_any(monkeypatch, encoder):
     prompts, responses, names = rows(9)
-    responses[4] = ""
-    said = Processes(monkeypatch).run(lambda: shares.encode_rows(encoder, prompts, responses, names))
-    assert said[0] is said[2] is None and said[1].startswith("row 4: ")
+    responses[4], prompts[7], names[7] = "", "é" * 100, "Zeile é 7"
+    expected = encoder.encode_many(prompts, responses, names)
+    assert [i for i, row in enumerate(expected) if isinstance(row, UserError)] == [4, 7]
+    processes = Processes(monkeypatch)
+    for found in processes.run(lambda: shares.encode_rows(encoder, prompts, responses, names)):
+        assert [str(found[i]) for i in (4, 7)] == [str(expected[i]) for i in (4, 7)]
+        assert [isinstance(row, UserError) for row in found] == [i in (4, 7) for i in range(9)]
+    for found in processes.run(lambda: shares.encode_prompts(encoder, prompts, names)):
+        assert str(found[7]).startswith("Zeile é 7: the response is lost") and found[4].size
 
 
 def test_processes_with_other_rows_are_told(monkeypatch, encoder):

@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 
@@ -189,8 +189,15 @@ def test_many_rows_equal_one_by_one(monkeypatch):
     starts = encoder.encode_prompts(prompts, wheres)
     assert [s.tolist() for s in starts] == [m.prompt_ids.tolist() for m in many]
     responses[5] = ""
-    with pytest.raises(UserError, match="rows.jsonl row 5: .*empty"):
-        encoder.encode_many(prompts, responses, wheres)
+    prompts[4] = user("poem " * 500)
+    with_faults = encoder.encode_many(prompts, responses, wheres)
+    assert [ids(m) for i, m in enumerate(with_faults) if i not in (4, 5)] == [
+        ids(m) for i, m in enumerate(many) if i not in (4, 5)
+    ]
+    assert "rows.jsonl row 4: the response is lost" in str(with_faults[4]) and "row 5: the resp" in str(with_faults[5])
+    assert "row 4: the response is lost" in str(encoder.encode_prompts(prompts, wheres)[4])
+    with pytest.raises(UserError, match="rows.jsonl row 4: the response is lost"):
+        checked(with_faults)
 
 
 def test_truncation_cuts_the_responses_tail():
@@ -322,6 +329,24 @@ def test_end_token_ids(tmp_path):
     for broken in ("{", '{"eos_token_id": "x"}', "[]"):
         config.write_text(broken)
         with pytest.raises(UserError, match="generation_config.json: eos_token_id .*mend"):
+            end_token_ids(str(tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None, "top_p": 0.9}, {"eos_token_id": 4}])
+def test_end_token_ids_of_config_json_where_generation_config_names_none(tmp_path, generation):
+    """What merging tools write; transformers' generation config of a model is the oracle."""
+    tokenizer, hf = byte_level(), {"model_type": "llama", "vocab_size": 320, "eos_token_id": [1, 2]}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    if generation:
+        expected = generation["eos_token_id"] or hf["eos_token_id"]
+    else:
+        expected = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.for_model(**hf)).eos_token_id
+    assert set(end_token_ids(str(tmp_path), tokenizer)) == {1, *([expected] if isinstance(expected, int) else expected)}
+    (tmp_path / "config.json").write_text('{"eos_token_id": "x"}')
+    if generation != {"eos_token_id": 4}:
+        with pytest.raises(UserError, match=r"/config.json: eos_token_id .*mend"):
             end_token_ids(str(tmp_path), tokenizer)
 
 
