@@ -58,6 +58,7 @@ class TrainConfig:
     input: str
     eval_input: str | None
     output: str
+    chat_template_kwargs: str
     seed: int
     dtype: str
     max_length: int
@@ -145,7 +146,9 @@ class Trainer:
         param_specs(self.policy.config, self.mesh, self.policy.precision)
         if config.lora.rank:
             adapter_specs(self.policy.config, config.lora, self.mesh)
-        self.tokenizer: Any = load_tokenizer(self.policy.directory, self.policy.config.vocab_size)
+        self.tokenizer: Any = load_tokenizer(
+            self.policy.directory, self.policy.config.vocab_size, config.chat_template_kwargs
+        )
         end_ids = end_token_ids(self.policy.directory, self.tokenizer)
         self.encoder = TextEncoder(self.tokenizer, config.max_length, end_ids)
 
