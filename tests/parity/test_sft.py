@@ -168,7 +168,8 @@ def test_steps_of_three_rows_equal_trls(model, config, params, segments_of):
 
     rows = [{"prompt": text(4) + "\n", "response": text(12)} for _ in range(8)]
     examples = [(s,) for s in segments_of(rows)]
-    plan = plan_steps(example_lengths(examples), 3, 1, seed=0, rows=1, row_length=64)
+    lengths = example_lengths(examples)
+    plan = plan_steps(lengths, 3, 1, seed=0, rows=1, row_length=int(lengths.max()))
     assert len(plan) == 3 and sum(stack.microbatches for stack in plan.shapes[0]) > 1
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     objective = supervised_objective(config, ComputeConfig("float32", attention="reference", logprob_chunk=16))
