@@ -13,7 +13,7 @@ from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from tests.e2e import common
-from tests.e2e.common import SMALL_TUNE, TIMING, arguments, fork
+from tests.e2e.common import TIMING, arguments, fork
 
 BAD, EPOCHS, STEPS, EVERY = 5, 3, 18, 5
 SETTINGS = ("max_length=64", f"epochs={EPOCHS}", "seed=7", "optim.learning_rate=1e-3")
