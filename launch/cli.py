@@ -193,8 +193,8 @@ def _of_memory(error: Exception) -> bool:
 def _memory_fault(error: Exception) -> str:
     said = (str(error).splitlines() or ["of the host"])[0]
     return (
-        f"out of memory ({said[:200]}); in training raise config.batch.microbatches or set compute.remat=full, "
-        "elsewhere lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
+        f"out of memory ({said[:200]}); in training set compute.remat=full, lower config.batch.rows_per_device or "
+        "config.max_length; elsewhere lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
     )
 
 

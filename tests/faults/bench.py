@@ -17,7 +17,7 @@ COMMANDS = ("score", "generate", "musc_token_weights", "main_filter", "export_hf
 
 _ROUNDS = {
     "main_rounds": ("tests.e2e.scripted_main_rounds", test_main_rounds.Scripted, ()),
-    "musc_rounds": ("tests.e2e.scripted_rounds", test_musc_rounds.Runs, ("train.batch.rows=2",)),
+    "musc_rounds": ("tests.e2e.scripted_rounds", test_musc_rounds.Runs, ("train.batch.pairs=6",)),
 }
 
 
