@@ -166,7 +166,7 @@ def run_job(job: Job, task: Task) -> None:
     config, mesh = job.config, job.mesh
     lengths, size = _lengths(task.examples, task.auxiliary), config.batch.size
     rows = config.forward_batch(mesh).rows
-    plan = plan_steps(lengths, size, config.epochs, config.seed, rows, config.row_length)
+    plan = plan_steps(lengths, size, config.epochs, config.seed, rows, config.row_length, config.batch.row_lengths)
     num_steps = min(len(plan), config.max_steps or len(plan))
     model, dtype = job.policy.config, config.compute.dtype
     attention = config.compute.attention
