@@ -51,6 +51,7 @@ def get_config(preset: str = "") -> ConfigDict:
     # Packed rows of up to 2 x max_length tokens that a device works on at one time; a step takes as many microbatches
     # of them as it needs, with the same result. More are faster for small models, as far as memory allows
     c.batch.rows_per_device = 1
+    c.batch.row_lengths = 3  # different lengths of rows, at most: each leaves less padding and takes a compilation
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-5  # full fine-tuning of a 7B-class model; adapters take ten times as much

@@ -141,6 +141,7 @@ class StepBatch:
     sequences: ClassVar[int]  # of an example
 
     rows_per_device: int  # rows of a microbatch that a device works on at one time; the result does not depend on it
+    row_lengths: int  # different lengths that rows may have, each of which is compiled; nor on this
 
     def __post_init__(self):
         _check_sizes(self, "config.batch")

@@ -14,7 +14,6 @@ import numpy as np
 from lm_jax.config import BatchConfig
 from lm_jax.data.packing import balance, first_fit, pack
 
-_ROW_LENGTHS = 3  # at most, of a run: each is compiled
 _WORTH = 0.02  # share of the tokens, padding included, that a further row length must save
 _CANDIDATES = 32  # row lengths to choose from
 _SAMPLE = 512  # examples of the steps that the choice looks at
@@ -84,7 +83,9 @@ def plan_passes(lengths: np.ndarray, batch: BatchConfig, parts: int) -> BatchPla
     return BatchPlan([((stack, packed[i : i + rows]),) for i in range(0, len(packed), rows)], rows)
 
 
-def plan_steps(lengths: np.ndarray, size: int, epochs: int, seed: int, rows: int, row_length: int) -> BatchPlan:
+def plan_steps(
+    lengths: np.ndarray, size: int, epochs: int, seed: int, rows: int, row_length: int, row_lengths: int = 3
+) -> BatchPlan:
     """Steps of `size` examples, those of an epoch in a random order of its own; its last step has what is left.
 
     Where every step fits into one microbatch, a step has one stack. Else all steps have the same stacks: one shape.
@@ -93,12 +94,13 @@ def plan_steps(lengths: np.ndarray, size: int, epochs: int, seed: int, rows: int
       lengths: [N] tokens of each example, none above `row_length`.
       rows: of a microbatch, over all devices.
       row_length: tokens that a row may hold.
+      row_lengths: different ones that may be, at most.
     """
     sizes, groups = lengths.tolist(), []
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
         groups += [_longest_first(order[i : i + size], lengths) for i in range(0, len(order), size)]
-    chosen = _row_lengths(groups, sizes, rows, row_length)
+    chosen = _row_lengths(groups, sizes, rows, row_length, row_lengths)
     steps = [_lay_out(group, sizes, rows, chosen) for group in groups]
     counts = {length: max(-(-len(step.get(length, ())) // rows) for step in steps) for length in chosen}
     if all(len(step) == 1 and len(*step.values()) <= rows for step in steps):
@@ -146,8 +148,8 @@ def _layouts(
             yield [row for _, row in filled], [tokens for tokens, _ in filled[::rows]]
 
 
-def _row_lengths(groups: list[list[int]], lengths: list[int], rows: int, row_length: int) -> list[int]:
-    """Up to three row lengths, descending, with which steps such as these take few tokens, padding included."""
+def _row_lengths(groups: list[list[int]], lengths: list[int], rows: int, row_length: int, most: int) -> list[int]:
+    """Row lengths, descending and `most` at most, with which steps like these take few tokens, padding included."""
     unit = max(-(-row_length // _CANDIDATES), 16)
     candidates = range(1, -(-row_length // unit) + 1)  # in units
     every = max(len(groups) * len(groups[0]) // _SAMPLE, 1)
@@ -173,7 +175,7 @@ def _row_lengths(groups: list[list[int]], lengths: list[int], rows: int, row_len
         return float(np.minimum.reduceat(price[table].sum(axis=1), starts).sum())
 
     best: list[int] = []
-    for _ in range(_ROW_LENGTHS):
+    for _ in range(most):
         trial = _improved([*best, candidates[-1]], candidates, cost)
         if best and cost(trial) > (1 - _WORTH) * cost(best):
             break

@@ -234,7 +234,9 @@ class Trainer:
     def _plan(self, data: Data) -> BatchPlan:
         config, size = self.config, self.config.batch.size
         rows = config.forward_batch(self.mesh).rows
-        plan = plan_steps(data.lengths, size, config.epochs, config.seed, rows, config.row_length)
+        plan = plan_steps(
+            data.lengths, size, config.epochs, config.seed, rows, config.row_length, config.batch.row_lengths
+        )
         num_steps = min(len(plan), config.max_steps or len(plan))
         attention = config.compute.attention
         attention = chosen(self.mesh, self.policy.config.head_dim) if attention == "auto" else attention

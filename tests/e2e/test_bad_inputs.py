@@ -115,6 +115,7 @@ def test_what_is_not_set():
         ("checkpoints.keep=0", ["config.checkpoints.keep"]),
         ("batch.pairs=0", ["config.batch.pairs", "at least 1"]),
         ("batch.rows_per_device=0", ["config.batch.rows_per_device", "at least 1"]),
+        ("batch.row_lengths=0", ["config.batch.row_lengths", "at least 1"]),
         ("batch.rows=2", ["rows"]),
         ("mesh.data=3", ["config.mesh", "1 cpu device"]),
         ("mesh.data=-1", ["config.mesh", "at most one -1"]),

@@ -83,7 +83,8 @@ def test_adapters_on_a_base_in_nf4(model, tmp_path):
 
 def test_full_remat_repeats_the_layers(model, tmp_path):
     output = tmp_path / "plan.json"
-    flags = (*SMALL, "batch.examples=4", "train_on=last", "compute.remat=full", "compute.scan_unroll=1", f"--output={output}")
+    flags = (*SMALL, "batch.examples=4", "train_on=last", "compute.remat=full", "compute.scan_unroll=1")
+    flags += (f"--output={output}",)
     plan("main_train", f"model={model}", *flags, preset="tiny").ok()
     found = json.loads(output.read_text())
     # What is saved is each layer's input, so the last product of a layer is not needed again
@@ -105,7 +106,8 @@ def test_scoring_and_generating(model, tmp_path):
 @pytest.mark.slow
 def test_search_ranks_what_fits(model, tmp_path):
     output = tmp_path / "plan.json"
-    flags = (f"model={model}", "max_length=16", "batch.examples=8", "compute.scan_unroll=1", "--search", f"--output={output}")
+    flags = (f"model={model}", "max_length=16", "batch.examples=8", "compute.scan_unroll=1")
+    flags += ("--search", f"--output={output}")
     done = plan("main_train", *flags, preset="tiny").ok()
     found = json.loads(output.read_text())["search"]
     tried = [(c["remat"], c["batch"]["rows_per_device"]) for c in found]

@@ -7,8 +7,8 @@ import pytest
 
 pytestmark = pytest.mark.multi_device
 
-# (data, fsdp, tensor): rows of a microbatch. A step of 11 pairs takes several of them or one, of which 8x1x1 leaves rows
-# empty; one device works on all pairs at a time.
+# (data, fsdp, tensor): rows of a microbatch. A step of 11 pairs takes several of them or one, of which 8x1x1 leaves
+# rows empty; one device works on all pairs at a time.
 MESHES = {(1, 1, 8): 1, (2, 2, 2): 4, (8, 1, 1): 16, (1, 8, 1): 8}
 ONE = (1, 1, 1)
 RTOL = 1e-5

@@ -86,6 +86,7 @@ def test_a_row_length_must_be_worth_its_compilation(monkeypatch):
     lengths = np.full(64, 100)
     assert plan_steps(lengths, 8, 1, 0, 2, 800).shapes == [(plans.Stack(1, 400),)]
     found = plan_steps(REAL, 8, 1, 0, 2, 4096)
+    assert len(plan_steps(REAL, 8, 1, 0, 2, 4096, row_lengths=1).shapes[0]) == 1
     monkeypatch.setattr(plans, "_WORTH", 0.5)
     (one,) = plan_steps(REAL, 8, 1, 0, 2, 4096).shapes
     assert len(one) == 1 < len(found.shapes[0])
