@@ -131,7 +131,7 @@ def computed():
             "prefill": prefill,
             "place": decoding.place.lower(slots, prompts, tokens, lengths, to, exchange=True),
             "decode": decoding.decode.lower(
-                params, slots, given(bool, SLOTS), given(jnp.int32, 2), strengths, 16, model, compute, filters
+                params, slots, given(bool, SLOTS), given(jnp.int32, 2), given(bool, 128_256), strengths, 16, model, compute, filters
             ),
             "attention": attention_gradient(mesh).lower(*attention_shapes(mesh)),
         }
