@@ -112,8 +112,9 @@ def _weights(scores, filters: Filters, strengths: Strengths) -> jax.Array:
 
 
 def _largest(weights, counted, wanted):
-    """Zeroes all but the largest weights for which the sum of `counted`(which are kept) reaches `wanted`; ties are kept.
+    """Zeroes all but the fewest largest weights whose `counted` values sum up to `wanted`; ties are kept.
 
+    `counted`: [B, V] bool, which are kept -> what each of them counts.
     The threshold is found by halving the integers that float bits are, which for positive floats have the floats'
     order: exact, local to a shard of the vocabulary, and a tenth of the time of a sort.
     """
@@ -144,7 +145,7 @@ def _draw(weights, uniform):
 
 
 def _first_above(running, parts, target):
-    """[B]: the first part with a weight where `running` exceeds the target; the last one where rounding lets none do so.
+    """[B]: the first part with a weight where `running` exceeds the target; the last one if rounding lets none.
 
     XLA sums in parallel, so that `running` need not grow: it can exceed the target within parts that add nothing.
     """

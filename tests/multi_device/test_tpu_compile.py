@@ -62,9 +62,9 @@ def computed():
     from lm_jax.generation.requests import SamplingConfig
     from lm_jax.generation.token_choice import filters_of
     from lm_jax.models.cache import cache_shapes
+    from lm_jax.models.forward import packed_statistics
     from lm_jax.models.registry import weight_table
     from lm_jax.models.weights import nest
-    from lm_jax.scoring.scoring import packed_logprobs
     from lm_jax.sharding import batch_sharding, make_mesh, state_shardings
     from lm_jax.training.optim import make_optimizer, make_schedule
     from lm_jax.training.step import TrainState, make_train_step
@@ -108,8 +108,8 @@ def computed():
     with jax.set_mesh(mesh):
         programs = {
             "train": step.lower(placed(state, shardings), batch(1, ROWS)),
-            "score": packed_logprobs.lower(
-                placed(shapes, param_shardings(model, mesh)), batch(ROWS), config=model, compute=compute
+            "score": packed_statistics.lower(
+                placed(shapes, param_shardings(model, mesh)), batch(ROWS), model, compute, ("logprobs", "entropies")
             ),
         }
     mesh = make_mesh(MeshConfig(*DECODE_MESH), list(devices))
@@ -121,6 +121,7 @@ def computed():
     def given(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
+    known = given(bool, model.vocab_size)
     filters, strengths = filters_of(SamplingConfig(1, temperature=0.7, top_k=50, top_p=0.9, min_p=0.05))
     tokens, lengths, first = given(jnp.int32, PROMPTS, PROMPT_LENGTH), given(jnp.int32, PROMPTS), given(jnp.int32)
     to = decoding.Placement(*(given(jnp.int32, 8),) * 3, given(jnp.uint32, 8, 2))
@@ -131,7 +132,7 @@ def computed():
             "prefill": prefill,
             "place": decoding.place.lower(slots, prompts, tokens, lengths, to, exchange=True),
             "decode": decoding.decode.lower(
-                params, slots, given(bool, SLOTS), given(jnp.int32, 2), given(bool, 128_256), strengths, 16, model, compute, filters
+                params, slots, given(bool, SLOTS), given(jnp.int32, 2), known, strengths, 16, model, compute, filters
             ),
             "attention": attention_gradient(mesh).lower(*attention_shapes(mesh)),
         }

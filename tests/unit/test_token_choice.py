@@ -312,7 +312,7 @@ def test_rounding_never_draws_a_token_that_is_left_out(size, kept):
 @pytest.mark.parametrize("size", REAL_SIZES[::2])
 @pytest.mark.parametrize("fields", [{}, {"top_k": 50, "top_p": 0.9}], ids=["plain", "filtered"])
 def test_draws_of_real_vocabularies(size, fields):
-    """Each draw lies where its random number falls in the exact cumulative distribution; so they have its frequencies."""
+    """Each draw lies where its random number falls in the exact cumulative distribution: its frequencies follow."""
     logits = random_logits(size, seed=size, spread=3.0)
     probs = exact(logits, **fields)
     uniform = np.random.default_rng(1).random(32 if fields else 256, np.float32)
