@@ -29,7 +29,7 @@ from lm_jax.checkpoints.weight_files import (
     open_checkpoint,
 )
 from lm_jax.config import ModelConfig
-from lm_jax.distributed.processes import barrier, everywhere, reached
+from lm_jax.distributed.processes import barrier, everywhere, moving, reached
 from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
@@ -241,7 +241,8 @@ def export_hf(
                 if writer:
                     shard[name] = _cast(spec.to_hf(host, config), dtype, name)
             if partial is not None:
-                save_file(shard, partial / file, metadata={"format": "pt"})
+                with moving(str(output_dir)):
+                    save_file(shard, partial / file, metadata={"format": "pt"})
         if partial is not None:
             if split.is_sharded:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}

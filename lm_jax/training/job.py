@@ -18,7 +18,7 @@ from lm_jax.data.order import BatchIterator, Beside, batch_shapes, check_batch, 
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
-from lm_jax.distributed.processes import stops_before
+from lm_jax.distributed.processes import at_work, moving, stops_before
 from lm_jax.distributed.stopping import Stopped, deferred
 from lm_jax.errors import UserError
 from lm_jax.models.attention import chosen
@@ -168,10 +168,12 @@ def run_job(job: Job, task: Task) -> None:
         compiling = compile_ahead(program, mesh, shapes)
         frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
         state = _start_state(job, program, checkpoints, batches)
-        compiling.join()
+        with at_work():  # a process that compiled before may have kept it
+            compiling.join()
         if done := int(state.step):
             if copy is not None:
-                copy.push_missing(done)
+                with moving(copy.remote):
+                    copy.push_missing(done)
             say(f"continuing {config.output} after step {done}")
         tracer = Tracer(steps_to_trace(config.profile), done, num_steps, f"{config.output}/profile")
         with (
