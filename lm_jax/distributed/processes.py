@@ -109,8 +109,8 @@ def _moved() -> int | None:
         counted = re.findall(r"[rw]char: (\d+)", Path("/proc/self/io").read_text())
     except OSError:
         return None
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return sum(map(int, counted)) + resource.getpagesize() * (used.ru_majflt + used.ru_minflt)
+    mapped = resource.getrusage(resource.RUSAGE_SELF).ru_majflt * resource.getpagesize()
+    return sum(map(int, counted)) + mapped
 
 
 def _over_devices(text: bytes, size: int) -> Any:

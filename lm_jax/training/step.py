@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm_jax.distributed.processes import reached
+
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
 
@@ -163,6 +165,7 @@ def make_evaluate(objective: Objective) -> Callable[[Any, Iterable[Batch]], dict
         for batch in batches:
             totals = count(batch) if totals is None else add(totals, count(batch))
         for batch in batches:
+            reached("a batch of the evaluation")
             part = contribution(params, batch, totals)
             sums = part if sums is None else add(sums, part)
         return {k: float(v) for k, v in (sums or {}).items()}

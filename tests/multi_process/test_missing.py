@@ -77,6 +77,25 @@ def test_one_hangs(hanging):
         assert f"process {hanging} did not come to step 3 within {TIMEOUT} s" in line and "after step 2" in line
 
 
+@pytest.mark.parametrize("waiting", ["1", "all"])
+def test_a_disk_that_does_not_answer(waiting):
+    """Though nobody is behind, where all wait for it."""
+    lines = ended(start(f"--fault={waiting}:disk:3", SOON, processes=2), 30)
+    said = f"the file: nothing was read or written within {TIMEOUT} s (--process_timeout)"
+    assert all(said in line or "process 1 did not come to step 3" in line for line in lines.values()), lines
+
+
+def test_a_main_thread_that_the_kernel_keeps(tmp_path):
+    """A file system whose server says nothing."""
+    from tests.faults.disk import lost_disk
+
+    with lost_disk(tmp_path, "silent") as mounted:
+        if not mounted:
+            pytest.skip("no such file system can be mounted here")
+        lines = ended(start("--steps=100000", f"--pids={tmp_path}/pid", SOON, processes=2), 60)
+    assert all(f"the disk has not answered within {TIMEOUT} s (--process_timeout)" in line for line in lines.values())
+
+
 def test_one_that_is_at_work_may_take_its_time():
     start("--fault=0:busy:3", "--process_timeout=2", processes=2).ok()
     start("--alone=6", "--process_timeout=2", processes=2).ok()
@@ -96,5 +115,3 @@ def test_one_fails(failing, what):
     assert lines.pop(failing).startswith(own)
     for line in lines.values():
         assert line.startswith(f"process {failing} ended with an error: {own}")
-
-

@@ -22,13 +22,14 @@ class Runs:
         self.pairs = common.make_pairs(directory / "pairs.jsonl", 40)
         self.held_out = common.make_pairs(directory / "held_out.jsonl", 4)
 
-    def start(self, name: str, processes: int, devices: int, *settings: str) -> Group:
+    def start(self, name: str, processes: int, devices: int, *settings: str, fault: dict | None = None) -> Group:
         given = (f"model={self.model}", f"input={self.pairs}", f"eval_input={self.held_out}")
         given += (f"output={self.directory / name}", f"reference_cache={self.directory}/reference")
         given += ("max_length=64", "batch.row_length=128", "batch.rows=4", "weights=entropy", "seed=7", "epochs=9")
         given += (f"max_steps={STEPS}", "checkpoints.every=5", f"eval_every={STEPS}", *settings)
         flags = arguments("musc_train", *given, preset="tiny")
-        return Group("musc_train", *flags, processes=processes, devices=devices, cache=self.directory / "cache")
+        cache = self.directory / "cache"
+        return Group("musc_train", *flags, processes=processes, devices=devices, cache=cache, fault=fault)
 
     def finish(self, name: str, processes: int, devices: int, *settings: str) -> Path:
         self.start(name, processes, devices, *settings).ok()
