@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from tests.e2e import common
-from tests.faults import damage, disk, endpoint, growth, parts, processes
+from tests.faults import bucket, damage, disk, endpoint, growth, parts, processes
 from tests.faults.bench import Bench
 
 TWO = 10  # tries of what involves two processes
@@ -31,6 +31,7 @@ FAULTS = {
     "full_in_rows": (disk.full_in_rows, TWO),
     "full_in_export": (disk.full_in_export, TWO),
     "lost_in_training": (disk.lost_in_training, TWO),
+    "bucket_in_training": (bucket.bucket_in_training, TWO),
     "damaged_checkpoint": (damage.damaged_checkpoint, TWO),
     "damaged_journal": (damage.damaged_journal, TWO),
     "damaged_safetensors": (damage.damaged_safetensors, 3),

@@ -27,7 +27,7 @@ def free_port() -> int:
 class Group:
     """The same command in `processes` processes of `devices` devices; `absent` ones are never started.
 
-    `fault`: what goes wrong in one of them, see `tests.faults.disturbed`.
+    `fault`: what goes wrong in one of them, see `tests.faults.disturbed`. `settings`: environment variables.
 
     Attributes:
       lasted: seconds between the first one's end and the last one's, once all have ended.
@@ -42,8 +42,8 @@ class Group:
         absent: tuple[int, ...] = (),
         cache: Path | None = None,
         fault: dict | None = None,
+        settings: dict[str, str] | None = None,
     ):
-        settings = None
         if fault is not None:
             settings = {"FAULT": json.dumps({"command": name, **fault})}
             name = "tests.faults.disturbed"
@@ -58,13 +58,15 @@ class Group:
     def pids(self) -> dict[int, int]:
         return {i: member.process.pid for i, member in self.members.items()}
 
-    def wait(self) -> dict[int, Done]:
-        left, ended = {m.process.sentinel for m in self.members.values()}, []
+    def wait(self, but: tuple[int, ...] = ()) -> dict[int, Done]:
+        """How those ended that are not in `but`."""
+        members = {i: member for i, member in self.members.items() if i not in but}
+        left, ended = {member.process.sentinel for member in members.values()}, []
         while left and (now := wait(left, 900)):
             left -= {*now}
             ended.append(time.monotonic())
         self.lasted = ended[-1] - ended[0] if ended and not left else math.inf
-        return {i: member.wait() for i, member in self.members.items()}
+        return {i: member.wait() for i, member in members.items()}
 
     def ok(self) -> dict[int, Done]:
         return {i: done.ok() for i, done in self.wait().items()}
