@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from ml_collections import config_flags
 from lm_jax.config import from_config_dict
 from lm_jax.distributed import stopping
 from lm_jax.distributed.start import Processes, start
-from lm_jax.distributed.wire import PERIOD
 from lm_jax.errors import UserError, without_passwords
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have it
@@ -152,10 +150,13 @@ def _processes() -> Iterator[None]:
     if done is None:
         yield
         return
+    from lm_jax.distributed.processes import outlast
+
     _on_end.append(done)
     try:
         yield
-    except (UserError, OSError):
+    except (UserError, OSError) as e:
+        outlast(e)
         raise
     except stopping.Stopped:
         done(None)
@@ -163,16 +164,10 @@ def _processes() -> Iterator[None]:
     except Exception as e:
         if _of_memory(e):
             raise UserError(_memory_fault(e)) from e
-        if _of_another(e):  # then the line that names it comes
-            time.sleep(given.process_timeout + 4 * PERIOD)
+        outlast(e)
         traceback.print_exc()
         raise UserError(f"{type(e).__name__}: {str(e)[:300]}; its traceback is above") from e
     done(None)
-
-
-def _of_another(error: Exception) -> bool:
-    """Whether it may come of another process's end or halt: a collective breaks then, or gives up waiting."""
-    return bool(re.search(r"Gloo|NCCL|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ", str(error)))
 
 
 def _lost(line: str) -> NoReturn:
@@ -226,7 +221,8 @@ def _flag_fault(error: Exception, argv: list[str]) -> str:
 
 def _fail(line: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
     _end(line, 1)
 
 
@@ -252,7 +248,9 @@ def _end(line: str, status: int) -> NoReturn:
     # No shutdown of the interpreter: threads of XLA and of the checkpointing may be at work, and at times crash under
     # it. What is on disk survives a SIGKILL, so it survives this.
     line = _printable(line)
-    for done in _on_end:
-        done(line)
-    os.write(2, f"error: {line}\n".encode())
-    os._exit(status)
+    try:
+        for done in _on_end:
+            done(line)
+        os.write(2, f"error: {line}\n".encode())
+    finally:  # the log may lie on the disk that is full
+        os._exit(status)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lm_jax.distributed.processes import reached
 from lm_jax.training.objective import Batch, Objective, Sums
 
 
@@ -140,6 +141,7 @@ def make_evaluate(objective: Objective) -> Callable[[Any, Iterable[Batch]], dict
         for batch in batches:
             totals = count(batch) if totals is None else add(totals, count(batch))
         for batch in batches:
+            reached("a batch of the evaluation")
             part = contribution(params, batch, totals)
             sums = part if sums is None else add(sums, part)
         return {k: float(v) for k, v in (sums or {}).items()}

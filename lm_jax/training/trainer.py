@@ -28,7 +28,7 @@ from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.plans import BatchPlan, plan_passes, plan_steps
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
-from lm_jax.distributed.processes import stops_before
+from lm_jax.distributed.processes import at_work, moving, stops_before
 from lm_jax.distributed.stopping import Stopped, deferred
 from lm_jax.errors import UserError
 from lm_jax.models.attention import chosen
@@ -197,10 +197,12 @@ class Trainer:
             compiling = compile_ahead(program, mesh, [batch_shapes(stacks, *shapes) for stacks in plan.shapes])
             frozen = self.policy.load_params(mesh, config.compute.dtype) if config.lora.rank else None
             state = self._start_state(program, checkpoints, batches)
-            compiling.join()
+            with at_work():  # a process that compiled before may have kept it
+                compiling.join()
             if done := int(state.step):
                 if copy is not None:
-                    copy.push_missing(done)
+                    with moving(copy.remote):
+                        copy.push_missing(done)
                 say(f"continuing {output} after step {done}")
             with (
                 open_loggers(config.loggers, output) as loggers,

@@ -104,7 +104,10 @@ class Fork:
         self.process.start()
 
     def wait(self) -> Done:
-        self.process.join(300)
+        self.process.join(900)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
         with self._directory:
             return Done(self.process.exitcode, *(p.read_text() if p.exists() else "" for p in (self._out, self._err)))
 
