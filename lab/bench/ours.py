@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lab.bench import material
-from lm_jax.checkpoints.runs import open_model, training_records
+from lm_jax.checkpoints.runs import open_model
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, ModelConfig, RopeConfig
 from lm_jax.data.packing import Segment
 from lm_jax.data.tokenizers import load_tokenizer

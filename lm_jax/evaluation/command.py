@@ -194,7 +194,7 @@ def _settings(config: HarnessConfig, task: str, source: ModelSource) -> dict[str
         **{f"config.{name}": getattr(config, name) for name in names},
         "config.compute.dtype": config.compute.dtype,
         "version of lm-eval": importlib.metadata.version("lm_eval"),
-        "fingerprint of the model": source.identity(),
+        "fingerprint of the model": source.fingerprint,
         "fingerprint of the task's file": hashlib.sha256(file.read_bytes()).hexdigest() if file else None,
     }
 

@@ -11,13 +11,14 @@ import numpy as np
 from lm_jax.checkpoints.mirror import Mirror
 from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.checkpoints.provenance import Method
-from lm_jax.checkpoints.runs import ModelSource, begin_run, open_model, param_specs, training_records
+from lm_jax.checkpoints.runs import ModelSource, begin_run, open_model, param_specs
+from lm_jax.checkpoints.settings import Contents, rows_content, training_records
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
 from lm_jax.console import say
 from lm_jax.data.order import BatchIterator, Beside, batch_shapes, check_batch, plan_batches
-from lm_jax.data.packing import Example, example_lengths
+from lm_jax.data.packing import Example, example_lengths, examples_fingerprint
 from lm_jax.data.text import TextEncoder
-from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import stops_before
 from lm_jax.distributed.stopping import Stopped, deferred
 from lm_jax.errors import UserError
@@ -134,9 +135,29 @@ def open_job(config: TrainConfig) -> Job:
     return Job(config, mesh, policy, tokenizer, encoder, began)
 
 
-def begin_job(job: Job, command: str, method: Method) -> None:
-    """Makes the run directory, or finds the same run in it to continue; see `begin_run`."""
-    begin_run(job.config.output, command, to_dict(job.config), job.policy, method, bool(job.config.lora.rank))
+def begin_job(
+    job: Job,
+    command: str,
+    method: Method,
+    examples: Mapping[str, Sequence[Example]],
+    reference: ModelSource | None = None,
+) -> None:
+    """Makes the run directory, or finds the same run in it to continue; see `begin_run`.
+
+    Args:
+      examples: setting that names a file -> all that training or evaluation reads of its rows, as far as it is known
+        before a model has scored them.
+      reference: what else than the policy has scored them.
+    """
+
+    def made_from() -> Contents:
+        tokenizer = tokenizer_fingerprint(job.tokenizer)
+        rows = {key: rows_content(len(own), examples_fingerprint(own), tokenizer) for key, own in examples.items()}
+        models = {"model": job.policy, "reference": reference}
+        return rows | {key: model.content() for key, model in models.items() if model is not None}
+
+    adapters = bool(job.config.lora.rank)
+    begin_run(job.config.output, command, to_dict(job.config), job.policy, method, made_from, adapters)
 
 
 def run_job(job: Job, task: Task) -> None:

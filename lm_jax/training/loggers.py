@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax.checkpoints.runs import flat_settings, read_settings
+from lm_jax.checkpoints.settings import flat_settings, read_settings
 from lm_jax.config import split_names
 from lm_jax.console import say
 from lm_jax.data.rows import write_text

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import jax
 
-from lm_jax.checkpoints.runs import training_records
+from lm_jax.checkpoints.settings import training_records
 
 _GUIDE = "docs/troubleshooting.md"
 _WORSE = 3.0  # times what was warned of: then again

@@ -7,7 +7,8 @@ import jax
 from lm_jax.checkpoints.provenance import Method
 from lm_jax.config import ModelConfig
 from lm_jax.console import say
-from lm_jax.data.supervised import SOURCES, TRAIN_ON, load_supervised
+from lm_jax.data.packing import Example
+from lm_jax.data.supervised import SOURCES, TRAIN_ON, Supervised, load_supervised
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, train_program
 from lm_jax.training.job import Task, TrainConfig, begin_job, open_job, run_job
@@ -60,18 +61,23 @@ def train(config: MainTrainConfig) -> None:
         eval_objective = supervised_objective(job.policy.config, config.compute, plain_coefficients)
     else:
         say(f"all rows are {next(iter(rows.sources()))}: plain cross-entropy, without alpha")
-    begin_job(job, "main_train", _method(config, mixed))
+    examples = {"input": _examples(rows)} | ({"eval_input": _examples(held_out)} if held_out else {})
+    begin_job(job, "main_train", _method(config, mixed), examples)
     task = Task(
         objective=spec.objective,
         unit="rows",
-        examples=[(segment,) for segment in rows.segments],
-        eval_examples=[(segment,) for segment in held_out.segments] if held_out else [],
+        examples=examples["input"],
+        eval_examples=examples.get("eval_input", []),
         values=spec.values,
         describe=rows.name,
         shown=shown | ({"alpha": "alpha"} if mixed else {}),
         eval_objective=eval_objective,
     )
     run_job(job, task)
+
+
+def _examples(rows: Supervised) -> list[Example]:
+    return [(segment,) for segment in rows.segments]
 
 
 def _method(config: MainTrainConfig, mixed: bool) -> Method:

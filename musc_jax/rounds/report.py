@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from lm_jax.checkpoints.runs import training_records
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.generation.rounds import aligned
 
 _TRAINED = ("loss", "rewards/margins", "rewards/accuracies")

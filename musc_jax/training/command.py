@@ -8,6 +8,9 @@ from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import FULL, ModelConfig
 from lm_jax.console import say
+from lm_jax.data.order import Beside
+from lm_jax.data.packing import Example
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, score_program, train_program
 from lm_jax.training.job import Job, Task, TrainConfig, begin_job, open_job, run_job
@@ -57,7 +60,11 @@ def train(config: MuscTrainConfig) -> None:
         responses_beside(pairs, online, job) if online and pairs else None for pairs in (train_pairs, eval_pairs)
     )
     spec = step_spec(config, job.policy.config, rule)
-    begin_job(job, "musc_train", _method(config, rule))
+    read = {"input": _all_read(train_pairs, beside)}
+    if eval_pairs:
+        read["eval_input"] = _all_read(eval_pairs, eval_beside)
+    scored = _needs_scores(config, rule)
+    begin_job(job, "musc_train", _method(config, rule), read, reference if scored else None)
     examples, eval_examples = _examples(config, rule, job, reference, train_pairs, eval_pairs)
     say(f"weights: {rule}")
     task = Task(
@@ -73,6 +80,20 @@ def train(config: MuscTrainConfig) -> None:
         eval_beside=eval_beside,
     )
     run_job(job, task)
+
+
+def _all_read(pairs: Pairs, beside: Beside | None) -> list[Example]:
+    """Each pair's segments, chosen then rejected, and those that go along with it."""
+    along = beside.examples if beside else [()] * len(pairs.segments)
+    return [
+        (*pairs.segments[i : i + 2], *(segment for example in along[i : i + 2] for segment in example))
+        for i in range(0, len(pairs.segments), 2)
+    ]
+
+
+def _needs_scores(config: MuscTrainConfig, rule: str) -> bool:
+    """Whether the reference has to score the responses."""
+    return config.loss.needs_reference or rule in RULES_ON_SCORES
 
 
 def _method(config: MuscTrainConfig, rule: str) -> Method:
@@ -118,7 +139,7 @@ def open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:
     if not config.reference:
         return job.policy
     reference = open_model(config.reference)
-    if job.policy.precision != FULL and reference.identity() == job.policy.identity():
+    if job.policy.precision != FULL and everywhere(lambda: reference.fingerprint == job.policy.fingerprint):
         return job.policy  # named or not, it is the base below the adapters
     ours, its = job.policy.config.vocab_size, reference.config.vocab_size
     if its != ours:
@@ -133,7 +154,7 @@ def open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:
 def _examples(config, rule: str, job: Job, reference, train_pairs: Pairs, eval_pairs: Pairs | None):
     """(chosen, rejected) segments with weights and reference log-probs, of the training and the evaluation pairs."""
     segments = train_pairs.segments + (eval_pairs.segments if eval_pairs else [])
-    if config.loss.needs_reference or rule in RULES_ON_SCORES:
+    if _needs_scores(config, rule):
         cache = config.reference_cache or f"{config.output}/reference"
         scores = reference_scores(segments, reference, cache, config.compute, config.batch, job.mesh)
     else:

@@ -189,7 +189,7 @@ def store_key(
         "rules": list(rules),
         "tokens": digest.hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": source.fingerprint(),
+        "model": everywhere(lambda: source.fingerprint, "the model's fingerprint"),
         "dtype": config.compute.dtype,
     }
     if perturbed is not None:
