@@ -46,9 +46,7 @@ def write_checksums(checkpoint: epath.Path, process: int) -> None:
     temporary.rename(checkpoint / _name(process))
 
 
-def damage(
-    checkpoint: epath.Path, share: int = 0, shares: int = 1, items: Collection[str] | None = None
-) -> str | None:
+def damage(checkpoint: epath.Path, share: int = 0, shares: int = 1, items: Collection[str] | None = None) -> str | None:
     """What is wrong with the checkpoint, with the file's name; None where nothing is, or nothing was summed.
 
     Args:

@@ -1,12 +1,12 @@
 """What a run directory was begun with, in its `config.json`, and whether the same command may go on there.
 
-    command        which one
-    config         its settings
-    made_from      setting -> {"fingerprint": of what lies where it points, ...}: rows and weights by their content, so
-                   that a file may be moved, renamed or written again, and one that was edited is no longer the run's
-    derived        settings that were left open and follow from the others and the rows
-    base           of a run that trains adapters: the model that they belong to
-    method, origin, made_with     what a model card tells
+command        which one
+config         its settings
+made_from      setting -> {"fingerprint": of what lies where it points, ...}: rows and weights by their content, so
+               that a file may be moved, renamed or written again, and one that was edited is no longer the run's
+derived        settings that were left open and follow from the others and the rows
+base           of a run that trains adapters: the model that they belong to
+method, origin, made_with     what a model card tells
 """
 
 import json
@@ -63,9 +63,9 @@ def check_same_settings(path: epath.Path, description: Mapping[str, Any], may_ch
             f"{path}: begun by an older version, which did not note the rows and weights that a run is made from; give "
             "another config.output"
         )
-    before, given = found.get("made_from", {}), flat_settings(now["config"])
-    for key in sorted({*before, *contents}):
-        if fault := _content_fault(f"config.{key}={given.get(key)}", before.get(key), contents.get(key)):
+    given = flat_settings(now["config"])
+    for key, content in contents.items():
+        if fault := _content_fault(f"config.{key}={given.get(key)}", found["made_from"].get(key), content):
             raise UserError(f"{path}: {fault}, or give another config.output")
     _compare(path, found.get("derived", {}), now.get("derived", {}), lambda key: False)
 
@@ -80,10 +80,10 @@ def _compare(path: epath.Path, before: Mapping[str, Any], now: Mapping[str, Any]
             )
 
 
-def _content_fault(name: str, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str | None:
+def _content_fault(name: str, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
     """How what lies at a setting's place differs from what the run was begun with, and the cure."""
-    if before is None or now is None:
-        return f"this run was begun with{'out' if before is None else ''} {name.partition('=')[0]}; leave it as it was"
+    if before is None:
+        return f"this run was begun without {name}; leave it out"
     if before["fingerprint"] == now["fingerprint"]:
         return None
     if "rows" not in now:
