@@ -12,7 +12,7 @@ import numpy as np
 from lm_jax.errors import UserError
 
 
-def dumps(value: Any, indent: int | None = None, ensure_ascii: bool = True) -> str:
+def dumps(value: Any, **options: Any) -> str:
     """JSON text of what was computed: NaN and infinities are null, NumPy's scalars and arrays numbers and lists.
 
     What a user's rows hold is not to be changed without a word: `lm_jax.data.rows.write_jsonl` refuses it.
@@ -20,7 +20,7 @@ def dumps(value: Any, indent: int | None = None, ensure_ascii: bool = True) -> s
     >>> dumps({"loss": float("nan"), "steps": [1, np.float32("inf")]})
     '{"loss": null, "steps": [1, null]}'
     """
-    return json.dumps(finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def finite(value: Any) -> Any:

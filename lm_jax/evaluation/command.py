@@ -25,6 +25,7 @@ from lm_jax.evaluation.responses import read_responses
 from lm_jax.evaluation.tasks import Tasks, markdown, table, task_file
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
+from lm_jax.strict_json import dumps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,9 @@ def evaluate_ifeval(config: IfevalConfig) -> None:
             "short list of abbreviations instead"
         )
     scores["num_edited"] = len(responses.edited)
-    _write(Path(config.output), json.dumps(scores, indent=2) + "\n")
+    _write(Path(config.output), dumps(scores, indent=2) + "\n")
     if jax.process_index() == 0:
-        print(json.dumps({k: round(v, 4) for k, v in scores.items() if k.endswith("_acc")} | {"output": config.output}))
+        print(dumps({k: round(v, 4) for k, v in scores.items() if k.endswith("_acc")} | {"output": config.output}))
 
 
 def evaluate_tasks(config: HarnessConfig) -> None:
@@ -149,7 +150,7 @@ def evaluate_tasks(config: HarnessConfig) -> None:
     rows = table(models, results)
     text = markdown(models, rows)
     output = Path(config.output)
-    _write(output / "table.json", json.dumps({"models": models, "rows": rows}, indent=2) + "\n")
+    _write(output / "table.json", dumps({"models": models, "rows": rows}, indent=2) + "\n")
     _write(output / "table.md", text)
     if jax.process_index() == 0:
         print(text, end="")
@@ -177,7 +178,7 @@ def _run(
             rows = [{"task": key, **row} for key, own in samples.items() for row in own]
             write_jsonl(str(path.with_suffix(".samples.jsonl")), rows)
         settings = _settings(config, task, source)
-        _write(path, json.dumps({"settings": settings, "truncated": truncated, **found}, indent=2) + "\n")
+        _write(path, dumps({"settings": settings, "truncated": truncated, **found}, indent=2) + "\n")
 
 
 def _results(config: HarnessConfig, name: str, source: ModelSource) -> dict[str, Mapping[str, Any]]:

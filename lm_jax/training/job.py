@@ -32,9 +32,9 @@ from lm_jax.training.loggers import check_loggers, open_loggers
 from lm_jax.training.loop import Run, StepCost, fit, resume
 from lm_jax.training.metrics import MetricsWriter
 from lm_jax.training.profile import Tracer, steps_to_trace
-from lm_jax.training.program import StepProgram, assemble, compile_ahead, step_program
+from lm_jax.training.program import StepProgram, assemble, compile_beside, step_program
 from lm_jax.training.skipping import Skips
-from lm_jax.training.step import Objective, TrainState, make_evaluate
+from lm_jax.training.step import Objective, TrainState, host_totals, make_evaluate
 from lm_jax.training.watches import open_watches
 
 
@@ -186,10 +186,12 @@ def run_job(job: Job, task: Task) -> None:
     checkpointing = Checkpoints(f"{config.output}/checkpoints", keep, None if copy is None else copy.push)
     with deferred(), jax.set_mesh(mesh), checkpointing as checkpoints:
         shapes = batch_shapes(config.batch, mesh, task.values, task.beside)
-        compiling = compile_ahead(program, mesh, shapes)
-        frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
-        state = _start_state(job, program, checkpoints, batches)
-        compiling.join()
+
+        def load() -> tuple[Any, TrainState]:
+            frozen = job.policy.load_params(mesh, dtype) if config.lora.rank else None
+            return frozen, _start_state(job, program, checkpoints, batches)
+
+        frozen, state = compile_beside(program, mesh, shapes, load)
         if done := int(state.step):
             if copy is not None:
                 copy.push_missing(done)
@@ -244,11 +246,14 @@ def _evaluation(job: Job, task: Task, frozen):
     """What is trained -> metrics over all evaluation examples."""
     batch = job.config.batch
     plan = plan_batches(_lengths(task.eval_examples, task.eval_beside, batch), batch, 1, None)
-    evaluate = make_evaluate(task.eval_objective or task.objective)
-    return lambda trained: evaluate(
-        assemble(trained, frozen, job.config.lora),
-        BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_beside),
-    )
+    objective = task.eval_objective or task.objective
+    evaluate = make_evaluate(objective)
+
+    def batches() -> BatchIterator:
+        return BatchIterator(plan, task.eval_examples, job.mesh, task.values, task.eval_beside)
+
+    totals = host_totals(objective, map(batches().whole, range(len(plan))))
+    return lambda trained: evaluate(assemble(trained, frozen, job.config.lora), batches(), totals)
 
 
 def _start_state(job: Job, program: StepProgram, checkpoints: Checkpoints, batches: BatchIterator) -> TrainState:
@@ -281,7 +286,7 @@ def _step_cost(rows, task: Task, job: Job) -> StepCost:
 def _say_summary(output: str, records, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:
     trained = [record for record in records if "loss" in record]
     first, last = trained[0], trained[-1]
-    values = ", ".join(f"{short} {last[name]:.4f}" for name, short in shown.items() if name != "loss")
+    values = ", ".join(f"{short} {last[name]:.4f}" for name, short in shown.items() if name in last.keys() - {"loss"})
     say(
         f"done: {num_steps} steps in {seconds:.0f} s; loss {first['loss']:.4f} -> {last['loss']:.4f}"
         + (f", {values}" if values else "")

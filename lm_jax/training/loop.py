@@ -194,9 +194,9 @@ def _finish(run: Run, pending: _Pending, clock: float, progress: Progress) -> fl
     seconds = now - clock
     if said := run.skips.look(pending.step, values):
         progress.say(said)
-        values = {k: v for k, v in values.items() if math.isfinite(v)}
     del values["bad_example"]
-    for warning in filter(None, (watch.look(pending.step, values) for watch in run.watches)):
+    finite = {k: v for k, v in values.items() if math.isfinite(v)}
+    for warning in filter(None, (watch.look(pending.step, finite) for watch in run.watches)):
         progress.say(warning)
     cost = run.costs[pending.step - 1]
     peak = peak_flops()

@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl and TensorBoard, written by process 0."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 from etils import epath
 
 from lm_jax.errors import UserError
+from lm_jax.strict_json import dumps
 
 Log = Callable[[int, dict[str, float]], None]  # step, metrics
 
@@ -46,12 +48,18 @@ class MetricsWriter:
         self.close()
 
     def write(self, step: int, metrics: dict) -> None:
-        """Writes scalars; None (unknown on this machine) and, but for losses, NaN (not defined here) are left out."""
+        """Writes scalars. NaN and infinities are null and counted in `num_nonfinite`; TensorBoard gets the count alone.
+
+        Left out is what is None, unknown on this machine, and a part `loss/NAME` that is NaN, not defined in this step.
+        """
         if self._file is None:
             return
-        metrics = {k: v for k, v in metrics.items() if v is not None and (v == v or k.endswith("loss"))}
+        known = {k: v for k, v in metrics.items() if v is not None and not ("loss/" in k and math.isnan(v))}
+        metrics = {k: v for k, v in known.items() if math.isfinite(v)}
+        if nonfinite := len(known) - len(metrics):
+            known["num_nonfinite"] = metrics["num_nonfinite"] = nonfinite
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(dumps({"step": step, **known}) + "\n")
             self._file.flush()
         except OSError as e:
             raise UserError(

@@ -3,13 +3,15 @@
 Axes: M microbatches, B rows, T tokens. A batch is a dict of [M, B, ...] arrays.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Batch = dict[str, jax.Array]
@@ -40,10 +42,12 @@ class Objective:
     """What a method minimises, in a form that adds up exactly over microbatches, devices and hosts.
 
     Attributes:
-      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone.
+      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone. It takes arrays of JAX
+        and of NumPy alike, so by their methods (`x.sum()`).
       loss: (params, microbatch, totals) -> (loss, metrics, bad_example): the microbatch's *contributions*, sums
         already divided by the totals of the whole step, so that adding contributions gives the mean. `bad_example` is
-        the largest id of an example whose loss is not finite, or -1. A metric that is not defined in a step is NaN.
+        the largest id of an example whose loss is not finite, or -1. A part of the
+        loss, `loss/NAME`, that a step does not define is NaN.
       carry: in training alone; `totals` lack what it reads in an evaluation.
     """
 
@@ -144,27 +148,37 @@ def make_train_step(
     return train_step
 
 
-def make_evaluate(objective: Objective) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """(params, batches) -> metrics over all of them, exact: the totals are those of the whole evaluation set."""
+def host_totals(objective: Objective, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.float32]:
+    """The totals of all batches together, counted where the data lie: nothing goes to a device.
 
-    @jax.jit
-    def count(batch):
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch))
+    Args:
+      batches: with the rows of every process, [M, B, ...] as the step takes them.
+    """
+    totals: dict[str, float] = collections.defaultdict(float)
+    for batch in batches:
+        for m in range(len(next(iter(batch.values())))):
+            for name, number in objective.count({key: array[m] for key, array in batch.items()}).items():
+                totals[name] += float(number)
+    return {name: np.float32(number) for name, number in totals.items()}
+
+
+def make_evaluate(objective: Objective) -> Callable[..., dict[str, float]]:
+    """(params, batches, totals) -> metrics over all batches, exact where `totals` are those of all: see `host_totals`.
+
+    A batch is on the device while it and the next one are computed, no longer.
+    """
 
     @jax.jit
     def contribution(params, batch, totals):
         loss, metrics, _ = jax.lax.map(lambda micro: objective.loss(params, micro, totals), batch)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), {**metrics, "loss": loss})
 
-    def evaluate(params, batches):
-        batches = list(batches)
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
-        totals, sums = None, None
-        for batch in batches:
-            totals = count(batch) if totals is None else add(totals, count(batch))
+    def evaluate(params: Any, batches: Iterable[Batch], totals: Mapping[str, Any]) -> dict[str, float]:
+        sums: Sums | None = None
         for batch in batches:
             part = contribution(params, batch, totals)
-            sums = part if sums is None else add(sums, part)
+            jax.block_until_ready(sums)  # else all batches may be put there before the first one is done
+            sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
         return {k: float(v) for k, v in (sums or {}).items()}
 
     return evaluate

@@ -36,8 +36,8 @@ def preference_objective(
 
     def count(batch: Batch) -> Sums:
         return {
-            "pairs": jnp.sum(batch["example_ids"] >= 0).astype(jnp.float32),
-            "chosen_tokens": jnp.sum(batch["loss_mask"] * (batch["segment_ids"] % 2 == 1)),
+            "pairs": (batch["example_ids"] >= 0).sum().astype(jnp.float32),
+            "chosen_tokens": (batch["loss_mask"] * (batch["segment_ids"] % 2 == 1)).sum(),
         }
 
     def contributions(params, batch: Batch, totals: Sums):
