@@ -2,12 +2,11 @@
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from lm_jax.checkpoints.weight_files import open_checkpoint
+from lm_jax.checkpoints.weight_files import Checkpoint
 from lm_jax.config import ModelConfig
 
 WHOLE = 1 << 32  # bytes of a model that are read, in a second or two; more would be slow where a process loads a share
@@ -15,18 +14,14 @@ _BLOCK = 1 << 16  # bytes read at a place
 _THREADS = 4
 
 
-def weights_fingerprint(model_dir: str | Path, whole: int = WHOLE) -> str:
-    """xxh3-128 (hex) over the tensors of a Hugging Face directory: each one's name, dtype, shape and bytes.
+def weights_fingerprint(checkpoint: Checkpoint, whole: int = WHOLE) -> str:
+    """xxh3-128 (hex) over tensors: each one's name, dtype, shape and bytes.
 
     How they are cut into files does not count. Of up to `whole` bytes in all, every one does. Of a larger model it is
     one block in k of each tensor, spread evenly, with its first and last one, so that k times fewer are read: what
     changes a whole tensor, as training, merging and rounding do, never escapes; of edits of n bytes in a row about the
     share 1 / k + n / (k * 64 KiB) is seen. Not cryptographic: it tells versions apart, and is ten times as fast.
-
-    Raises:
-      UserError: as `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(Path(model_dir))
     tensors = checkpoint.tensors
     stride = max(1, -(-sum(tensor.data.nbytes for tensor in tensors.values()) // whole)) * _BLOCK
 

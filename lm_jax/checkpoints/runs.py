@@ -10,6 +10,7 @@ import functools
 import hashlib
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from lm_jax.checkpoints.lock import NAME, lock
 from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.checkpoints.provenance import Method, made_with, origin
 from lm_jax.checkpoints.settings import Contents, check_same_settings, read_settings, write_settings
+from lm_jax.checkpoints.weight_files import open_checkpoint
 from lm_jax.config import FULL, NF4, LoraConfig, ModelConfig, from_config_dict
 from lm_jax.console import say
 from lm_jax.distributed.processes import at_work, everywhere
@@ -106,7 +108,7 @@ class ModelSource:
         """
         digest = hashlib.sha256(config_told(self.config).encode())
         if self.run is None:
-            digest.update(weights_fingerprint(self.directory).encode())
+            digest.update(weights_fingerprint(open_checkpoint(Path(self.directory))).encode())
         else:
             digest.update(item_fingerprint(epath.Path(self.run) / "checkpoints" / str(self.step), "params").encode())
         if self.base is not None and self.lora is not None:

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from lm_jax.checkpoints.fingerprints import weights_fingerprint
 from lm_jax.checkpoints.runs import open_model
+from lm_jax.checkpoints.weight_files import open_checkpoint
 from tests.checkpoints import edit_config, make_checkpoint
 
 FILE = "model.safetensors"
@@ -88,7 +89,7 @@ def test_every_weight_counts(original, copy):
 )
 def test_more_than_numbers_counts(original, copy, change):
     rewrite(copy, change)
-    assert weights_fingerprint(copy) != weights_fingerprint(original)
+    assert weights_fingerprint(open_checkpoint(copy)) != weights_fingerprint(open_checkpoint(original))
 
 
 @pytest.mark.parametrize("fields", [{"rms_norm_eps": 1e-5}, {"hidden_act": "gelu"}])
@@ -106,7 +107,7 @@ def test_of_a_large_model_every_tensor_is_looked_at(tmp_path):
 
     def found(edited) -> str:
         save_file(edited, tmp_path / FILE)
-        return weights_fingerprint(tmp_path, whole)
+        return weights_fingerprint(open_checkpoint(tmp_path), whole)
 
     before = found(tensors)
     for name in tensors:
