@@ -23,6 +23,7 @@ from lm_jax.console import say
 from lm_jax.data.rows import replacing, write_text
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
+from lm_jax.strict_json import dumps
 
 Result = Mapping[str, Any]
 
@@ -154,7 +155,7 @@ def bench(config: BenchConfig) -> None:
             found["peers"][peer] = {**theirs, "same": same, "compared": said, "ratio": ratios}
             print(_line(name, peer, ours, theirs, ratios, said, same), flush=True)
         report["rows"][name] = found
-        write_text(f"{output}/bench.json", json.dumps(report, indent=1) + "\n")
+        write_text(f"{output}/bench.json", dumps(report, indent=1) + "\n")
         _plot(output / f"{name}.png", name, found)
     say(f"written: {output}/bench.json, {output}/*.png")
 

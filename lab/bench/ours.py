@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lab.bench import material
-from lm_jax.checkpoints.runs import open_model, training_records
+from lm_jax.checkpoints.runs import open_model
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, ModelConfig, RopeConfig
 from lm_jax.data.packing import Segment
 from lm_jax.data.tokenizers import load_tokenizer
@@ -28,6 +29,7 @@ from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.logprobs import token_logprobs
 from lm_jax.scoring.scoring import score as score_segments
 from lm_jax.sharding import make_mesh
+from lm_jax.strict_json import dumps
 from lm_jax.training.flops import forward_flops, peak_flops
 
 
@@ -188,6 +190,6 @@ if __name__ == "__main__":
     row, given = sys.argv[1], json.loads(sys.argv[2])
     Path(given["output"]).parent.mkdir(parents=True, exist_ok=True)
     try:
-        print(json.dumps(_ROWS[row](given)))
+        print(dumps(_ROWS[row](given)))
     except UserError as error:
         sys.exit(f"error: {error}")

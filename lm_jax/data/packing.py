@@ -6,6 +6,7 @@ pair two. Position t of a row predicts token t + 1, so what belongs to a respons
 """
 
 import dataclasses
+import hashlib
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -42,6 +43,21 @@ Example = Sequence[Segment]
 def example_lengths(examples: Sequence[Example]) -> np.ndarray:
     """[N] int64: tokens that each example takes in a row."""
     return np.array([sum(map(len, example)) for example in examples], np.int64)
+
+
+def examples_fingerprint(examples: Iterable[Example]) -> str:
+    """sha256 (hex) over all that is read of examples, in their order: token ids, masks and values."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for segment in example:
+            arrays = {"prompt": segment.prompt.astype("<i4"), "response": segment.response.astype("<i4")}
+            arrays |= {name: value.astype("<f4") for name, value in sorted(segment.values.items())}
+            if segment.loss_mask is not None:
+                arrays["mask"] = segment.loss_mask.astype(np.int8)
+            digest.update(repr({name: len(array) for name, array in arrays.items()}).encode())
+            digest.update(b"".join(array.tobytes() for array in arrays.values()))
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def pack(lengths: np.ndarray, row_length: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl and TensorBoard, written by process 0."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 from etils import epath
 
 from lm_jax.errors import UserError
+from lm_jax.strict_json import dumps
 from lm_jax.training.callbacks import Callback, Metrics, Timing
 
 Log = Callable[[int, dict[str, float]], None]  # step, metrics
@@ -50,12 +52,18 @@ class MetricsWriter(Callback):
         self.write(step, metrics)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Writes scalars; None (unknown on this machine) and, but for losses, NaN (not defined here) are left out."""
+        """Writes scalars. NaN and infinities are null and counted in `num_nonfinite`; TensorBoard gets the count alone.
+
+        A part `loss/NAME` that is NaN, not defined in this step, is left out.
+        """
         if self._file is None:
             return
-        metrics = {k: v for k, v in metrics.items() if v is not None and (v == v or k.endswith("loss"))}
+        known = {k: v for k, v in metrics.items() if not ("loss/" in k and math.isnan(v))}
+        metrics = {k: v for k, v in known.items() if math.isfinite(v)}
+        if nonfinite := len(known) - len(metrics):
+            known["num_nonfinite"] = metrics["num_nonfinite"] = nonfinite
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(dumps({"step": step, **known}) + "\n")
             self._file.flush()
         except OSError as e:
             raise UserError(

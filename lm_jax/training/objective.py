@@ -36,11 +36,12 @@ class Objective:
     """What a method minimises.
 
     Attributes:
-      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone. Where all are 0 there is
-        nothing to compute.
+      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone. It takes arrays of JAX
+        and of NumPy alike, so by their methods (`x.sum()`). Where all are 0 there is nothing to compute.
       loss: (params, microbatch, totals) -> (loss, metrics, bad_example): the microbatch's *contributions*, sums
         already divided by the totals of the whole step, so that adding contributions gives the mean. `bad_example` is
-        the largest id of an example whose loss is not finite, or -1. A metric that is not defined in a step is NaN.
+        the largest id of an example whose loss is not finite, or -1. A part of the loss, `loss/NAME`, that a step does
+        not define is NaN.
       values: what the batch holds for every response token, as `Segment.values` has it.
       auxiliary: further examples that travel with the batch; its own may be lacking until the data are read.
       state: in training alone; `totals` lack what it reads in an evaluation.

@@ -54,8 +54,6 @@ class Skips(Callback):
         rows += f" and {len(examples) - _NAMED} more" if len(examples) > _NAMED else ""
         if self.number <= self._limit:
             say(f"{what}; skipped, number {self.number} of at most {self._limit}; the step's rows: {rows}")
-            for name in [name for name, value in metrics.items() if not math.isfinite(value)]:
-                del metrics[name]
             return
         written = everywhere(lambda: self._write(step), "the batch that is written down")
         raise UserError(

@@ -4,8 +4,9 @@ Axes: M microbatches, B rows, T tokens. A step's batch is one stack of microbatc
 of [M, B, ...] arrays.
 """
 
+import collections
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -122,28 +123,38 @@ def make_train_step(
     return train_step
 
 
-def make_evaluate(objective: Objective) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """(params, batches) -> metrics over all of them, exact: the totals are those of the whole evaluation set."""
+def host_totals(objective: Objective, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.float32]:
+    """The totals of all batches together, counted where the data lie: nothing goes to a device.
 
-    @jax.jit
-    def count(batch):
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch))
+    Args:
+      batches: with the rows of every process, [M, B, ...] as the step takes them.
+    """
+    totals: dict[str, float] = collections.defaultdict(float)
+    for batch in batches:
+        for m in range(len(next(iter(batch.values())))):
+            for name, number in objective.count({key: array[m] for key, array in batch.items()}).items():
+                totals[name] += float(number)
+    return {name: np.float32(number) for name, number in totals.items()}
+
+
+def make_evaluate(objective: Objective) -> Callable[..., dict[str, float]]:
+    """(params, batches, totals) -> metrics over all batches, exact where `totals` are those of all: see `host_totals`.
+
+    A batch is on the device while it and the next one are computed, no longer.
+    """
 
     @jax.jit
     def contribution(params, batch, totals):
         loss, metrics, _ = jax.lax.map(lambda micro: objective.loss(params, micro, totals), batch)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), {**metrics, "loss": loss})
 
-    def evaluate(params, batches):
-        batches = list(batches)
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
-        totals, sums = None, None
-        for batch in batches:
-            totals = count(batch) if totals is None else add(totals, count(batch))
+    def evaluate(params: Any, batches: Iterable[Batch], totals: Mapping[str, Any]) -> dict[str, float]:
+        sums: Sums | None = None
         for batch in batches:
             reached("a batch of the evaluation")
             part = contribution(params, batch, totals)
-            sums = part if sums is None else add(sums, part)
+            jax.block_until_ready(sums)  # else all batches may be put there before the first one is done
+            sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
         return {k: float(v) for k, v in (sums or {}).items()}
 
     return evaluate

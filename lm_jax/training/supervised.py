@@ -42,7 +42,7 @@ def supervised_objective(
 
     Args:
       coefficients: c_t by name, of the whole step's totals: `loss` is minimised, the others are metrics. NaN stands for
-        a metric that the step does not define.
+        a part `loss/NAME` that the step does not define.
     """
 
     def token_weights(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -50,8 +50,8 @@ def supervised_objective(
         return weights * (1 - batch["synthetic"]), weights * batch["synthetic"]
 
     def count(batch: Batch) -> Sums:
-        seed, synthetic = map(jnp.sum, token_weights(batch))
-        return {"tokens": jnp.sum(batch["loss_mask"]), SEED: seed, SYNTHETIC: synthetic}
+        seed, synthetic = token_weights(batch)
+        return {"tokens": batch["loss_mask"].sum(), SEED: seed.sum(), SYNTHETIC: synthetic.sum()}
 
     def contributions(params, batch: Batch, totals: Sums):
         found = packed_statistics(params, batch, model, compute, ("logprobs", "top1"))

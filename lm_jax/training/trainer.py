@@ -11,7 +11,8 @@ import numpy as np
 from lm_jax.checkpoints.mirror import Mirror
 from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.checkpoints.provenance import Method
-from lm_jax.checkpoints.runs import begin_run, open_model, param_specs, training_records
+from lm_jax.checkpoints.runs import ModelSource, begin_run, open_model, param_specs
+from lm_jax.checkpoints.settings import Contents, rows_content, training_records
 from lm_jax.config import (
     BatchConfig,
     CheckpointConfig,
@@ -24,11 +25,11 @@ from lm_jax.config import (
 )
 from lm_jax.console import say
 from lm_jax.data.batches import AuxiliaryBatch, BatchIterator, batch_shapes
-from lm_jax.data.packing import Example, example_lengths
+from lm_jax.data.packing import Example, example_lengths, examples_fingerprint
 from lm_jax.data.plans import BatchPlan, plan_passes, plan_steps
 from lm_jax.data.text import TextEncoder
-from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
-from lm_jax.distributed.processes import at_work, moving, stops_before
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.distributed.processes import moving, stops_before
 from lm_jax.distributed.stopping import Stopped, deferred
 from lm_jax.errors import UserError
 from lm_jax.models.attention import chosen
@@ -44,9 +45,9 @@ from lm_jax.training.loop import fit
 from lm_jax.training.metrics import MetricsWriter
 from lm_jax.training.objective import Objective
 from lm_jax.training.profile import Tracer, steps_to_trace
-from lm_jax.training.program import StepProgram, assemble, compile_ahead, step_program
+from lm_jax.training.program import StepProgram, assemble, compile_beside, step_program
 from lm_jax.training.skipping import Skips
-from lm_jax.training.step import TrainState, make_evaluate
+from lm_jax.training.step import TrainState, host_totals, make_evaluate
 from lm_jax.training.watches import Warnings
 
 
@@ -152,10 +153,30 @@ class Trainer:
         end_ids = end_token_ids(self.policy.directory, self.tokenizer)
         self.encoder = TextEncoder(self.tokenizer, config.max_length, end_ids)
 
-    def begin(self, command: str, method: Method) -> None:
-        """Makes the run directory, or finds the same run in it to continue; see `begin_run`."""
+    def begin(
+        self,
+        command: str,
+        method: Method,
+        read: Sequence[Sequence[Example]],
+        reference: ModelSource | None = None,
+    ) -> None:
+        """Makes the run directory, or finds the same run in it to continue; see `begin_run`.
+
+        Args:
+          read: all that training, and evaluation, reads of its rows, as far as it is known before a model scores them.
+          reference: what else than the policy has scored them.
+        """
         config = self.config
-        begin_run(config.output, command, to_dict(config), self.policy, method, bool(config.lora.rank))
+
+        def made_from() -> Contents:
+            tokenizer = tokenizer_fingerprint(self.tokenizer)
+            models = {"model": self.policy, "reference": reference}
+            return {
+                key: rows_content(len(own), examples_fingerprint(own), tokenizer)
+                for key, own in zip(("input", "eval_input"), read, strict=False)
+            } | {key: model.content() for key, model in models.items() if model is not None}
+
+        begin_run(config.output, command, to_dict(config), self.policy, method, made_from, bool(config.lora.rank))
 
     def fit(
         self,
@@ -194,11 +215,13 @@ class Trainer:
         checkpointing = Checkpoints(f"{output}/checkpoints", config.checkpoints.keep, copies)
         with deferred(), jax.set_mesh(mesh), checkpointing as checkpoints:
             shapes = (plan.rows, plan.max_examples, mesh, objective.values, data.auxiliary)
-            compiling = compile_ahead(program, mesh, [batch_shapes(stacks, *shapes) for stacks in plan.shapes])
-            frozen = self.policy.load_params(mesh, config.compute.dtype) if config.lora.rank else None
-            state = self._start_state(program, checkpoints, batches)
-            with at_work():  # a process that compiled before may have kept it
-                compiling.join()
+
+            def load() -> tuple[Any, TrainState]:
+                frozen = self.policy.load_params(mesh, config.compute.dtype) if config.lora.rank else None
+                return frozen, self._start_state(program, checkpoints, batches)
+
+            given = [batch_shapes(stacks, *shapes) for stacks in plan.shapes]
+            frozen, state = compile_beside(program, mesh, given, load)
             if done := int(state.step):
                 if copy is not None:
                     with moving(copy.remote):
@@ -253,10 +276,13 @@ class Trainer:
         plan = plan_passes(data.lengths, self.config.forward_batch(self.mesh), batch_divisor(self.mesh))
         evaluate = make_evaluate(objective)
 
-        def batches():
+        def batches() -> BatchIterator:
             return BatchIterator(plan, data.examples, self.mesh, objective.values, data.auxiliary)
 
-        return lambda trained: evaluate(assemble(trained, frozen, self.config.lora), (stack for (stack,) in batches()))
+        whole = batches().whole
+        totals = host_totals(objective, (stack for step in range(len(plan)) for stack in whole(step)))
+        lora = self.config.lora
+        return lambda trained: evaluate(assemble(trained, frozen, lora), (stack for (stack,) in batches()), totals)
 
     def _start_state(self, program: StepProgram, checkpoints: Checkpoints, batches: BatchIterator) -> TrainState:
         """The state to go on from, its data iterator positioned."""
@@ -291,7 +317,7 @@ def _row_shapes(plan: BatchPlan) -> str:
 def _say_summary(output: str, records, shown: Mapping[str, str], num_steps: int, seconds: float) -> None:
     trained = [record for record in records if "loss" in record]
     first, last = trained[0], trained[-1]
-    values = ", ".join(f"{short} {last[name]:.4f}" for name, short in shown.items() if name != "loss")
+    values = ", ".join(f"{short} {last[name]:.4f}" for name, short in shown.items() if name in last.keys() - {"loss"})
     say(
         f"done: {num_steps} steps in {seconds:.0f} s; loss {first['loss']:.4f} -> {last['loss']:.4f}"
         + (f", {values}" if values else "")

@@ -1,13 +1,14 @@
 """What looks at a run's metrics step by step and warns, in a line each, of what a person would see in the curves."""
 
 import collections
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
 
-from lm_jax.checkpoints.runs import training_records
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.console import say
 from lm_jax.training.callbacks import Callback, Metrics, Timing
 
@@ -122,6 +123,7 @@ class Warnings(Callback):
                 watch.look(record["step"], record)
 
     def on_metrics(self, step: int, metrics: Metrics, timing: Timing) -> None:
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for watch in self._watches:
-            if warning := watch.look(step, metrics):
+            if warning := watch.look(step, finite):
                 say(warning)

@@ -94,7 +94,7 @@ def filter_candidates(config: FilterConfig) -> None:
         name: FrozenModel(name, path, mesh, config.dtype, config.chat_template_kwargs)
         for name, path in (("forward", config.forward), ("reverse", config.reverse))
     }
-    tokenizers = [model.identity["fingerprint of its tokenizer"] for model in models.values()]
+    tokenizers = [model.read_with["fingerprint of its tokenizer"] for model in models.values()]
     if tokenizers[0] != tokenizers[1]:
         raise UserError(
             f"config.forward={config.forward} and config.reverse={config.reverse}: their tokenizers or chat templates "

@@ -52,8 +52,8 @@ def train(config: MainTrainConfig) -> None:
         say(f"alpha: {config.alpha.rule}")
     else:
         say(f"all rows are {next(iter(read[0].sources()))}: plain cross-entropy, without alpha")
-    trainer.begin("main_train", _method(config, mixed))
     data = [Data([(segment,) for segment in rows.segments], rows.name) for rows in read]
+    trainer.begin("main_train", _method(config, mixed), [own.examples for own in data])
     trainer.fit(
         objective_of(config, model, mixed),
         data[0],

@@ -9,7 +9,9 @@ from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import FULL, ModelConfig, PairBatch
 from lm_jax.console import say
+from lm_jax.data.batches import AuxiliaryBatch
 from lm_jax.data.packing import Example
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, score_program, train_program
 from lm_jax.training.objective import Objective
@@ -53,7 +55,8 @@ def train(config: MuscTrainConfig) -> None:
         say("\n".join(own.report))
     online = online_rule(rule)
     auxiliary = [auxiliary_responses(own, online, trainer) if online else None for own in read]
-    trainer.begin("musc_train", _method(config, rule))
+    whole = [_all_read(own, along) for own, along in zip(read, auxiliary, strict=True)]
+    trainer.begin("musc_train", _method(config, rule), whole, reference if _needs_scores(config, rule) else None)
     examples = _examples(config, rule, trainer, reference, read)
     say(f"weights: {rule}")
     data = [
@@ -66,6 +69,20 @@ def train(config: MuscTrainConfig) -> None:
         data[1] if eval_pairs else None,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
     )
+
+
+def _all_read(pairs: Pairs, auxiliary: AuxiliaryBatch | None) -> list[Example]:
+    """Each pair's segments, chosen then rejected, and those that travel with it."""
+    along = auxiliary.examples if auxiliary else [()] * len(pairs.segments)
+    return [
+        (*pairs.segments[i : i + 2], *(segment for example in along[i : i + 2] for segment in example))
+        for i in range(0, len(pairs.segments), 2)
+    ]
+
+
+def _needs_scores(config: MuscTrainConfig, rule: str) -> bool:
+    """Whether the reference has to score the responses."""
+    return config.loss.needs_reference or rule in RULES_ON_SCORES
 
 
 def _method(config: MuscTrainConfig, rule: str) -> Method:
@@ -111,7 +128,7 @@ def open_reference(config: MuscTrainConfig, trainer: Trainer) -> ModelSource:
     if not config.reference:
         return trainer.policy
     reference = open_model(config.reference)
-    if trainer.policy.precision != FULL and reference.identity() == trainer.policy.identity():
+    if trainer.policy.precision != FULL and everywhere(lambda: reference.fingerprint == trainer.policy.fingerprint):
         return trainer.policy  # named or not, it is the base below the adapters
     ours, its = trainer.policy.config.vocab_size, reference.config.vocab_size
     if its != ours:
@@ -128,7 +145,7 @@ def _examples(
 ) -> list[Sequence[Example]]:
     """(chosen, rejected) segments with weights and reference log-probs, of each set of pairs."""
     segments = [segment for pairs in read for segment in pairs.segments]
-    if config.loss.needs_reference or rule in RULES_ON_SCORES:
+    if _needs_scores(config, rule):
         cache = config.reference_cache or f"{config.output}/reference"
         batch = config.forward_batch(trainer.mesh)
         scores = reference_scores(segments, reference, cache, config.compute, batch, trainer.mesh)

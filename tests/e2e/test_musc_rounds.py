@@ -155,7 +155,7 @@ def test_rounds_of_a_model_that_runs_here(tmp_path, monkeypatch):
     assert len(alive) == 4 and max(alive) < before + size / 10
 
     first, second = (tmp_path / f"out/round_{n}" for n in (1, 2))
-    trained = open_model(f"{first}/train").fingerprint()
+    trained = open_model(f"{first}/train").fingerprint
     assert trained in (second / "pairs.jsonl.run.json").read_text()
     assert trained not in (first / "pairs.jsonl.run.json").read_text()
     for run in (first / "train", second / "train"):

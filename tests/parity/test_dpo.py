@@ -224,6 +224,21 @@ def test_a_step_of_eight_pairs_equals_trls(models, config, params):
         check_against_trl(theirs, (metrics["loss"], metrics, flatten(state.opt_state[0].trace)), config)
 
 
+def test_nll_term_is_unweighted(models, config, params, segments, reference_logprobs):
+    """With token weights it adds what TRL's sft loss is without them, to the loss and to its gradients."""
+    sft = dpo_oracle(*models, PAIRS, loss_type="sft", beta=BETA)
+    pairs = make_pairs(segments, reference_logprobs, random_weights(segments))
+    without, got = (
+        loss_and_gradients(params[0], config, pairs, LossConfig("sigmoid", BETA, 0.0, 0.0, weight), packed_rows(pairs))
+        for weight in (0.0, 0.7)
+    )
+    np.testing.assert_allclose(got[1]["nll_loss"], sft["loss"], rtol=RTOL)
+    np.testing.assert_allclose(got[0] - without[0], 0.7 * sft["loss"], rtol=RTOL)
+    before, after = (hf_gradients(grads, config) for _, _, grads in (without, got))
+    for name, gradient in sft["grads"].items():
+        assert_near(after[name] - before[name], 0.7 * gradient, name, rtol=1e-3)  # two near numbers' difference
+
+
 def test_messages_equal_trl(models, config, params, tmp_path):
     """Conversational rows, with a template that sets nothing after the end token (TRL would train on it)."""
     rows = [

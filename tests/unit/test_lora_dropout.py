@@ -15,7 +15,7 @@ from lm_jax.models.lora import dropout_key, init_adapters, join, without_dropout
 from lm_jax.models.weights import flatten
 from lm_jax.sharding import make_mesh
 from lm_jax.training.program import step_program
-from lm_jax.training.step import make_evaluate
+from lm_jax.training.step import host_totals, make_evaluate
 from lm_jax.training.supervised import VALUES, supervised_objective
 
 MODEL = ModelConfig("llama", 64, 2, 16, 24, 4, 2, 4, RopeConfig(10_000.0), 1e-5, 64)
@@ -132,7 +132,8 @@ def test_what_a_step_depends_on():
 
 
 def test_evaluation_has_none():
-    evaluate, objective = make_evaluate(supervised_objective(MODEL, COMPUTE)), join(params(), adapters(), LORA)
-    found = evaluate(objective, [batch()])["loss"]
+    objective = supervised_objective(MODEL, COMPUTE)
+    totals = host_totals(objective, [batch()])
+    found = make_evaluate(objective)(join(params(), adapters(), LORA), [batch()], totals)["loss"]
     assert found == pytest.approx(steps(OFF, 1)[1][0], rel=1e-6)
     assert abs(found - steps(LORA, 1)[1][0]) > 1e-4

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from lm_jax.models.decoder import Decoder
 from lm_jax.models.weights import flatten
 from lm_jax.training.objective import Objective
 from lm_jax.training.optim import make_optimizer, make_schedule
-from lm_jax.training.step import TrainState, make_evaluate, make_train_step
+from lm_jax.training.step import TrainState, host_totals, make_evaluate, make_train_step
 from musc_jax.training.losses import LossConfig
 from musc_jax.training.objective import preference_objective
 
@@ -127,7 +129,8 @@ def test_accumulated_equals_one_batch(cut):
 
 @functools.cache
 def evaluate():
-    return make_evaluate(objective())
+    run = make_evaluate(objective())
+    return lambda params, batches: run(params, batches, host_totals(objective(), batches))
 
 
 def test_one_batch_by_hand():
@@ -154,6 +157,45 @@ def test_evaluation_is_exact_over_uneven_batches():
     for name in whole:
         np.testing.assert_allclose(uneven[name], whole[name], rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(whole[name], trained[name], rtol=1e-5, err_msg=name)
+
+
+def test_totals_are_counted_on_the_host():
+    """What the count gives on a device, to the bit, without one."""
+    batches = [batch_of(ROWS[i : i + 4], 2) for i in (0, 4)]
+    with jax.transfer_guard("disallow"):
+        totals = host_totals(objective(), batches)
+    counted = [jax.vmap(objective().count)(batch) for batch in batches]
+    assert {name: float(number) for name, number in totals.items()} == {
+        name: sum(float(c[name].sum()) for c in counted) for name in counted[0]
+    }
+    assert totals["pairs"] == 9 and 9 < totals["chosen_tokens"] == sum(len(chosen.response) for chosen, _ in pairs())
+
+
+def test_totals_count_by_ones_beyond_what_fp32_does():
+    def tokens(number):
+        ones = {"loss_mask": np.float32(1), "segment_ids": np.int32(1), "example_ids": np.int32(0)}
+        return {name: np.broadcast_to(one, (1, number // 4096 or 1, min(number, 4096))) for name, one in ones.items()}
+
+    batches = [tokens(2**24), *[tokens(1)] * 4]
+    assert host_totals(objective(), batches)["chosen_tokens"] == 2**24 + 4
+
+
+def test_an_evaluation_holds_two_batches_at_most():
+    held: list[weakref.ref] = []
+    most = [0]
+
+    def batches():
+        for row in ROWS * 3:
+            gc.collect()
+            most[0] = max(most[0], sum(ref() is not None for ref in held))
+            batch = jax.tree.map(jnp.asarray, batch_of([row]))
+            held.append(weakref.ref(batch["tokens"]))
+            yield batch
+            del batch
+
+    totals = host_totals(objective(), [batch_of([row]) for row in ROWS * 3])
+    found = make_evaluate(objective())(params(), batches(), totals)
+    assert found["pairs"] == 27 and len(held) == 24 and 1 <= most[0] <= 2
 
 
 def test_padding_alone_is_zero():

@@ -12,7 +12,7 @@ from lm_jax.config import ComputeConfig, ModelConfig, RopeConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.models.decoder import Decoder
 from lm_jax.training.checkpointing import checkpoint_items, resume
-from lm_jax.training.step import TrainState, make_evaluate, make_train_step
+from lm_jax.training.step import TrainState, host_totals, make_evaluate, make_train_step
 from lm_jax.training.supervised import VALUES, supervised_objective
 from main_jax.training.losses import mixed_coefficients, plain_coefficients
 from main_jax.training.weighting import AlphaConfig, alpha_state
@@ -80,7 +80,9 @@ def trained(microbatches):
 
 @functools.cache
 def evaluate():
-    return make_evaluate(supervised_objective(MODEL, COMPUTE, plain_coefficients))
+    objective = supervised_objective(MODEL, COMPUTE, plain_coefficients)
+    run = make_evaluate(objective)
+    return lambda params, batches: run(params, batches, host_totals(objective, batches))
 
 
 def means(rows, params):
