@@ -142,7 +142,7 @@ def open_reference(config: MuscTrainConfig, trainer: Trainer) -> ModelSource:
 
 def _examples(
     config: MuscTrainConfig, rule: str, trainer: Trainer, reference: ModelSource, read: Sequence[Pairs]
-) -> list[Sequence[Example]]:
+) -> Sequence[Sequence[Example]]:
     """(chosen, rejected) segments with weights and reference log-probs, of each set of pairs."""
     segments = [segment for pairs in read for segment in pairs.segments]
     if _needs_scores(config, rule):
