@@ -4,7 +4,7 @@ import jax
 
 from lm_jax.console import say
 from lm_jax.data.supervised import load_supervised
-from lm_jax.training.preview import print_examples, with_values
+from lm_jax.training.preview import print_examples, template_note, with_values
 from lm_jax.training.trainer import Trainer
 from main_jax.training.command import MainTrainConfig
 
@@ -24,7 +24,8 @@ def preview(config: MainTrainConfig, number: int) -> None:
         print_examples(
             [
                 (
-                    f"{rows.name(i)} ({rows.rows[i].id}, {rows.rows[i].source})",
+                    f"{rows.name(i)} ({rows.rows[i].id}, {rows.rows[i].source})"
+                    + template_note(trainer.tokenizer, rows.rows[i].prompt),
                     [with_values(segment, _VALUES)],
                     [(rows.rows[i].source, full_length)],
                 )

@@ -7,7 +7,7 @@ from lm_jax.config import BatchConfig
 from lm_jax.console import say
 from lm_jax.scoring.cached_scores import FIELDS
 from lm_jax.scoring.scoring import score
-from lm_jax.training.preview import print_examples, with_values
+from lm_jax.training.preview import print_examples, template_note, with_values
 from lm_jax.training.trainer import Trainer
 from musc_jax.training.command import MuscTrainConfig, open_reference
 from musc_jax.training.examples import load_pairs
@@ -40,7 +40,7 @@ def preview(config: MuscTrainConfig, number: int) -> None:
         print_examples(
             [
                 (
-                    f"{pairs.name(i)} ({pairs.rows[i].id})",
+                    f"{pairs.name(i)} ({pairs.rows[i].id})" + template_note(trainer.tokenizer, pairs.rows[i].prompt),
                     [with_values(segment, values) for segment in example],
                     list(zip((CHOSEN, REJECTED), pairs.full_lengths[2 * i : 2 * i + 2], strict=True)),
                 )
