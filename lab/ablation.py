@@ -26,7 +26,7 @@ from lab import steps as lab_steps
 from lab.arms import DEV, TEST, Arms
 from lab.commands import alone_in, logged, run_step
 from lab.main_arms import LEFT_OUT as MAIN_LEFT_OUT
-from lab.main_arms import SEED_ONLY, Controls, MainArms, MainArmsConfig, main_arms
+from lab.main_arms import SEED_ONLY, MainArms, MainArmsConfig, main_arms
 from lab.musc_arms import DPO, MuscArms, MuscArmsConfig, musc_arms
 from lab.musc_arms import LEFT_OUT as MUSC_LEFT_OUT
 from lab.seed import copy_fitted
@@ -89,22 +89,18 @@ class LabAblationConfig:
         return (MUSC, MAIN) if self.method == BOTH else (self.method,)
 
 
-def ablate(config: LabAblationConfig, rules: Sequence[str], controls: Controls) -> None:
+def ablate(config: LabAblationConfig) -> None:
     """Measures every arm on every seed and writes the report. What is done stays: called again, it goes on.
-
-    Args:
-      rules: MuSC's rules of token weights, the default one first.
-      controls: what MAIN's code says of its arms.
 
     Raises:
       UserError: a step failed, a seed model is below its gate, an unknown arm, or `config.output` holds something else
         or is at work already.
     """
     config = dataclasses.replace(config, rate_seeds=config.rate_seeds or config.seeds[:1])  # it stays so
-    methods = _methods(config, rules, controls)
+    methods = _methods(config)
     begin_directory(config.output, "lab_ablation", _settings(config), _MAY_CHANGE)
     with alone_in(Path(config.output)), _compiled_once(Path(config.output) / "compiled"):
-        _Ablation(config, methods, rules, controls).do()
+        _Ablation(config, methods).do()
 
 
 @contextlib.contextmanager
@@ -126,15 +122,15 @@ def _settings(config: LabAblationConfig) -> Row:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _methods(config: LabAblationConfig, rules: Sequence[str], controls: Controls) -> dict[str, Method]:
+def _methods(config: LabAblationConfig) -> dict[str, Method]:
     """What the tables show, of the arms that are to be run.
 
     Raises:
       UserError: an arm that no chosen method has.
     """
     known = {
-        MUSC: ({name: arm.about for name, arm in musc_arms(rules).items()}, DPO, MUSC_LEFT_OUT),
-        MAIN: (main_arms(controls, config.main.rounds), SEED_ONLY, MAIN_LEFT_OUT),
+        MUSC: ({name: arm.about for name, arm in musc_arms().items()}, DPO, MUSC_LEFT_OUT),
+        MAIN: (main_arms(config.main.rounds), SEED_ONLY, MAIN_LEFT_OUT),
     }
     found = {}
     for name in config.methods:
@@ -150,14 +146,12 @@ def _methods(config: LabAblationConfig, rules: Sequence[str], controls: Controls
 class _Ablation:
     """The work on all seeds, and the report."""
 
-    def __init__(
-        self, config: LabAblationConfig, methods: Mapping[str, Method], rules: Sequence[str], controls: Controls
-    ):
+    def __init__(self, config: LabAblationConfig, methods: Mapping[str, Method]):
         self._config, self._methods = config, methods
         self._root, self._world = Path(config.output), WORLDS[config.world]
         made: dict[str, Callable[[int], Arms]] = {
-            MUSC: lambda seed: MuscArms(config.musc, self._world, seed, self._of(seed), methods[MUSC].about, rules),
-            MAIN: lambda seed: MainArms(config.main, self._world, seed, self._of(seed), methods[MAIN].about, controls),
+            MUSC: lambda seed: MuscArms(config.musc, self._world, seed, self._of(seed), methods[MUSC].about),
+            MAIN: lambda seed: MainArms(config.main, self._world, seed, self._of(seed), methods[MAIN].about),
         }
         self._arms = {(name, seed): made[name](seed) for seed in config.seeds for name in methods}
 

@@ -1,7 +1,7 @@
 """MAIN's arms on a world of the lab: which pairs each learns beside the seeds. All get the same seeds and texts."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from lab import steps as lab_steps
 from lab.arms import DEV, TEST, Learnt, Row, learnt_of, write_split
+from lab.controls.arms import ARMS, alpha_of, arm_pairs, depth_of, shuffled, trained_as
 from lab.steps import TAG, WEB_TAG, Settings
 from lab.worlds.answers import truly_answers
 from lab.worlds.data import clean_pairs, instructions, unlabelled_responses
@@ -17,6 +18,9 @@ from lab.worlds.world import World
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
+from main_jax.filter.auroc import auroc
+from main_jax.filter.scores import DEFAULT_SCORE, SCORES
+from main_jax.training.weighting import RULES
 
 SEED_ONLY, RANDOM, JUDGED = "seed_only", "random", "score"
 ADAPTERS, ORACLE = "adapters", "oracle"  # arms of the lab's own
@@ -51,41 +55,12 @@ class MainArmsConfig:
             raise UserError(f"config.main.probes={self.probes}: must be at least 2")
 
 
-@dataclasses.dataclass(frozen=True)
-class Controls:
-    """What the method's own code says of its arms; the lab's knows it by this alone.
-
-    Attributes:
-      about: arm -> what it is.
-      score: the filter's default one, an arm too.
-      scores: all of the filter's scores, arms too.
-      rule: the default one of alpha.
-      select: (arm, candidates, score, seed) -> the candidates that it learns.
-      shuffled: (pairs, seed) -> each instruction with another one's response.
-      depth_of: (arm, default) -> rounds that its candidates come from.
-      alpha_of: (arm, default) -> its rule of alpha.
-      trained_as: (arm, score, rule, rounds) -> the arm that trains alike.
-      auroc: (scores of real pairs, of shuffled ones) -> how often the real one is lower.
-    """
-
-    about: Mapping[str, str]
-    score: str
-    scores: Sequence[str]
-    rule: str
-    select: Callable[[str, Sequence[Row], str, int], list[Row]]
-    shuffled: Callable[[Sequence[Row], int], list[Row]]
-    depth_of: Callable[[str, int], int]
-    alpha_of: Callable[[str, str], str]
-    trained_as: Callable[[str, str, str, int], str]
-    auroc: Callable[[np.ndarray, np.ndarray], float]
-
-
-def main_arms(controls: Controls, rounds: int) -> dict[str, str]:
+def main_arms(rounds: int) -> dict[str, str]:
     """All arms and what they are, in the order of the table; of those that train alike one."""
     own = {
         arm: about
-        for arm, about in controls.about.items()
-        if arm not in LEFT_OUT and controls.trained_as(arm, controls.score, controls.rule, rounds) == arm
+        for arm, about in ARMS.items()
+        if arm not in LEFT_OUT and trained_as(arm, DEFAULT_SCORE, RULES[0], rounds) == arm
     }
     return own | {
         ADAPTERS: "what the filter keeps of two adapters on one base, instead of two models",
@@ -101,12 +76,9 @@ class MainArms:
       names: the arms to run.
     """
 
-    def __init__(
-        self, config: MainArmsConfig, world: World, seed: int, root: Path, names: Collection[str], controls: Controls
-    ):
+    def __init__(self, config: MainArmsConfig, world: World, seed: int, root: Path, names: Collection[str]):
         self._config, self._world, self._seed, self._root = config, world, seed, root / "main"
-        self._controls = controls
-        self.about = {arm: what for arm, what in main_arms(controls, config.rounds).items() if arm in names}
+        self.about = {arm: what for arm, what in main_arms(config.rounds).items() if arm in names}
         self.base = f"{root}/seed/{config.base}"
 
     def _write_data(self, dev: int, test: int) -> None:
@@ -120,7 +92,7 @@ class MainArms:
             for row in pairs[config.pairs :]
             for asked, given in [row["messages"]]
         ]
-        wrong = [{**row, "id": f"{_WRONG}-{n}"} for n, row in enumerate(self._controls.shuffled(real, seed))]
+        wrong = [{**row, "id": f"{_WRONG}-{n}"} for n, row in enumerate(shuffled(real, seed))]
         write_jsonl(self._data("probes"), [*real, *wrong])
         seen = {row["messages"][0]["content"] for row in pairs}
         seen |= {given.text for given in instructions(world, seed, "unlabelled", config.responses, PAIRED)}
@@ -155,7 +127,7 @@ class MainArms:
         rows, run = f"{directory}/rows.jsonl", f"{directory}/run"
         seeds = read_rows(f"{self._root}/rounds/round_0/forward.jsonl")
         write_jsonl(rows, [*seeds, *map(supervised_row, self._pairs(arm))])
-        alpha = self._controls.alpha_of(arm, self._controls.rule)
+        alpha = alpha_of(arm, RULES[0])
         common = {"epochs": self._config.epochs, "seed": self._seed, "checkpoints.keep": 1}
         lab_steps.tune(self.base, rows, run, rate, common | {"alpha.rule": alpha})
         return run
@@ -174,20 +146,20 @@ class MainArms:
         `auroc`: score -> area under the ROC curve. `truth`: score, `random` or `all` -> share of candidates, as many of
         each but `all`, that their response truly answers.
         """
-        controls, candidates = self._controls, self._candidates("rounds", self._config.rounds)
+        candidates = self._candidates("rounds", self._config.rounds)
         scores: dict[str, list[dict[str, float]]] = {_REAL: [], _WRONG: []}
         for row in read_rows(f"{self._probed}.candidates.jsonl"):
             if row["scores"] is not None:
                 scores[row["id"].split("-")[0]].append(row["scores"])
-        auroc = {
-            name: controls.auroc(*(np.array([values[name] for values in scores[kind]]) for kind in (_REAL, _WRONG)))
-            for name in controls.scores
+        told_apart = {
+            name: auroc(*(np.array([values[name] for values in scores[kind]]) for kind in (_REAL, _WRONG))).value
+            for name in SCORES
         }
         written = [row for row in candidates if row["instruction"]]
         truth = {"all": self._learnt(written).truth}
-        for arm in (RANDOM, *controls.scores):
-            truth[arm] = self._learnt(controls.select(arm, candidates, controls.score, self._seed)).truth
-        return {"auroc": auroc, "truth": truth}
+        for arm in (RANDOM, *SCORES):
+            truth[arm] = self._learnt(arm_pairs(arm, candidates, DEFAULT_SCORE, self._seed)).truth
+        return {"auroc": told_apart, "truth": truth}
 
     def _pairs(self, arm: str) -> list[Row]:
         if arm == ORACLE:
@@ -195,7 +167,7 @@ class MainArms:
         if arm == ADAPTERS:
             return [row for row in self._candidates(ADAPTERS, self._config.rounds) if row["kept"]]
         candidates = self._candidates("rounds", self._depth(arm))
-        return self._controls.select(arm, candidates, self._controls.score, self._seed)
+        return arm_pairs(arm, candidates, DEFAULT_SCORE, self._seed)
 
     def _true_ones(self, candidates: Sequence[Row]) -> list[Row]:
         """One true candidate of a response, as many as the filter keeps."""
@@ -209,7 +181,7 @@ class MainArms:
         return learnt_of(self._world, [(row["instruction"].strip(), row["response"]) for row in pairs])
 
     def _depth(self, arm: str) -> int:
-        return self._controls.depth_of(arm, self._config.rounds)
+        return depth_of(arm, self._config.rounds)
 
     def _rounds(self, name: str, rate: float, settings: Settings) -> None:
         output = f"{self._root}/{name}"

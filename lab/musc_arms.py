@@ -14,9 +14,11 @@ from lab.worlds.data import instructions
 from lab.worlds.world import World
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
+from musc_jax.weights.rules import DEFAULT_RULE, WEIGHING_RULES
 
 SEED, SFT, DPO, CONSTANT, ORACLE = "seed", "sft", "dpo", "constant", "oracle"
 UNIFORM, COLUMNS = "uniform", "columns"
+_RULES = (DEFAULT_RULE, *(rule for rule in WEIGHING_RULES if rule != DEFAULT_RULE))
 # Arm -> weight of tokens that a dropped constraint decides, and of others: what a rule could gain that knew which
 PLACED = {"governed": (2.0, 0.5), "ungoverned": (0.5, 2.0)}
 DROPPED, SAMPLED = "drop", "oracle"  # pairs of the default recipe, and of the oracle
@@ -74,13 +76,9 @@ class MuscArm:
     settings: Settings = dataclasses.field(default_factory=dict)
 
 
-def musc_arms(rules: Sequence[str]) -> dict[str, MuscArm]:
-    """All arms, in the order of the table.
-
-    Args:
-      rules: of token weights that a store can hold, the default one first.
-    """
-    default, weighed = rules[0], [rule for rule in rules if rule != UNIFORM]
+def musc_arms() -> dict[str, MuscArm]:
+    """All arms, in the order of the table."""
+    default, weighed = DEFAULT_RULE, [rule for rule in _RULES if rule != UNIFORM]
     return {
         SEED: MuscArm("the seed model, not trained", pairs=""),
         SFT: MuscArm("supervised tuning on the chosen responses", weights=None),
@@ -116,14 +114,11 @@ class MuscArms:
     Args:
       root: directory of the seed; `seed/` below it is what `launch.lab_seed` made.
       names: the arms to run.
-      rules: see `musc_arms`.
     """
 
-    def __init__(
-        self, config: MuscArmsConfig, world: World, seed: int, root: Path, names: Collection[str], rules: Sequence[str]
-    ):
-        self._config, self._world, self._seed, self._root, self._rules = config, world, seed, root / "musc", rules
-        self._arms = {name: arm for name, arm in musc_arms(rules).items() if name in names}
+    def __init__(self, config: MuscArmsConfig, world: World, seed: int, root: Path, names: Collection[str]):
+        self._config, self._world, self._seed, self._root = config, world, seed, root / "musc"
+        self._arms = {name: arm for name, arm in musc_arms().items() if name in names}
         self.about = {name: arm.about for name, arm in self._arms.items()}
         self.base = f"{root}/seed/model"
         self._examples = f"{root}/seed/data/examples.jsonl"
@@ -149,7 +144,7 @@ class MuscArms:
         if any(_is_stored(arm) for arm in self._arms.values()):
             lab_steps.weigh(self.base, self._pairs(DROPPED), self._weighed, rules="all")
         if CONSTANT in self._arms:
-            rows = constant_weights(read_rows(self._weighed), self._store, self._rules[0])
+            rows = constant_weights(read_rows(self._weighed), self._store, DEFAULT_RULE)
             write_jsonl(self._columns(CONSTANT), rows)
         for name in PLACED.keys() & self._arms.keys():
             rows = placed_weights(self._world, read_rows(self._weighed), self._store, *PLACED[name])
@@ -203,7 +198,7 @@ class MuscArms:
         """
         if not Path(self._store).exists():
             return {}
-        return mean_weights(self._world, read_rows(self._weighed), self._store, self._rules)
+        return mean_weights(self._world, read_rows(self._weighed), self._store, _RULES)
 
     def _pairs(self, recipe: str) -> str:
         return f"{self._root}/data/pairs_{recipe}.jsonl"

@@ -12,13 +12,14 @@ from lab.commands import make_random_model, run_step
 from lab.worlds.compositions import COMPLEX
 from lab.worlds.data import instructions
 from lab.worlds.gate import check_gate, make_gate
-from lab.worlds.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
+from lab.worlds.seed_data import CURRICULUM, decomposed, seed_rows
 from lab.worlds.tokenizer import write_tokenizer
 from lab.worlds.worlds import WORLDS
 from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
 from lm_jax.generation.rounds import begin_directory
+from musc_jax.pairs.conversations import task_texts
 
 _EXAMPLES = 10  # decomposed instructions that a method is given as in-context examples
 
@@ -48,16 +49,12 @@ class LabSeedConfig:
             raise UserError(f"config.gate={self.gate}: must lie between 0 and 1")
 
 
-def fit_seed(config: LabSeedConfig, tasks: Tasks, phrases: Sequence[str]) -> None:
+def fit_seed(config: LabSeedConfig) -> None:
     """Fits a small Qwen3 on a world's seed rows, stage after stage, exports it and measures what it can do.
 
     Below `config.output`: `data/` (the rows, in-context examples and held-out prompts), `start/` (the model before), a
     run directory for each stage, `model/` (the seed model in Hugging Face format), `gate.json`. Stages that are done
     stay as they are.
-
-    Args:
-      tasks: how a method asks for a decomposition and a recombination.
-      phrases: of those, the texts that are one token each; see `tokenizer.make_tokenizer`.
 
     Raises:
       UserError: a step failed, the model is below the gate, or `config.output` holds something else.
@@ -69,7 +66,7 @@ def fit_seed(config: LabSeedConfig, tasks: Tasks, phrases: Sequence[str]) -> Non
     if gate.exists():
         print(f"{root}/model: fitted before", flush=True)
     else:
-        _fit_all(config, root, tasks, phrases)
+        _fit_all(config, root)
     shares = json.loads(gate.read_text())
     print("greedy, on held-out instructions: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()), flush=True)
     check_gate(shares, config.gate, f"{root}/model")
@@ -98,10 +95,10 @@ def copy_fitted(fitted: Path, wanted: Mapping[str, Any], output: Path) -> None:
     copied.rename(output)
 
 
-def _fit_all(config: LabSeedConfig, root: Path, tasks: Tasks, phrases: Sequence[str]) -> None:
+def _fit_all(config: LabSeedConfig, root: Path) -> None:
     world, data, began = WORLDS[config.world], root / "data", time.monotonic()
     rows = {
-        stage.name: list(seed_rows(world, stage, config.seed, round(config.rows * stage.share), tasks))
+        stage.name: list(seed_rows(world, stage, config.seed, round(config.rows * stage.share)))
         for stage in CURRICULUM
     }
     for name, made in rows.items():
@@ -110,7 +107,7 @@ def _fit_all(config: LabSeedConfig, root: Path, tasks: Tasks, phrases: Sequence[
     write_jsonl(str(data / "examples.jsonl"), examples)
     # Labels of the method's prompts stand in every such row; a few hundred rows have them all
     texts = [m["content"] for made in rows.values() for row in made[:500] for m in row["messages"]]
-    size = write_tokenizer(data / "tokenizer", world, phrases, [*texts, config.words])
+    size = write_tokenizer(data / "tokenizer", world, task_texts(), [*texts, config.words])
     if not (root / "start").exists():
         make_random_model(root / "start", data / "tokenizer", _model(size), config.seed)
     model = root / "start"
@@ -126,7 +123,7 @@ def _fit_all(config: LabSeedConfig, root: Path, tasks: Tasks, phrases: Sequence[
             "--config.dtype=float32",
         )
     print(f"fitted in {time.monotonic() - began:.0f} s", flush=True)
-    gate = make_gate(world, config.seed, config.gate_rows, tasks, examples)
+    gate = make_gate(world, config.seed, config.gate_rows, examples)
     write_jsonl(str(root / "gate.json"), [gate.measure(_greedy(config, root, gate.rows()))])
 
 

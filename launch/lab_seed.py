@@ -8,10 +8,8 @@ from launch import cli
 
 def command():
     from lab.seed import LabSeedConfig, fit_seed
-    from lab.worlds.seed_data import Tasks
-    from musc_jax.pairs.conversations import decomposing, recombining, task_texts
 
-    return LabSeedConfig, lambda config: fit_seed(config, Tasks(decomposing, recombining), task_texts())
+    return LabSeedConfig, fit_seed
 
 
 if __name__ == "__main__":

@@ -68,6 +68,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def padded_shape(axes: tuple[str, ...], shape: tuple[int, ...], sharding: Any) -> tuple[int, ...]:
+    """A parameter's shape on a mesh: the vocabulary ends in rows of padding, zeros, so that the mesh divides it.
+
+    Args:
+      sharding: the mesh, or anything with a `mesh`; what has none needs no padding.
+    """
+    mesh = getattr(sharding, "mesh", sharding)
+    parts = mesh.shape[PARAM_RULES["vocab"]] if isinstance(mesh, Mesh | AbstractMesh) else 1
+    return tuple(size + -size % parts if name == "vocab" else size for name, size in zip(axes, shape, strict=True))
+
+
 def param_spec(path: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The PartitionSpec of one parameter.
 

@@ -7,10 +7,11 @@ from typing import Any
 from lab.worlds.compositions import COMPLEX
 from lab.worlds.data import instructions, prompts
 from lab.worlds.grammar import Instruction, make_instruction
-from lab.worlds.seed_data import SIMPLE, Row, Tasks, decomposed
+from lab.worlds.seed_data import EXAMPLES, SIMPLE, Row, decomposed
 from lab.worlds.verifiers import Verdict, verify
 from lab.worlds.world import World, draw
 from lm_jax.errors import UserError
+from musc_jax.pairs.conversations import decomposing
 
 GATED = ("start_with", "decompose")
 
@@ -64,12 +65,11 @@ class Gate:
         return [verify(self.world, instruction, answers[row["id"]] or "") for instruction, row in pairs]
 
 
-def make_gate(world: World, seed: int, count: int, tasks: Tasks, examples: Sequence[Mapping[str, Any]]) -> Gate:
+def make_gate(world: World, seed: int, count: int, examples: Sequence[Mapping[str, Any]]) -> Gate:
     """`count` questions of each sort; a function of the arguments alone.
 
     Args:
-      tasks: how a method asks for a decomposition.
-      examples: rows of `seed_data.decomposed`; the first `tasks.examples` stand in every question.
+      examples: rows of `seed_data.decomposed`; the first `EXAMPLES` stand in every question.
     """
     first = next(kind.name for kind in world.kinds if kind.rule == "at" and kind.position == 0)
     asked = {
@@ -77,9 +77,9 @@ def make_gate(world: World, seed: int, count: int, tasks: Tasks, examples: Seque
         "start_with": [make_instruction(world, [first], draw(world, seed, "gate/first", i)) for i in range(count)],
         "complex": instructions(world, seed, "gate/complex", count, COMPLEX, held_out=True),
     }
-    shots = examples[: tasks.examples]
+    shots = examples[:EXAMPLES]
     given = {name: asked[name] for name in ("simple", "complex")}
-    made = {name: [tasks.decompose(decomposed(world, i), shots) for i in of] for name, of in given.items()}
+    made = {name: [decomposing(decomposed(world, i), shots) for i in of] for name, of in given.items()}
     return Gate(world, asked, made)
 
 

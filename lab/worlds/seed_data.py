@@ -1,27 +1,27 @@
 """Rows that a seed model is fitted on: copying, following, decomposing and recombining instructions of a world.
 
-They are supervised rows (`messages`) as `lm_jax.data.supervised` reads them. The lab knows no method: how a model is
-asked to decompose or recombine comes from the caller, as functions that make conversations of decomposed instructions.
+They are supervised rows (`messages`) as `lm_jax.data.supervised` reads them; a model is asked to decompose and
+recombine in MuSC's own words.
 """
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from lab.worlds.compositions import COMPLEX, draw_composition
 from lab.worlds.grammar import Instruction, make_instruction, questions
 from lab.worlds.world import World, draw
 from lab.worlds.writer import write
-from lm_jax.data.text import Message
+from lm_jax.data.messages import Message
+from musc_jax.pairs.conversations import decomposing, recombining
 
 SIMPLE = (0, 1, 2)  # constraints of a simple instruction
 PAIRED = (1, 2, 3, 4)  # of those behind single responses, and behind pairs
+EXAMPLES = 1  # in-context examples before every question of a method
 COPIED = (8, 30)  # fewest and most words of a copying task
 
 Row = dict[str, Any]
-# (a row of `decomposed`, those of the in-context examples) -> the conversation, with the right answer as its last turn
-Conversation = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], list[Message]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +63,13 @@ CURRICULUM = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Tasks:
-    """How a method asks; `examples` in-context examples go before every question."""
-
-    decompose: Conversation
-    recombine: Conversation
-    examples: int = 1
-
-
-def seed_rows(world: World, stage: Stage, seed: int, count: int, tasks: Tasks) -> Iterator[Row]:
-    """`count` rows of a stage; row i is a function of (world, stage, seed, i, tasks) alone."""
+def seed_rows(world: World, stage: Stage, seed: int, count: int) -> Iterator[Row]:
+    """`count` rows of a stage; row i is a function of (world, stage, seed, i) alone."""
     for index in range(count):
-        yield seed_row(world, stage, seed, index, tasks)
+        yield seed_row(world, stage, seed, index)
 
 
-def seed_row(world: World, stage: Stage, seed: int, index: int, tasks: Tasks) -> Row:
+def seed_row(world: World, stage: Stage, seed: int, index: int) -> Row:
     """One row of a stage: `messages`, and `task`: copy, instruction, response, follow, decompose or recombine."""
     rng = draw(world, seed, f"seed/{stage.name}", index)
     kind = rng.random()
@@ -91,9 +82,9 @@ def seed_row(world: World, stage: Stage, seed: int, index: int, tasks: Tasks) ->
     task = rng.choice(("decompose", "recombine"))
     counts = (*SIMPLE[1:], *(COMPLEX if stage.complex else ()))
     own, *examples = [
-        decomposed(world, _instruction(world, rng.choice(counts), rng, stage.naming)) for _ in range(tasks.examples + 1)
+        decomposed(world, _instruction(world, rng.choice(counts), rng, stage.naming)) for _ in range(EXAMPLES + 1)
     ]
-    ask = tasks.decompose if task == "decompose" else tasks.recombine
+    ask = decomposing if task == "decompose" else recombining
     return {"task": task, "messages": ask(own, examples)}
 
 

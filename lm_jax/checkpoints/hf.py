@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,25 +22,24 @@ from lm_jax.checkpoints.directories import appears_whole, check_output, copy_sid
 from lm_jax.checkpoints.weight_files import (
     INDEX_FILE,
     STORED_DTYPES,
-    StoredTensor,
+    Tensor,
     check_finite,
     listed,
     open_checkpoint,
 )
+from lm_jax.checkpoints.weight_names import model_tensors
 from lm_jax.config import ModelConfig
 from lm_jax.distributed.processes import barrier, everywhere, reached
 from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
+from lm_jax.sharding import padded_shape
 from lm_jax.strict_json import read_json_object
 
 DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
-# Rotary tables that old Llama checkpoints carry; they follow from config.json.
-IGNORED_TENSORS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _ALIGNED = 64  # bytes
 _THREADS = 4  # layers that are read at a time
 _STRIP = 64  # bytes of a row that are transposed at a time: a line of the cache
-_COMPARED_ROWS = 4096  # bounds host memory while two embeddings are compared
 
 
 def load_params(
@@ -72,13 +70,12 @@ def load_params(
     flat = None if shardings is None else flatten(shardings)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     checkpoint = open_checkpoint(Path(model_dir))
-    _check_names(Path(model_dir), checkpoint.tensors, table, config)
-    _check_tied(Path(model_dir), checkpoint.tensors, config)
+    tensors = model_tensors(model_dir, checkpoint.tensors, table, config)
     checkpoint.forget()
     params: dict[str, Any] = {}
     for spec in table:
         sharding = default if flat is None else flat[spec.path]
-        x = _load(spec, checkpoint.tensors, config, sharding, dtype if replace is None else "float32", model_dir)
+        x = _load(spec, tensors, config, sharding, dtype if replace is None else "float32", model_dir)
         checkpoint.forget()
         params |= {spec.path: x} if replace is None else replace(spec, x)
     return nest(params)
@@ -86,34 +83,35 @@ def load_params(
 
 def _load(
     spec: WeightSpec,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, Tensor],
     config: ModelConfig,
     sharding: jax.sharding.Sharding,
     dtype: str,
     model_dir: str | Path,
 ) -> jax.Array:
-    names, shape = spec.hf_names(config), spec.shape(config)
-    slices: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one host array
+    names, shape = spec.hf_names(config), padded_shape(spec.axes, spec.shape(config), sharding)
 
-    def fill(part: tuple[np.ndarray, str, Any]) -> None:
-        target, name, index = part
-        _copy(target, spec.to_ours(tensors[name].array, config)[index])
-        check_finite(target, name, model_dir)
+    def ranges(index: Any) -> tuple[range, ...]:  # of slices
+        return tuple(range(size)[s] for size, s in zip(shape, index, strict=True))
 
-    def read(index: Any) -> np.ndarray:  # of slices
-        ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
-        key = tuple((r.start, r.stop) for r in ranges)
-        if key not in slices:
-            out = slices[key] = _aligned([len(r) for r in ranges], DTYPES[dtype])
-            parts = [(out, names[0], index)]
-            if spec.stacked:
-                parts = [(out[i], names[layer], index[1:]) for i, layer in enumerate(ranges[0])]
-            with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(fill, parts))
-        return slices[key]
+    places = set(map(ranges, sharding.addressable_devices_indices_map(shape).values()))
+    slices = {place: _aligned([len(r) for r in place], DTYPES[dtype]) for place in places}  # shared by equal devices
 
+    def fill(layer: int) -> None:  # read once, for all devices
+        whole = spec.to_ours(tensors[names[layer]].array, config)
+        for place, out in slices.items():
+            target, *rest = (out[layer - place[0].start], *place[1:]) if spec.stacked else (out, *place)
+            part = whole[tuple(slice(r.start, r.stop) for r in rest)]
+            if part.shape != target.shape:  # the rest is padding
+                target[...] = 0
+                target = target[: len(part)]
+            _copy(target, part)
+            check_finite(target, names[layer], model_dir)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(fill, range(len(names))))
     # Waiting keeps the next tensor's host memory from piling up on this one's.
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, lambda index: slices[ranges(index)]))
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
@@ -144,51 +142,6 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
     strips = [slice(start, start + width) for start in range(0, source.shape[last], width)]
     for place in itertools.product(*places, strips):
         target[place] = source[place]
-
-
-def _check_names(
-    model_dir: Path, tensors: Mapping[str, StoredTensor], table: Sequence[WeightSpec], config: ModelConfig
-) -> None:
-    expected = {name: spec.hf_shape(config) for spec in table for name in spec.hf_names(config)}
-    allowed = {"lm_head.weight"} if config.tie_embeddings else set()
-    if missing := [name for name in expected if name not in tensors]:
-        hint = " (or set tie_word_embeddings in config.json)" if missing == ["lm_head.weight"] else ""
-        raise UserError(f"{model_dir}: {listed(missing)} missing from the weights; download them again{hint}")
-    unknown = [n for n in tensors if n not in expected and n not in allowed and not IGNORED_TENSORS.fullmatch(n)]
-    if unknown:
-        raise UserError(f"{model_dir}: {listed(unknown)} unknown for this config.json; is it of another checkpoint?")
-    shapes = [
-        f"{name} {tensors[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if tensors[name].shape != shape
-    ]
-    if shapes:
-        raise UserError(f"{model_dir}: {listed(shapes)} of another shape than config.json gives; correct config.json")
-    dtypes = [
-        f"{name} ({tensors[name].dtype})"
-        for name in (*expected, *(allowed & tensors.keys()))
-        if tensors[name].dtype not in STORED_DTYPES
-    ]
-    if dtypes:
-        raise UserError(
-            f"{model_dir}: {listed(dtypes)} of an unsupported dtype; use weights in {', '.join(STORED_DTYPES)}"
-        )
-
-
-def _check_tied(model_dir: Path, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> None:
-    if not config.tie_embeddings or "lm_head.weight" not in tensors:
-        return
-    head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
-    if head.shape != embedding.shape or not _equal(head.array, embedding.array):
-        raise UserError(
-            f"{model_dir}: lm_head.weight differs from model.embed_tokens.weight although config.json ties them; "
-            "set tie_word_embeddings to false in config.json"
-        )
-
-
-def _equal(x: np.ndarray, y: np.ndarray) -> bool:
-    starts = range(0, len(x), _COMPARED_ROWS)
-    return all(np.array_equal(x[i : i + _COMPARED_ROWS], y[i : i + _COMPARED_ROWS]) for i in starts)
 
 
 def export_hf(

@@ -9,7 +9,7 @@ import mmap
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,19 @@ from lm_jax.strict_json import no_doubled_keys, read_json_object
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # As safetensors calls them; others are not read
 STORED_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+
+
+class Tensor(Protocol):
+    """One tensor in a file: its dtype as safetensors calls it, its shape, and what reads it when looked at."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def array(self) -> np.ndarray: ...
 
 
 class StoredTensor(NamedTuple):
@@ -39,7 +52,7 @@ class StoredTensor(NamedTuple):
 class Checkpoint(NamedTuple):
     """The weight files of a directory: tensors by name, and the maps that they lie in."""
 
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Tensor]
     maps: Sequence[mmap.mmap]
 
     def forget(self) -> None:
@@ -55,7 +68,7 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
       UserError: no weights, pickles only, a file that is missing, corrupt or outside the directory, a tensor that
         stands twice, in one file or in two.
     """
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, Tensor] = {}
     maps, doubled = [], []
     for file in _weight_files(model_dir):
         found, mapped = _map(file)

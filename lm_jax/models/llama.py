@@ -1,9 +1,11 @@
 """Llama's config.json <-> ModelConfig, and the strict reading of config.json that the other families share.
 
-A field of config.json is known to the family, or known to change nothing, or an error: a checkpoint is never run with
-maths that differ from its own.
+A field of config.json is read here, changes nothing, or is an error: a checkpoint is never run with maths that differ
+from what transformers computes. What transformers' own config class does not know changes nothing.
 """
 
+import functools
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,54 +43,38 @@ ACTIVATIONS = {
 }
 HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
-# Fields that change nothing in the maths of a forward pass, whatever their value.
+# What transformers' config classes know and no forward pass of ours depends on, whatever its value.
 NEUTRAL = frozenset(
     """
-    model_type architectures transformers_version _name_or_path name_or_path _commit_hash tokenizer_class
-    dtype torch_dtype use_bfloat16 torchscript tf_legacy_loss use_cache initializer_range
-    attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    _flash_attn_2_enabled pretraining_tp attention_dropout chunk_size_feed_forward max_sequence_length is_llama_config
-    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id forced_bos_token_id
-    forced_eos_token_id suppress_tokens begin_suppress_tokens bad_words_ids
-    return_dict return_dict_in_generate output_hidden_states output_attentions output_scores is_decoder
-    id2label label2id num_labels problem_type finetuning_task task_specific_params prefix remove_invalid_values
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
-    exponential_decay_length_penalty unsloth_version unsloth_fixed
+    model_type architectures transformers_version _name_or_path name_or_path _attn_implementation
+    _attn_implementation_internal dtype torch_dtype use_cache initializer_range pretraining_tp attention_dropout
+    chunk_size_feed_forward bos_token_id eos_token_id pad_token_id return_dict use_return_dict output_hidden_states
+    output_attentions id2label label2id num_labels problem_type
     """.split()
 )
-
-# Fields that are harmless only with these values (a family that knows the field reads it instead).
+# What transformers reads although no class of the families knows it (masks, caches, loading): harmless with these
+# values alone. A family that knows the field reads it instead.
 ONLY: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "use_sliding_window": (False, None),
-    "sliding_window": (None,),
-    "use_mrope": (False, None),
-    "rope_interleaved": (False, None),
     "is_causal": (True, None),
     "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False, None),
-    "pruned_heads": ({}, None),
     "quantization_config": (None,),
     "auto_map": (None, {}),
-}
+} | dict.fromkeys(
+    "sliding_window attention_chunk_size layer_types kv_sharing_modes text_config decoder generator text_encoder "
+    "transformers_weights".split(),
+    (None,),
+)
 CURES = {
     "quantization_config": "quantised checkpoints are not read; use the unquantised one",
     "auto_map": "remote code is never run; use a checkpoint of a built-in architecture without it",
 }
-ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
+ROPE_FIELDS = frozenset(
+    {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"}
+)
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Reads Llama's config.json.
-
-    Raises:
-      UserError: on a field that is not understood, with its name, value and cure.
-    """
-    fields = read_fields(hf, DEFAULTS)
+def config_from_hf(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> ModelConfig:
+    """Llama's config.json `hf`, its fields read by `read_fields`."""
     bias = fields["attention_bias"]
     return decoder_config("llama", hf, fields, qkv_bias=bias, o_bias=bias, mlp_bias=fields["mlp_bias"])
 
@@ -103,19 +89,35 @@ def read_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     """The family's fields with absent ones at their defaults, types checked.
 
     Raises:
-      UserError: on a field outside `defaults`, the rotary fields and the lists of harmless ones; on a wrong type.
+      UserError: on fields that transformers' class of this model_type knows, or its other code reads, and we do not,
+        all named at once; on a wrong type.
     """
-    for key, value in hf.items():
-        if key in defaults or key in ROPE_FIELDS or key in NEUTRAL:
-            continue
-        cure = CURES.get(key, "delete it if it changes nothing in the forward pass, else this model is not supported")
-        if key not in ONLY:
-            raise UserError(f"{key}={value!r}: not understood for model_type {hf.get('model_type')!r}; {cure}")
-        if value not in ONLY[key]:
-            raise UserError(f"{key}={value!r}: not supported for model_type {hf.get('model_type')!r}; {cure}")
+    wrong = []
+    unread = unread_keys(hf, defaults)
+    known = known_to_transformers(hf["model_type"]) if unread else frozenset()
+    for key in [k for k in unread if k in known] + [k for k in ONLY if k not in defaults and k in hf]:
+        if hf[key] not in ONLY.get(key, (None,)):
+            cure = CURES.get(key, "it changes what transformers computes; use a model without it")
+            wrong.append(f"{key}={reprlib.repr(hf[key])}: not supported for model_type {hf['model_type']!r}; {cure}")
+    if wrong:
+        raise UserError(". ".join(wrong))
     for key in defaults.keys() & hf.keys():
         _check_type(key, hf[key], defaults[key])
     return {key: hf.get(key, default) for key, default in defaults.items()}
+
+
+def unread_keys(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Keys of config.json that nothing here looks at."""
+    return [key for key in hf if key not in (defaults.keys() | ROPE_FIELDS | NEUTRAL | ONLY.keys())]
+
+
+@functools.cache
+def known_to_transformers(model_type: str) -> frozenset[str]:
+    """Fields, attributes and properties of its config class, which sets other keys too, but does not read them."""
+    import transformers  # slow, and needed only for a file with other keys than the usual ones
+
+    cls = transformers.CONFIG_MAPPING[model_type]
+    return frozenset({*dir(cls()), *cls.attribute_map})
 
 
 _NULLABLE = ("num_key_value_heads", "sliding_window")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm_jax.config import ModelConfig
-from lm_jax.models.llama import SIZES, decoder_config, decoder_to_hf, read_fields
+from lm_jax.models.llama import SIZES, decoder_config, decoder_to_hf
 from lm_jax.models.weights import decoder_table
 
 ARCHITECTURE = "MistralForCausalLM"
@@ -18,13 +18,8 @@ DEFAULTS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Reads Mistral's config.json.
-
-    Raises:
-      UserError: on a field that is not understood, with its name, value and cure.
-    """
-    fields = read_fields(hf, DEFAULTS)
+def config_from_hf(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> ModelConfig:
+    """Mistral's config.json `hf`, its fields read by `read_fields`."""
     windows = (fields["sliding_window"],) * fields["num_hidden_layers"]
     return decoder_config("mistral", hf, fields, layer_windows=windows)
 

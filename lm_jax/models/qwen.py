@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_jax.config import ModelConfig
 from lm_jax.errors import UserError
-from lm_jax.models.llama import SIZES, decoder_config, decoder_to_hf, read_fields
+from lm_jax.models.llama import SIZES, decoder_config, decoder_to_hf
 from lm_jax.models.weights import decoder_table
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -28,14 +28,13 @@ _SHARED = {
 DEFAULTS = {"qwen2": _SHARED, "qwen3": {**_SHARED, "head_dim": 128, "attention_bias": False}}
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Reads the config.json of Qwen2, Qwen2.5 or Qwen3, as its `model_type` says.
+def config_from_hf(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> ModelConfig:
+    """The config.json `hf` of Qwen2, Qwen2.5 or Qwen3, as its `model_type` says; its fields read by `read_fields`.
 
     Raises:
-      UserError: on a field that is not understood, with its name, value and cure.
+      UserError: layer types that are no list of full and sliding attention for every layer.
     """
     family = hf["model_type"]
-    fields = read_fields(hf, DEFAULTS[family])
     windows = _layer_windows(fields)
     if family == "qwen2":
         return decoder_config(family, hf, fields, qkv_bias=True, layer_windows=windows)

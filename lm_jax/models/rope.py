@@ -41,6 +41,7 @@ _FIELDS = {
         "truncate": ("truncate", False),  # the one boolean
     },
 }
+_ALL_FIELDS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"}.union(*_FIELDS.values()))
 
 
 def rope_cos_sin(
@@ -155,8 +156,8 @@ def rope_from_hf(hf: Mapping[str, Any], max_position: int) -> RopeConfig:
     if hf.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"partial_rotary_factor={hf['partial_rotary_factor']}: only 1 (every dimension) is supported")
     spellings = {key: hf[key] for key in ("rope_scaling", "rope_parameters") if hf.get(key)}
-    top_theta = hf.get("rope_theta")
-    read = {key: _read_spelling(value, key, top_theta, max_position) for key, value in spellings.items()}
+    top_theta, original = hf.get("rope_theta"), hf.get("original_max_position_embeddings")
+    read = {key: _read_spelling(value, key, top_theta, original, max_position) for key, value in spellings.items()}
     if not read:
         return RopeConfig(theta=_number(DEFAULT_THETA if top_theta is None else top_theta, "rope_theta"))
     if len(set(read.values())) > 1:
@@ -164,7 +165,23 @@ def rope_from_hf(hf: Mapping[str, Any], max_position: int) -> RopeConfig:
     return next(iter(read.values()))
 
 
-def _read_spelling(fields: Any, where: str, top_theta: float | None, max_position: int) -> RopeConfig:
+def unread_rope_keys(hf: Mapping[str, Any]) -> list[str]:
+    """Keys of its rotary fields that transformers does not know in any kind: they change nothing."""
+    spellings = {where: fields for where in ("rope_scaling", "rope_parameters") if (fields := hf.get(where))}
+    return [f"{where}.{key}" for where, fields in spellings.items() for key in fields if _unknown(key)]
+
+
+def _unknown(key: str) -> bool:
+    if key in _ALL_FIELDS:
+        return False
+    from transformers.modeling_rope_utils import RopeParameters  # slow: for a file with other keys than the usual ones
+
+    return key not in RopeParameters.__annotations__
+
+
+def _read_spelling(
+    fields: Any, where: str, top_theta: float | None, top_original: Any, max_position: int
+) -> RopeConfig:
     if not isinstance(fields, Mapping):
         raise UserError(f"{where}={fields!r}: expected an object with a rope_type")
     kinds = {str(fields[key]) for key in ("rope_type", "type") if fields.get(key) is not None} or {"default"}
@@ -180,17 +197,21 @@ def _read_spelling(fields: Any, where: str, top_theta: float | None, max_positio
     values: dict[str, Any] = {}
     if kind in ("dynamic", "llama3", "yarn"):
         values["original_max_position"] = max_position
+    if top_original is not None and kind in ("llama3", "yarn"):  # transformers prefers it there
+        if fields.get("original_max_position_embeddings") not in (None, top_original):
+            raise UserError(f"original_max_position_embeddings stands beside and in {where}, and differs; delete one")
+        fields = {**fields, "original_max_position_embeddings": top_original}
     for key, value in fields.items():
         if key in ("rope_type", "type", "rope_theta") or (key == "partial_rotary_factor" and value in (None, 1)):
             continue
         if kind == "dynamic" and key == "original_max_position_embeddings" and value in (None, max_position):
             continue
-        if key not in known:
-            takes = ", ".join(known) or "no fields"
-            raise UserError(f"{where}.{key}={value!r}: not understood for {kind!r}, which takes {takes}; delete it")
+        if key not in known and value is not None:
+            _check_harmless(key, value, where, kind, fields.get("factor"))
+            continue
         if isinstance(value, bool) and key == "truncate":
             values[key] = value
-        elif value is not None or key == "truncate":
+        elif key in known and (value is not None or key == "truncate"):
             values[known[key][0]] = _number(value, f"{where}.{key}")
     if kind == "yarn" and "factor" in fields and fields["factor"] is None:
         values["factor"] = max_position / values["original_max_position"]
@@ -201,6 +222,25 @@ def _read_spelling(fields: Any, where: str, top_theta: float | None, max_positio
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise UserError(f"{where}: high_freq_factor must be larger than low_freq_factor")
     return RopeConfig(theta=_number(theta, "rope_theta"), kind=kind, **values)
+
+
+def _check_harmless(key: str, value: Any, where: str, kind: str, factor: Any) -> None:
+    """Raises UserError for a field that is not of this `kind`, unless transformers knows it in none."""
+    name = f"{where}.{key}={value!r}"
+    if key == "attn_factor" and value != 1:
+        number = isinstance(value, (int, float)) and isinstance(factor, (int, float)) and factor > 1
+        both = f": {value * (0.1 * math.log(factor) + 1):.6g}" if number else ""
+        raise UserError(
+            f"{name}: transformers does not read it; write attention_factor, which stands for the whole factor on cos "
+            f"and sin. vLLM and llama.cpp multiply attn_factor by 0.1 ln(factor) + 1{both}"
+        )
+    if key == "extrapolation_factor" and value != 1:
+        raise UserError(f"{name}: only 1, which transformers assumes, is supported; use a model without it")
+    if isinstance(value, Mapping):
+        raise UserError(f"{name}: rotary fields for each type of layer are not supported; use a model without them")
+    if not _unknown(key):
+        takes = ", ".join(_FIELDS[kind]) or "no fields"
+        raise UserError(f"{name}: not understood for {kind!r}, which takes {takes}; set its rope_type, or delete it")
 
 
 def _number(value: Any, where: str) -> float:

@@ -1,5 +1,7 @@
 """Rotary tables equal transformers' for every kind; packed rows get what each sequence gets alone."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,18 @@ def test_tables_equal_transformers(name, length):
     # Rounding of a frequency in fp32 grows with the position: 3000 * 2 ** -23 is 4e-4.
     np.testing.assert_allclose(cos, their_cos[..., :32].numpy(), atol=5e-4)
     np.testing.assert_allclose(sin, their_sin[..., :32].numpy(), atol=5e-4)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3", "linear", "default"])
+def test_original_context_beside_the_rotary_fields_equals_transformers(kind):
+    """Phi-3's place for it, which transformers looks at in every family."""
+    rope = {key: value for key, value in KINDS[kind].items() if key != "original_max_position_embeddings"}
+    fields = {"max_position_embeddings": 2048, "original_max_position_embeddings": 128, "rope_parameters": rope}
+    config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=4, **copy.deepcopy(fields))
+    positions = np.arange(100, dtype=np.int32)[None]
+    their_cos, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions, dtype=torch.long))
+    cos, _ = rope_cos_sin(rope_from_hf(fields, 2048), 64, 2048, positions, None)
+    np.testing.assert_allclose(cos, their_cos[..., :32].numpy(), atol=2e-5)
 
 
 def test_rotation_equals_transformers():
@@ -85,7 +99,7 @@ def test_both_spellings_round_trip(name):
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2}}, "type"),
         ({"rope_scaling": {"type": "linear"}}, "needs factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2': expected a positive number"),
-        ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "beta=1: not understood"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 1}}, "beta_fast=1: not understood"),
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "original_max_position_embeddings": 3}}, "original"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, "larger than low_freq_factor"),

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import transformers
 
 from lm_jax.config import ModelConfig, RopeConfig
 from lm_jax.errors import UserError
-from lm_jax.models.registry import config_from_hf, config_to_hf, read_model_config, weight_table
+from lm_jax.models.llama import known_to_transformers, unread_keys
+from lm_jax.models.registry import FIELDS, config_from_hf, config_to_hf, read_model_config, weight_table
 
 LLAMA_2_7B = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf",
@@ -311,8 +314,12 @@ def test_windows():
 @pytest.mark.parametrize(
     "base, change, message",
     [
-        (LLAMA_3_8B, {"logit_scale": 0.5}, "logit_scale=0.5: not understood"),
+        (LLAMA_3_8B, {"per_layer_config": {"0": {}}}, "per_layer_config={'0': {}}: not supported"),
+        (LLAMA_3_8B, {"is_heterogeneous": True, "is_causal": False}, "is_heterogeneous.*is_causal"),
+        (LLAMA_3_8B, {"is_encoder_decoder": True}, "is_encoder_decoder=True: not supported"),
         (LLAMA_3_8B, {"sliding_window": 4096}, "sliding_window=4096: not supported"),
+        (LLAMA_3_8B, {"attention_chunk_size": 8192}, "attention_chunk_size=8192: not supported"),
+        (LLAMA_3_8B, {"text_config": {"hidden_size": 8}}, "text_config=.*not supported"),
         (LLAMA_3_8B, {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'.*supported: silu"),
         (LLAMA_3_8B, {"hidden_size": "4096"}, "hidden_size='4096': expected int"),
         (LLAMA_3_8B, {"vocab_size": True}, "vocab_size=True: expected int"),
@@ -327,9 +334,7 @@ def test_windows():
         (LLAMA_3_8B, {"is_causal": False}, "is_causal=False"),
         (LLAMA_3_8B, {"architectures": ["LlamaForSequenceClassification"]}, "supported: LlamaForCausalLM, MistralFor"),
         (LLAMA_3_8B, {"model_type": "gemma"}, "'gemma'.*is not supported; supported: LlamaForCausalLM"),
-        (MISTRAL_V01, {"attention_bias": True}, "attention_bias=True: not supported"),
-        (MISTRAL_V01, {"layer_types": ["full_attention"]}, "layer_types.*not understood"),
-        (QWEN2_5_7B, {"use_mrope": True}, "use_mrope=True: not supported"),
+        (MISTRAL_V01, {"layer_types": ["full_attention"]}, "layer_types.*not supported"),
         (QWEN2_5_7B, {"layer_types": ["full_attention"]}, "1 entries for 28 layers"),
         (QWEN2_5_7B, {"layer_types": ["sliding_attention"] * 28}, "set both"),
         (QWEN2_5_7B, {"layer_types": ["chunked_attention"] * 28}, "'chunked_attention' is not supported"),
@@ -341,6 +346,72 @@ def test_what_is_not_understood_raises(base, change, message):
         config_from_hf(base | change)
 
 
+def scaled(kind, **fields):
+    return {"rope_scaling": {"rope_type": kind, "factor": 4.0, **fields}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (scaled("yarn", attn_factor=0.8782488562869419), "attn_factor.*write attention_factor.*multiply.*: 1$"),
+        (scaled("yarn", extrapolation_factor=2), "extrapolation_factor=2.*only 1"),
+        (scaled("linear", attention_factor=1.2), "attention_factor=1.2: not understood for 'linear'"),
+        (scaled("default"), "factor=4.0: not understood for 'default'.*set its rope_type"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor=4.0: not understood for 'default'"),
+        (scaled("linear", mrope_section=[16, 24, 24]), "mrope_section"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention.*each type of layer"),
+        (
+            scaled("yarn", original_max_position_embeddings=4096) | {"original_max_position_embeddings": 2048},
+            "stands beside and in rope_scaling, and differs",
+        ),
+    ],
+)
+def test_rotary_fields_that_are_not_read_as_meant_raise(change, message):
+    with pytest.raises(UserError, match=message):
+        config_from_hf(LLAMA_3_8B | change)
+
+
+UNKNOWN = {
+    "_model_name_or_path": "Smollm2 135M", "unk_token_id": 0, "transformers.js_config": {"dtype": {"q4": "float16"}},
+    "dual_chunk_attention_config": {"chunk_size": 262144}, "use_mrope": True, "logit_scale": 0.5, "temperature": 0.7,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "finetuned": True, "attn_factor": 1, "short_factor": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", [LLAMA_3_8B, MISTRAL_V01, QWEN2_7B, QWEN3_8B], ids=lambda base: base["model_type"])
+def test_what_transformers_does_not_know_is_ignored_and_named_once(base, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(base | UNKNOWN))
+    known = base | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    for _ in range(2):
+        assert read_model_config(tmp_path) == config_from_hf(known)
+    names = [*(UNKNOWN.keys() - {"rope_scaling"}), "rope_scaling.finetuned", "rope_scaling.attn_factor"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/config.json: ignored") and all(name in line for name in names)
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    assert read_model_config(tmp_path) == config_from_hf(base)
+    assert not capsys.readouterr().err
+
+
+# Looked up too, but by what changes no forward pass of these families: initialising, loading, compiling, other layers
+OF_OTHERS = set(
+    "init_std initializer_factor gradient_checkpointing distributed_config fusion_config compile_config sep_token_id "
+    "number_of_conv_states _rope_type_labels".split()
+)
+
+
+@pytest.mark.parametrize("family", FIELDS)
+def test_whatever_else_transformers_looks_up_is_known_here(family):
+    """A key that its class lacks can still be read, with a default, by the code of masks, caches and embeddings."""
+    folder = Path(transformers.__file__).parent
+    files = f"modeling_rope_utils models/{family}/modeling_{family} masking_utils cache_utils modeling_utils"
+    rope, *others = ((folder / f"{name}.py").read_text() for name in files.split())
+    looked_up = {*re.findall(r"(?:get|has)attr\((?:self|config), \"(\w+)\"", rope)}
+    looked_up |= {*re.findall(r"(?:get|has)attr\([\w.]*config, \"(\w+)\"", "".join(others))}
+    assert {"head_dim", "sliding_window", "is_causal", "original_max_position_embeddings"} <= looked_up
+    ours = set(unread_keys(dict.fromkeys(looked_up), FIELDS[family])) - known_to_transformers(family) - OF_OTHERS
+    assert not ours, "transformers reads these; so must we"
+
+
 def test_errors_name_the_file(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: no such file"):
         read_model_config(tmp_path)
@@ -349,8 +420,8 @@ def test_errors_name_the_file(tmp_path):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
             read_model_config(tmp_path)
-    file.write_text(json.dumps(LLAMA_3_8B | {"logit_scale": 2}))
-    with pytest.raises(UserError, match=f"{file}: logit_scale=2"):
+    file.write_text(json.dumps(LLAMA_3_8B | {"is_causal": False}))
+    with pytest.raises(UserError, match=f"{file}: is_causal=False"):
         read_model_config(tmp_path)
     file.write_text(json.dumps(LLAMA_3_8B))
     assert read_model_config(tmp_path) == PUBLISHED["llama-3-8b"][1]

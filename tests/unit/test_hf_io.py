@@ -173,6 +173,7 @@ def test_sharded_load_and_export_equal_one_device(source, tmp_path):
         from jax.sharding import NamedSharding
         from lm_jax.config import MeshConfig
         from lm_jax.checkpoints.hf import export_hf, load_params
+        from lm_jax.checkpoints.weight_files import StoredTensor
         from lm_jax.models.registry import read_model_config, weight_table
         from lm_jax.models.weights import flatten, nest
         from lm_jax.sharding import make_mesh, param_spec
@@ -181,7 +182,11 @@ def test_sharded_load_and_export_equal_one_device(source, tmp_path):
         mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
         specs = {s.path: param_spec(s.path, s.axes, s.shape(config), mesh) for s in weight_table(config)}
         shardings = nest({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
-        sharded, plain = load_params(source, config, shardings), load_params(source, config, None)
+        reads, array = [], StoredTensor.array.fget
+        StoredTensor.array = property(lambda tensor: reads.append(1) or array(tensor))
+        sharded = load_params(source, config, shardings)
+        assert len(reads) == sum(len(s.hf_names(config)) for s in weight_table(config)), "each once, for all devices"
+        plain = load_params(source, config, None)
         for path, x in flatten(plain).items():
             assert flatten(sharded)[path].sharding.spec == specs[path]
             np.testing.assert_array_equal(flatten(sharded)[path], x)

@@ -20,12 +20,9 @@ from lab.worlds.gate import GATED
 from lm_jax.config import from_config_dict
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
-from musc_jax.weights.rules import WEIGHING_RULES
-from tests.lab import CONTROLS
 
 ASKED = "list tools. use exactly two words. start with saw."
 RIGHT, WRONG = "saw, axe", "axe, saw"
-RULES = tuple(WEIGHING_RULES)
 SHOW_CORES = "import json, os; print(json.dumps(sorted(os.sched_getaffinity(0))))"
 
 
@@ -36,7 +33,7 @@ class Fake:
     calls: list = []
     gate = 0.95
 
-    def __init__(self, config, world, seed, root, names, rules):
+    def __init__(self, config, world, seed, root, names):
         self.about = {name: name for name in ("seed", "dpo", "kl") if name in names}
         self.base, self._seed, self._root = "seed/model", seed, root
 
@@ -85,7 +82,7 @@ def run(tmp_path, monkeypatch):
         config = get_config()
         config.update({"output": f"{tmp_path}/out", "seeds": (0, 1, 2), "arms": ("seed", "dpo", "kl"), "processes": 1})
         config.update_from_flattened_dict(settings)
-        ablate(from_config_dict(LabAblationConfig, config.to_dict()), RULES, CONTROLS)
+        ablate(from_config_dict(LabAblationConfig, config.to_dict()))
         return sorted(Fake.calls, key=str)
 
     return call

@@ -25,9 +25,9 @@ from lm_jax.data.preference import preference_rows
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.supervised import supervised_rows
+from main_jax.filter.scores import SCORES
 from main_jax.prompts import PromptConfig, Prompts, supervised_example
 from musc_jax.weights.rules import DEFAULT_RULE, WEIGHING_RULES, check_rule
-from tests.lab import CONTROLS
 
 MUSC = MuscArmsConfig(60, 2, (1e-4, 3e-4), (1e-3,), 4, 0.7)
 MAIN = MainArmsConfig("pretraining", 20, 30, 6, 1, 10, (1e-3,), 2e-3, 5e-3, 16)
@@ -80,7 +80,7 @@ def is_held_out(world, text):
 
 
 def test_every_rule_but_uniform_is_an_arm_that_training_knows():
-    arms = musc_arms(RULES)
+    arms = musc_arms()
     assert list(arms)[:3] == ["seed", "sft", "dpo"]
     assert set(RULES) - {"uniform"} <= set(arms) and "uniform" not in arms
     assert RULES[0] == DEFAULT_RULE  # what rounds, constant and online are made of
@@ -90,7 +90,7 @@ def test_every_rule_but_uniform_is_an_arm_that_training_knows():
 
 
 def test_musc_splits_share_no_text_and_no_composition_with_what_is_learnt(tmp_path, steps):
-    arms = MuscArms(MUSC, TINY, 3, tmp_path, ["seed"], RULES)
+    arms = MuscArms(MUSC, TINY, 3, tmp_path, ["seed"])
     arms.prepare(300, 400)
     learnt = [user(row) for row in read_rows(f"{tmp_path}/musc/data/instructions.jsonl")]
     splits = texts_of(arms)
@@ -103,7 +103,7 @@ def test_musc_splits_share_no_text_and_no_composition_with_what_is_learnt(tmp_pa
 
 def test_musc_arms_differ_in_what_they_say(tmp_path, steps):
     names = ["seed", "dpo", "kl", "dpo_nll", "constant", "online", "sft", "substitute", "rounds_3", "oracle"]
-    arms = MuscArms(MUSC, LISTS, 3, tmp_path, names, RULES)
+    arms = MuscArms(MUSC, LISTS, 3, tmp_path, names)
     data = f"{tmp_path}/musc/data"
 
     def leave(command, settings):
@@ -162,7 +162,7 @@ def test_musc_arms_differ_in_what_they_say(tmp_path, steps):
 
 
 def test_what_musc_arms_learnt(tmp_path):
-    arms = MuscArms(MUSC, LISTS, 0, tmp_path, ["seed", "dpo", "rounds_2"], RULES)
+    arms = MuscArms(MUSC, LISTS, 0, tmp_path, ["seed", "dpo", "rounds_2"])
     sides = ("saw, axe", "axe, saw")
     good, bad = (
         {"prompt": [{"content": ASKED}], "chosen": [{"content": text}], "rejected": [{"content": "axe"}]}
@@ -202,16 +202,16 @@ def test_the_oracle_takes_the_best_against_the_worst():
 
 
 def test_main_arms_that_train_alike_stand_there_once():
-    arms = main_arms(CONTROLS, 1)
+    arms = main_arms(1)
     for arm in ("seed_only", "no_filter", "random", "mutual_gain", "shuffled", "rounds_0", "rounds_2"):
         assert arm in arms
     assert {ADAPTERS, ORACLE} <= set(arms)
     assert not {"rounds_1", "alpha_loss_ratio", "score"} & set(arms)  # the filter's own, twice, and no judge
-    assert "rounds_1" in main_arms(CONTROLS, 2)
+    assert "rounds_1" in main_arms(2)
 
 
 def test_main_splits_share_no_text_with_anything(tmp_path, steps):
-    arms = MainArms(MAIN, TINY, 0, tmp_path, ["seed_only", "rounds_2", ADAPTERS], CONTROLS)
+    arms = MainArms(MAIN, TINY, 0, tmp_path, ["seed_only", "rounds_2", ADAPTERS])
     arms.prepare(30, 40)
     data = {name: read_rows(f"{tmp_path}/main/data/{name}.jsonl") for name in ("pairs", "responses", "probes")}
     splits = texts_of(arms)
@@ -244,13 +244,13 @@ def test_main_splits_share_no_text_with_anything(tmp_path, steps):
 
 
 def candidate(id, instruction, response, score, kept=False):
-    scores = None if score is None else dict.fromkeys(CONTROLS.scores, score)
+    scores = None if score is None else dict.fromkeys(SCORES, score)
     return {"id": id, "instruction": instruction, "response": response, "scores": scores, "kept": kept}
 
 
 def test_main_arms_learn_the_seeds_and_their_pairs(tmp_path, steps):
     names = ["seed_only", "mutual_gain", "alpha_fixed", "rounds_0", ADAPTERS, ORACLE]
-    arms = MainArms(MAIN, LISTS, 0, tmp_path, names, CONTROLS)
+    arms = MainArms(MAIN, LISTS, 0, tmp_path, names)
     here = f"{tmp_path}/main"
     seed = {"id": "seed-0", "messages": [{"role": "user", "content": "list tools."}], "source": "seed", "weight": 1.0}
     write_jsonl(f"{here}/rounds/round_0/forward.jsonl", [seed])
@@ -285,7 +285,7 @@ def test_main_arms_learn_the_seeds_and_their_pairs(tmp_path, steps):
     probes = [candidate(id, "i", "r", score) for id, score in scored.items()]
     write_jsonl(f"{here}/filter/probes.jsonl.candidates.jsonl", probes)
     extras = json.loads(json.dumps(arms.extras()))
-    assert extras["auroc"] == dict.fromkeys(CONTROLS.scores, 0.75)  # one of four in the wrong order
+    assert extras["auroc"] == dict.fromkeys(SCORES, 0.75)  # one of four in the wrong order
     assert extras["truth"]["all"] == pytest.approx(2 / 3)
     assert extras["truth"]["mutual_gain"] == 0.0
 

@@ -11,7 +11,7 @@ from lab.worlds.forms import read
 from lab.worlds.gate import check_gate, make_gate
 from lab.worlds.grammar import NAMING, questions, read_instruction
 from lab.worlds.lists import LISTS
-from lab.worlds.seed_data import CURRICULUM, Tasks, decomposed, seed_rows
+from lab.worlds.seed_data import CURRICULUM, decomposed, seed_rows
 from lab.worlds.tokenizer import END, TEXT, make_tokenizer, write_tokenizer
 from lab.worlds.trips import TRIPS
 from lab.worlds.verifiers import verify
@@ -24,13 +24,12 @@ from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generation.stopping import response_text
 from musc_jax.pairs.constraints import parse_decomposition
-from musc_jax.pairs.conversations import decomposing, recombining, task_texts
+from musc_jax.pairs.conversations import task_texts
 from musc_jax.pairs.demonstrations import demonstration
 from musc_jax.pairs.instructions import parse_instruction
 from musc_jax.pairs.prompts import decompose, recombine
 
 WORLDS = pytest.mark.parametrize("world", [LISTS, TRIPS], ids=lambda world: world.name)
-TASKS = Tasks(decomposing, recombining)
 PRETRAINING, CLEAN, FULL = CURRICULUM
 
 
@@ -38,7 +37,7 @@ PRETRAINING, CLEAN, FULL = CURRICULUM
 def made(request, tmp_path_factory):
     """(world, its rows by stage, directory of its tokenizer)."""
     world, directory = request.param, tmp_path_factory.mktemp(request.param.name)
-    rows = {stage.name: list(seed_rows(world, stage, 0, 400, TASKS)) for stage in CURRICULUM}
+    rows = {stage.name: list(seed_rows(world, stage, 0, 400)) for stage in CURRICULUM}
     texts = [message["content"] for row in rows["full"][:100] for message in row["messages"]]
     write_tokenizer(directory, world, task_texts(), texts)
     return world, rows, directory
@@ -169,8 +168,8 @@ TASK_NAMES = ("copy", "instruction", "response", "follow", "decompose", "recombi
 
 def test_rows_are_functions_of_their_index(made):
     world, rows, _ = made
-    assert list(seed_rows(world, FULL, 0, 20, TASKS)) == rows["full"][:20]
-    assert list(seed_rows(world, FULL, 1, 20, TASKS)) != rows["full"][:20]
+    assert list(seed_rows(world, FULL, 0, 20)) == rows["full"][:20]
+    assert list(seed_rows(world, FULL, 1, 20)) != rows["full"][:20]
 
 
 @WORLDS
@@ -209,7 +208,7 @@ def test_the_trainer_reads_every_file(made, tmp_path):
 @WORLDS
 def test_the_gate_lets_right_answers_through_and_stops_wrong_ones(world):
     examples = [decomposed(world, i) for i in instructions(world, 0, "examples", 2, COMPLEX)]
-    gate = make_gate(world, 0, 20, TASKS, examples)
+    gate = make_gate(world, 0, 20, examples)
     rows = gate.rows()
     assert len({row["id"] for row in rows}) == len(rows) == 100
     assert {split_of(world, i.composition) for i in gate.asked["complex"]} == {Split.HELD_OUT}
