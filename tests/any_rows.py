@@ -208,25 +208,24 @@ def in_a_file(read):
 
 
 def prompts(path: str) -> None:
-    rows = generate._read(types.SimpleNamespace(input=path, max_new_tokens=8))
-    assert len({str(row["id"]) for row in rows}) == len(rows)
+    config = types.SimpleNamespace(input=path, max_new_tokens=8, columns="", max_dropped_share=0.0)
+    rows, prompts, faults = generate._read(config)
+    assert len({str(row["id"]) for row in rows}) == len(rows) == len(prompts) and not faults.rows
     rows_fingerprint(rows, "rows")
-    ids = checked(
-        encoder().encode_prompts([row["prompt"] for row in rows], [f"rows row {i}" for i in range(len(rows))])
-    )
+    ids = checked(encoder().encode_prompts([*prompts.values()], [f"rows row {i}" for i in prompts]))
     assert all(1 <= len(one) < MAX_LENGTH for one in ids)
 
 
 def tasks(path: str) -> None:
-    assert len({str(task.id) for task in read_tasks(path)}) == len(read_rows(path))
+    assert len({str(task.id) for task in read_tasks(path)[0]}) == len(read_rows(path))
 
 
 def unlabelled(path: str) -> None:
-    assert all(row["response"].strip() for row in read_unlabelled(path))
+    assert all(row["response"].strip() for row in read_unlabelled(path)[0])
 
 
 def seeds(path: str) -> None:
-    for seed in read_seeds(path):
+    for seed in read_seeds(path)[0]:
         assert isinstance(seed.instruction, str) and isinstance(seed.response, str)
 
 

@@ -74,8 +74,9 @@ class _Controls:
 
     def __init__(self, config: ControlsConfig):
         self._config, self._root = config, Path(config.output)
-        seeds = read_seeds(config.seeds)
-        read_unlabelled(config.unlabelled)
+        seeds, faults = read_seeds(config.seeds, config.columns, config.max_dropped_share)
+        faults.say()
+        read_unlabelled(config.unlabelled, config.unlabelled_columns, config.max_dropped_share)
         out = controls.held_out([seed.row for seed in seeds], config.held_out, config.seed)
         source = open_model(config.model)
         reverse = open_model(config.rounds["reverse_model"] or config.model)

@@ -19,6 +19,7 @@ Text = str | list[Message]  # raw text, or messages for the chat template
 # Role of a first message that no template sees: its content is the JSON list of the functions that the assistant may
 # call, which templates know as `tools`
 TOOLS = "tools"
+WEIGHT = "weight"  # of an assistant's turn, which no template sees; with 0 it is read, not learnt
 
 # What a template that reads `date_string`, as Llama 3's do, is told: today's would make a row's ids depend on the day.
 # Llama 3.1 takes this day by itself.
@@ -69,7 +70,7 @@ def _is_list(text: str) -> bool:
 
 def tidy_message(message: Message) -> Message:
     """A message of `messages_fault` None without nulls, which datasets and Parquet fill in, and with a content."""
-    return {"content": "", **without_nulls(message)}
+    return {"content": "", **{key: value for key, value in without_nulls(message).items() if key != WEIGHT}}
 
 
 def without_nulls(value: Any) -> Any:
@@ -77,6 +78,10 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_learnt(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get(WEIGHT) != 0
 
 
 def split_tools(messages: list[Message]) -> tuple[list[Any] | None, list[Message]]:
@@ -131,8 +136,9 @@ class TextEncoder:
           prompts: strings, or messages.
           responses: strings, or messages; a string after a prompt of messages is an assistant message.
           wheres: name of each row in errors, as "pairs.jsonl row 17 (chosen)".
-          assistant_only: of a response of several messages, the assistant's turns (each up to its end token) are told
-            from the others' in `loss_mask`. What generation would start from stands before each of them.
+          assistant_only: of a response of several messages, the assistant's turns (each up to its end token), but for
+            those of WEIGHT 0, are told from the others in `loss_mask`. What generation would start from stands before
+            each of them.
 
         Returns:
           Each row's ids or, in their place, what is wrong with it and the cure: malformed or empty text, no chat
@@ -141,11 +147,11 @@ class TextEncoder:
         """
         encoded: list[EncodedResponse | UserError] = []
         for batch in _batches(list(zip(prompts, responses, wheres, strict=True))):
-            rendered = [_attempt(self._render, *row, assistant_only) for row in batch]
+            rendered = [attempt(self._render, *row, assistant_only) for row in batch]
             tokenized = iter(self._tokenize([text for r in rendered if isinstance(r, _Rendered) for text in r.texts]))
             for (*_, where), r in zip(batch, rendered, strict=True):
                 if isinstance(r, _Rendered):
-                    encoded.append(_attempt(self._split, r, list(itertools.islice(tokenized, len(r.texts))), where))
+                    encoded.append(attempt(self._split, r, list(itertools.islice(tokenized, len(r.texts))), where))
                 else:
                     encoded.append(r)
         return encoded
@@ -161,11 +167,11 @@ class TextEncoder:
         """
         encoded: list[np.ndarray | UserError] = []
         for batch in _batches(list(zip(prompts, wheres, strict=True))):
-            rendered = [_attempt(self._render_prompt, *row) for row in batch]
+            rendered = [attempt(self._render_prompt, *row) for row in batch]
             tokenized = iter(self._tokenize([r[1] for r in rendered if isinstance(r, tuple)]))
             for r, (_, where) in zip(rendered, batch, strict=True):
                 if isinstance(r, tuple):
-                    encoded.append(_attempt(self._check_prompt, [*r[0], *next(tokenized)], where))
+                    encoded.append(attempt(self._check_prompt, [*r[0], *next(tokenized)], where))
                 else:
                     encoded.append(r)
         return encoded
@@ -213,7 +219,7 @@ class TextEncoder:
         elif fault := messages_fault(response):
             raise UserError(f"{where}: response {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
         else:
-            said = [m for m in response if m["role"] == "assistant" or not assistant_only]
+            said = [m for m in response if _is_learnt(m) or not assistant_only]
             contents = [m.get("content") or str(m.get("tool_calls") or "") for m in said]
         if not (all if assistant_only and contents else any)(content.strip() for content in contents):
             raise UserError(f"{where}: the response is empty, so its mask would be; drop the row")
@@ -228,7 +234,7 @@ class TextEncoder:
         messages, first = [*prompt, *response], len(prompt)
         turns = [(first, len(messages))]
         if assistant_only:
-            turns = [(i, i + 1) for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+            turns = [(i, i + 1) for i in range(first, len(messages)) if _is_learnt(messages[i])]
         texts = []
         for begin, end in turns:
             before = self._apply_template(messages[:begin], where, True) if begin > first else prompt_text
@@ -347,7 +353,8 @@ def _no_prefix(shorter: str, longer: str, where: str, later: bool) -> UserError:
     )
 
 
-def _attempt(do: Callable[..., T], *args: Any) -> T | UserError:
+def attempt(do: Callable[..., T], *args: Any) -> T | UserError:
+    """What `do` gives, or the error that it raises."""
     try:
         return do(*args)
     except UserError as error:

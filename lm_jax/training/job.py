@@ -14,6 +14,8 @@ from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, begin_run, open_model, param_specs, training_records
 from lm_jax.config import BatchConfig, CheckpointConfig, ComputeConfig, LoraConfig, MeshConfig, OptimConfig, to_dict
 from lm_jax.console import say
+from lm_jax.data.columns import RowKeys
+from lm_jax.data.faults import Faults, write_faults
 from lm_jax.data.order import BatchIterator, Beside, batch_shapes, check_batch, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.text import TextEncoder
@@ -38,7 +40,7 @@ from lm_jax.training.watches import open_watches
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RowKeys):
     """The keys of every command that trains."""
 
     model: str
@@ -61,6 +63,7 @@ class TrainConfig:
     profile: str | None
 
     def __post_init__(self):
+        super().__post_init__()
         check_loggers(self.loggers)
         steps_to_trace(self.profile)
         for name in ("max_length", "epochs", "eval_every", "max_steps"):
@@ -134,9 +137,18 @@ def open_job(config: TrainConfig) -> Job:
     return Job(config, mesh, policy, tokenizer, encoder, began)
 
 
-def begin_job(job: Job, command: str, method: Method) -> None:
-    """Makes the run directory, or finds the same run in it to continue; see `begin_run`."""
+def begin_job(job: Job, command: str, method: Method, inputs: Sequence[Faults]) -> None:
+    """Makes the run directory, or finds the same run in it to continue; see `begin_run`.
+
+    Args:
+      inputs: the faulty rows of what was read, which `dropped.jsonl` lists.
+    """
+    dropped = f"{job.config.output}/dropped.jsonl"
+    for faults in inputs:
+        faults.say(dropped)
     begin_run(job.config.output, command, to_dict(job.config), job.policy, method, bool(job.config.lora.rank))
+    if jax.process_index() == 0:
+        write_faults(dropped, inputs)
 
 
 def run_job(job: Job, task: Task) -> None:

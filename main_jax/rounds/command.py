@@ -25,6 +25,7 @@ import jax
 from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import to_dict
 from lm_jax.console import say
+from lm_jax.data.faults import write_faults
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
@@ -73,7 +74,9 @@ class _Rounds:
 
     def __init__(self, config: RoundsConfig, generator: Generator | None):
         self._config, self._generator = config, generator
-        seeds, unlabelled = read_seeds(config.seeds), read_unlabelled(config.unlabelled)
+        seeds, seed_faults = read_seeds(config.seeds, config.columns, config.max_dropped_share)
+        unlabelled, faults = read_unlabelled(config.unlabelled, config.unlabelled_columns, config.max_dropped_share)
+        self._faults = seed_faults, faults
         source, tokenizer = _open_one_tokenizer(config)
         self._encoder = TextEncoder(tokenizer, NO_LIMIT, end_token_ids(source.directory, tokenizer))
         self._context = source.config.max_position
@@ -108,7 +111,11 @@ class _Rounds:
         for name in ("seeds", "unlabelled"):
             path = getattr(config, name)
             settings[name] = {"path": path, "fingerprint": rows_fingerprint(read_rows(path), path)}
+        dropped = f"{config.output}/dropped.jsonl"
+        for faults in self._faults:
+            faults.say(dropped)
         begin_directory(config.output, "main_rounds", settings, MAY_CHANGE)
+        write_faults(dropped, self._faults)
 
     def do(self, number: int) -> Row:
         """One round, or what of it is missing; its row in the report."""

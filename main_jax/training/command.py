@@ -46,10 +46,9 @@ def train(config: MainTrainConfig) -> None:
       UserError: anything the user can mend.
     """
     job = open_job(config)
-    rows = load_supervised(config.input, job.encoder, config.train_on, config.response_column)
-    held_out = None
-    if config.eval_input:
-        held_out = load_supervised(config.eval_input, job.encoder, config.train_on, config.response_column)
+    options = config.train_on, config.response_column, None, config.columns, config.max_dropped_share
+    rows = load_supervised(config.input, job.encoder, *options)
+    held_out = load_supervised(config.eval_input, job.encoder, *options) if config.eval_input else None
     for read in filter(None, (rows, held_out)):
         say("\n".join(read.report))
     mixed = rows.sources() == frozenset(SOURCES)
@@ -60,7 +59,7 @@ def train(config: MainTrainConfig) -> None:
         eval_objective = supervised_objective(job.policy.config, config.compute, plain_coefficients)
     else:
         say(f"all rows are {next(iter(rows.sources()))}: plain cross-entropy, without alpha")
-    begin_job(job, "main_train", _method(config, mixed))
+    begin_job(job, "main_train", _method(config, mixed), [read.faults for read in (rows, held_out) if read])
     task = Task(
         objective=spec.objective,
         unit="rows",

@@ -8,6 +8,7 @@ from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import FULL, ModelConfig
 from lm_jax.console import say
+from lm_jax.data.order import Beside
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, score_program, train_program
 from lm_jax.training.job import Job, Task, TrainConfig, begin_job, open_job, run_job
@@ -47,17 +48,12 @@ def train(config: MuscTrainConfig) -> None:
     """
     job = open_job(config)
     reference = open_reference(config, job)
-    train_pairs = load_pairs(config.input, job.encoder, config.weights)
+    train_pairs, beside = _load(config.input, config, job, config.weights)
     rule = train_pairs.rule
-    eval_pairs = load_pairs(config.eval_input, job.encoder, rule) if config.eval_input else None
-    for pairs in filter(None, (train_pairs, eval_pairs)):
-        say("\n".join(pairs.report))
-    online = online_rule(rule)
-    beside, eval_beside = (
-        responses_beside(pairs, online, job) if online and pairs else None for pairs in (train_pairs, eval_pairs)
-    )
+    eval_pairs, eval_beside = _load(config.eval_input, config, job, rule) if config.eval_input else (None, None)
     spec = step_spec(config, job.policy.config, rule)
-    begin_job(job, "musc_train", _method(config, rule))
+    inputs = [pairs.faults for pairs in (train_pairs, eval_pairs) if pairs is not None]
+    begin_job(job, "musc_train", _method(config, rule), inputs)
     examples, eval_examples = _examples(config, rule, job, reference, train_pairs, eval_pairs)
     say(f"weights: {rule}")
     task = Task(
@@ -73,6 +69,17 @@ def train(config: MuscTrainConfig) -> None:
         eval_beside=eval_beside,
     )
     run_job(job, task)
+
+
+def _load(path: str, config: MuscTrainConfig, job: Job, weights: str) -> tuple[Pairs, Beside | None]:
+    """The pairs of a file, and what the batches carry beside them for weights that the policy computes."""
+    online, beside = online_rule(weights), None
+    limits = config.columns, config.max_dropped_share
+    pairs = load_pairs(path, job.encoder, weights, None, *limits, last=not online)
+    if online:
+        pairs, beside = responses_beside(pairs, online, job)
+    say("\n".join(pairs.report))
+    return pairs, beside
 
 
 def _method(config: MuscTrainConfig, rule: str) -> Method:

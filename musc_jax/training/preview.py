@@ -26,8 +26,9 @@ def preview(config: MuscTrainConfig, number: int) -> None:
     """
     job = open_job(config)
     reference = open_reference(config, job)
-    pairs = load_pairs(config.input, job.encoder, config.weights, lambda pairs: range(min(number, pairs)))
+    pairs = load_pairs(config.input, job.encoder, config.weights, lambda n: range(min(number, n)), config.columns, 1.0)
     say("\n".join(pairs.report))
+    pairs.faults.say()
     if online_rule(pairs.rule):
         say(f"weights: {pairs.rule}; the policy computes them in every step, so they are not shown")
         values: tuple[str, ...] = ()
