@@ -23,6 +23,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.columns = ""  # ours=yours: "id=key,response=text" (docs/data.md); none: by their own names
     c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # a local .jsonl; the kept pairs
+    c.chat_template_kwargs = ""  # JSON for the chat template of both: {"enable_thinking": false}
     c.scores = placeholder(str)  # directory of what the models said; none: beside the output. Runs may share it
     # forward | reverse | mutual | forward_gain | mutual_gain; the published rule is not known. The default did best on
     # small models: without the response's own likelihood the filter prefers easy responses

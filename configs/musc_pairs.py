@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     c.columns = ""  # ours=yours: "instruction=question" (docs/data.md); none: by their own names
     c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # a local .jsonl; appears when it is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # with a row's id it decides every random draw
     c.dtype = "float32"  # CPUs are no faster in bfloat16; accelerators are, in half the memory
     c.examples = ""  # decomposed instructions in InFoBench's format; empty: the ten that come with the package

@@ -19,6 +19,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.columns = ""  # ours=yours: "prompt=question,chosen=best" (docs/data.md); none: by their own names
     c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # JSONL, local, gs:// or s3://; appears when the store is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.store = placeholder(str)  # local, gs:// or s3://; none: beside the output, as NAME.weights
     # calibrated_entropy | other_over_own | uniform | entropy | perplexity | kl | symmetric_kl | pmi | shuffled,
     # several with commas between, or all; training takes the first unless told otherwise (weights=store:RULE)

@@ -31,6 +31,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.columns = ""  # ours=yours: "prompt=question,chosen=best" (docs/data.md); none: by their own names
     c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # run directory
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # of the data order
     c.dtype = "bfloat16"  # matmuls and activations; master weights, softmax and losses are fp32
     c.max_length = 2048  # tokens of prompt + response; the authors' setting

@@ -19,6 +19,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.columns = ""  # ours=yours: "prompt=question,chosen=best" (docs/data.md); none: by their own names
     c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # HTML, local, gs:// or s3://; appears when it is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.counts = placeholder(str)  # the tally of launch.musc_pairs; none: INPUT.counts.json where there is one
     c.weights = "auto"  # as in configs/musc_train.py; of a store the page has every rule, this one first
     c.max_pairs = 200  # a few MB; 1,000 are fine in a browser too

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     c.columns = ""  # ours=yours: "prompt=question,response=answer" (docs/data.md); none: by their own names
     c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # JSONL, local, gs:// or s3://; appears when it is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.dtype = "float32"  # exact; bfloat16 is faster on accelerators
     c.max_length = 2048  # tokens of prompt + response; longer responses are cut
 

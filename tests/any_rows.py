@@ -154,10 +154,11 @@ def encoder() -> TextEncoder:
         return TextEncoder(load_tokenizer(directory), MAX_LENGTH)
 
 
-def check_encoded(prompts, responses) -> list:
+def check_encoded(prompts, responses, encode) -> list:
     tokenizer = encoder()._tokenizer
-    encoded = checked(encoder().encode_many(prompts, responses, [f"rows row {i}" for i in range(len(prompts))], True))
-    for prompt, response, e in zip(prompts, responses, encoded, strict=True):
+    encoded = checked(encode(prompts, responses, [f"rows row {i}" for i in range(len(prompts))]))
+    examples = [e if isinstance(e, list) else [e] for e in encoded]
+    for prompt, response, e in ((p, r, e) for p, r, own in zip(prompts, responses, examples, strict=True) for e in own):
         assert len(e.prompt_ids) >= 1 <= len(e.response_ids) <= e.full_length
         assert len(e.prompt_ids) + len(e.response_ids) <= MAX_LENGTH
         assert e.truncated or e.full_length == len(e.response_ids)
@@ -173,7 +174,8 @@ def check_encoded(prompts, responses) -> list:
 def preference(rows) -> None:
     data = preference_rows(rows, "rows")
     assert len(data.rows) + sum(data.dropped.values()) == len(rows)
-    sides = [check_encoded([r.prompt for r in data.rows], [getattr(r, s) for r in data.rows]) for s in SIDES]
+    encode = encoder().encode_many
+    sides = [check_encoded([r.prompt for r in data.rows], [getattr(r, s) for r in data.rows], encode) for s in SIDES]
     for row, *both in zip(data.rows, *sides, strict=True):
         check_weight_lengths(row, *both, "rows")
 
@@ -192,7 +194,7 @@ def supervised(rows) -> None:
     data = supervised_rows(rows, "rows")
     assert len(data.rows) + sum(data.dropped.values()) == len(rows)
     assert all(row.weight > 0 and row.source in ("seed", "synthetic") for row in data.rows)
-    check_encoded([r.prompt for r in data.rows], [r.response for r in data.rows])
+    check_encoded([r.prompt for r in data.rows], [r.response for r in data.rows], encoder().encode_conversations)
 
 
 def in_a_file(read):

@@ -50,6 +50,7 @@ class ControlsConfig(RowKeys):
     seeds: str
     unlabelled: str
     output: str
+    chat_template_kwargs: str
     seed: int
     held_out: float
     arms: tuple[str, ...]
@@ -135,4 +136,5 @@ class ControlsConfig(RowKeys):
                 "endpoint": NO_ENDPOINT,
             },
         }[section]
-        return {**getattr(self, section), **unset, **given, **own}
+        kwargs = {"chat_template_kwargs": self.chat_template_kwargs}
+        return {**getattr(self, section), **unset, **kwargs, **given, **own}

@@ -9,9 +9,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lm_jax.data.conversations import message, read_turns, without_weights
 from lm_jax.data.faults import Faults
-from lm_jax.data.text import TOOLS, Message, Text, without_nulls
-from lm_jax.data.turns import message, read_turns, without_weights
+from lm_jax.data.messages import (
+    TEMPLATE_KWARGS,
+    TOOLS,
+    Message,
+    Text,
+    read_template_kwargs,
+    with_arguments,
+    without_nulls,
+)
 from lm_jax.errors import UserError
 
 Row = Mapping[str, Any]
@@ -290,11 +298,12 @@ def _question(columns: Row, layout: Layout, at: str) -> Text:
 
 
 def _before(columns: Row, layout: Layout, at: str) -> list[Message]:
-    """What other columns put before the question: tools, a system message, earlier turns."""
-    messages = []
-    asked = columns[layout.asked[0]] if layout.asked else None  # OpenAI's has its tools inside
-    if tools := _tools(asked if isinstance(asked, Mapping) and TOOLS in asked else columns, at):
-        messages.append(message(TOOLS, json.dumps(without_nulls(tools))))
+    """What other columns put before the question: what the template takes, a system message, earlier turns."""
+    asked = columns[layout.asked[0]] if layout.asked else None
+    given = asked if isinstance(asked, Mapping) and TOOLS in asked else columns  # OpenAI's has its tools inside
+    arguments = read_template_kwargs(columns.get(TEMPLATE_KWARGS), f"{at}: {TEMPLATE_KWARGS}")
+    tools = _tools(given, at)
+    messages = with_arguments([], arguments | ({TOOLS: without_nulls(tools)} if tools else {}))
     systems = {text for name in _SYSTEM if (text := text_of(columns, name, at)).strip()}
     if len(systems) > 1:
         raise UserError(f"{at}: {' and '.join(_SYSTEM)} differ; keep one of them")

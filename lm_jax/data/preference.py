@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data.conversations import message, without_weights
 from lm_jax.data.faults import Faults
 from lm_jax.data.layouts import PREFERENCE, Layout, Read, one_form, read_as, read_layout
-from lm_jax.data.text import EncodedResponse, Message, Text
-from lm_jax.data.turns import message, without_weights
+from lm_jax.data.messages import Message, Text
+from lm_jax.data.text import EncodedResponse
 from lm_jax.errors import UserError
 
 IDENTICAL = "chosen and rejected are identical"

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from lm_jax.data.columns import Renamed
+from lm_jax.data.conversations import without_weights
 from lm_jax.data.faults import Faults
 from lm_jax.data.layouts import SUPERVISED, counted, one_form, read_as, read_layout, with_response
+from lm_jax.data.messages import TEMPLATE_ARGUMENTS, WEIGHT, Message, Text
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows
-from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import TOOLS, WEIGHT, Message, Text, TextEncoder
-from lm_jax.data.turns import without_weights
+from lm_jax.data.shares import encode_conversations
+from lm_jax.data.text import TextEncoder
 from lm_jax.errors import UserError
 
 SEED, SYNTHETIC = SOURCES = ("seed", "synthetic")
@@ -49,9 +50,9 @@ class Supervised:
     """Encoded supervised rows.
 
     Attributes:
-      rows: the rows they came from, in their order.
-      segments: one a row, with the values `weights` (the row's) and `synthetic` (1 where that is its source, else 0).
-      full_lengths: tokens of each row's response before truncation.
+      rows: of each example the row it came from, in their order; a conversation may make several examples.
+      segments: the examples, with the values `weights` (the row's) and `synthetic` (1 where its source is, else 0).
+      full_lengths: tokens of each example's response before truncation.
       report: lines that say how many rows were read, dropped, truncated, and how long they are.
       faults: the rows that are left out for what is wrong with them.
     """
@@ -64,7 +65,7 @@ class Supervised:
     faults: Faults
 
     def name(self, i: int) -> str:
-        """How a user finds row i."""
+        """How a user finds the row of example i."""
         return f"{self.where} row {self.rows[i].row}"
 
     def sources(self) -> frozenset[str]:
@@ -98,9 +99,10 @@ def load_supervised(
     rows = data.rows[:first]
     prompts, responses, numbers = ([getattr(r, name) for r in rows] for name in ("prompt", "response", "row"))
     names = [f"{where} row {number}" for number in numbers]
-    encoded = faults.sound(numbers, encode_rows(encoder, prompts, responses, names, assistant_only=True))
+    encoded = faults.sound(numbers, encode_conversations(encoder, prompts, responses, names))
     faults.check(len(raw))
-    kept = [(row, text) for row, text in zip(rows, encoded, strict=True) if text is not None]
+    kept = [(row, example) for row, own in zip(rows, encoded, strict=True) for example in own or ()]
+    taken = sum(own is not None for own in encoded)
     if not kept:
         dropped = counted(data.dropped | {"faulty": len(faults.rows)})
         raise UserError(f"{path}: no rows left, all dropped ({dropped}); give rows that weigh something")
@@ -118,16 +120,22 @@ def load_supervised(
     ]
     lengths = np.array([len(s) for s in segments])
     learnt = sum(len(s.response) if s.loss_mask is None else int(s.loss_mask.sum()) for s in segments)
-    whole = len(data.rows) - (len(rows) - len(kept))
+    whole = len(data.rows) - (len(rows) - taken)
     report = [
         f"{where}: {len(raw)} rows read, {whole} kept"
         + (f", dropped: {counted(data.dropped)}" if data.dropped else "")
         + f"; {sum(r.source == SYNTHETIC for r in data.rows)} of them synthetic"
-        + (f"; {len(kept)} of them taken" if len(kept) < whole else "")
+        + (f"; {taken} of them taken" if taken < whole else "")
         + f"; read as {data.read_as}",
         f"{where}: sequences of {lengths.min()} to {lengths.max()} tokens, median {int(np.median(lengths))}; {learnt} "
-        f"of {lengths.sum()} tokens learnt; {sum(t.truncated for _, t in kept)} rows truncated to config.max_length",
+        f"of {lengths.sum()} tokens learnt; {sum(t.truncated for _, t in kept)} examples truncated to "
+        "config.max_length",
     ]
+    if len(kept) > taken:
+        report.append(
+            f"{where}: {taken} conversations make {len(kept)} examples, since the chat template shows earlier turns "
+            "otherwise once later ones follow"
+        )
     return Supervised([row for row, _ in kept], segments, [t.full_length for _, t in kept], where, report, faults)
 
 
@@ -199,8 +207,9 @@ def _learnt(prompt: list[Message], turns: list[Message], train_on: str, at: str)
     said = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not said:
         raise UserError(f"{at}: no assistant message, so nothing to learn; drop the row")
-    # A turn before which nothing stands is read, as no prompt calls for it; tools alone are none
-    said = [i for i in said if prompt or any(turn["role"] not in ("assistant", TOOLS) for turn in turns[:i])]
+    # A turn before which nothing stands is read, as no prompt calls for it; what the template takes is none
+    mute = ("assistant", TEMPLATE_ARGUMENTS)
+    said = [i for i in said if prompt or any(turn["role"] not in mute for turn in turns[:i])]
     if not said:
         raise UserError(
             f"{at}: begins with an assistant message, before which nothing stands, and has no other; drop the row"

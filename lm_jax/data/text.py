@@ -2,28 +2,16 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-from lm_jax.data.chat import render_chat
-from lm_jax.data.tokenizers import first_line
+from lm_jax.data.messages import Text
+from lm_jax.data.rendering import Rendered, Renderer
 from lm_jax.errors import UserError
 
 T = TypeVar("T")
-Message = dict[str, Any]  # role and content, strings, and what else a template reads: tool_calls, name
-Text = str | list[Message]  # raw text, or messages for the chat template
-
-# Role of a first message that no template sees: its content is the JSON list of the functions that the assistant may
-# call, which templates know as `tools`
-TOOLS = "tools"
-WEIGHT = "weight"  # of an assistant's turn, which no template sees; with 0 it is read, not learnt
-
-# What a template that reads `date_string`, as Llama 3's do, is told: today's would make a row's ids depend on the day.
-# Llama 3.1 takes this day by itself.
-TEMPLATE_DAY = "26 Jul 2024"
 _BATCH = 1024  # rows tokenised at once: enough to keep the tokenizer's threads busy, little as Python lists
 _ANCHORS = ("\n", "a", "0", "")  # see TextEncoder._tokenize_apart
 
@@ -43,60 +31,6 @@ class EncodedResponse:
         return len(self.response_ids) < self.full_length
 
 
-def messages_fault(value: Any) -> str | None:
-    """What is wrong with `value` as messages, or None."""
-    if not isinstance(value, list):
-        return f"must be a string or messages, got {type(value).__name__}"
-    if not value:
-        return "is an empty list of messages"
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            return f"message {i} is no object but {type(message).__name__}"
-        needed = ("role",) if message.get("tool_calls") and message.get("content") is None else ("role", "content")
-        for name in needed:
-            if not isinstance(message.get(name), str):
-                return f"message {i} has no {name} that is a string"
-        if message["role"] == TOOLS and not (i == 0 and _is_list(message["content"])):
-            return f"message {i} has the role {TOOLS}, kept for the JSON list of functions that stands first"
-    return None
-
-
-def _is_list(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def tidy_message(message: Message) -> Message:
-    """A message of `messages_fault` None without nulls, which datasets and Parquet fill in, and with a content."""
-    return {"content": "", **{key: value for key, value in without_nulls(message).items() if key != WEIGHT}}
-
-
-def without_nulls(value: Any) -> Any:
-    """Nested lists and objects without the objects' nulls."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_learnt(message: Message) -> bool:
-    return message["role"] == "assistant" and message.get(WEIGHT) != 0
-
-
-def split_tools(messages: list[Message]) -> tuple[list[Any] | None, list[Message]]:
-    """(the functions of a first message of role TOOLS, the messages after it)."""
-    if messages and messages[0]["role"] == TOOLS:
-        return json.loads(messages[0]["content"]), messages[1:]
-    return None, messages
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rendered:
-    lead: tuple[int, ...]  # the tokenizer's own leading special tokens
-    texts: tuple[str, ...]  # the prompt, it with its response, all before the next response, all with it, ...
-
-
 class TextEncoder:
     """Encodes rows as the model sees them in training, in scoring and, for prompts, in generation.
 
@@ -111,7 +45,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any, max_length: int, end_ids: Sequence[int] = ()):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._renderer = tokenizer, Renderer(tokenizer)
         self._max_length = max_length
         self._eos_text = tokenizer.eos_token
         self._end_ids = frozenset({tokenizer.eos_token_id, *end_ids})
@@ -124,37 +58,68 @@ class TextEncoder:
         return checked(self.encode_many([prompt], [response], [where]))[0]
 
     def encode_many(
-        self,
-        prompts: Sequence[Text],
-        responses: Sequence[Text],
-        wheres: Sequence[str],
-        assistant_only: bool = False,
+        self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
     ) -> list[EncodedResponse | UserError]:
         """Encodes many rows, in batches over the tokenizer's threads.
 
         Args:
           prompts: strings, or messages.
-          responses: strings, or messages; a string after a prompt of messages is an assistant message.
+          responses: strings, or messages; a string after a prompt of messages is an assistant message. Of several
+            messages all is the response, other turns too.
           wheres: name of each row in errors, as "pairs.jsonl row 17 (chosen)".
-          assistant_only: of a response of several messages, the assistant's turns (each up to its end token), but for
-            those of WEIGHT 0, are told from the others in `loss_mask`. What generation would start from stands before
-            each of them.
 
         Returns:
           Each row's ids or, in their place, what is wrong with it and the cure: malformed or empty text, no chat
-          template or one that fails, a prompt that is no prefix, doubled BOS or EOS, no end token, no room for the
-          response. `checked` raises such an error.
+          template or one that fails or shows the prompt otherwise below several messages, doubled BOS or EOS, no end
+          token, no room for the response. `checked` raises such an error.
         """
-        encoded: list[EncodedResponse | UserError] = []
+        rows = self._encode(prompts, responses, wheres, self._renderer.row)
+        return [row if isinstance(row, UserError) else row[0] for row in rows]
+
+    def encode_conversations(
+        self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
+    ) -> list[list[EncodedResponse] | UserError]:
+        """As `encode_many`, but of responses of several messages each turn of the assistant is learnt,
+        but for those of WEIGHT 0.
+
+        What generation would start from stands before each turn, and each ends with its end token. An example holds as
+        many turns as the chat template shows one after the other, told from the others' in `loss_mask`: all, unless the
+        template shows earlier turns otherwise once later ones follow, as those do that drop thoughts. A turn whose
+        context does not fit `max_length` is left out, and the example before it counts as truncated.
+        """
+        return self._encode(prompts, responses, wheres, self._renderer.turns)
+
+    def _encode(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[Text],
+        wheres: Sequence[str],
+        render: Callable[[Text, Text, str], list[Rendered]],
+    ) -> list[list[EncodedResponse] | UserError]:
+        encoded: list[list[EncodedResponse] | UserError] = []
         for batch in _batches(list(zip(prompts, responses, wheres, strict=True))):
-            rendered = [attempt(self._render, *row, assistant_only) for row in batch]
-            tokenized = iter(self._tokenize([text for r in rendered if isinstance(r, _Rendered) for text in r.texts]))
-            for (*_, where), r in zip(batch, rendered, strict=True):
-                if isinstance(r, _Rendered):
-                    encoded.append(attempt(self._split, r, list(itertools.islice(tokenized, len(r.texts))), where))
+            rendered = [attempt(render, *row) for row in batch]
+            texts = [text for examples in rendered if isinstance(examples, list) for r in examples for text in r.texts]
+            tokenized = iter(self._tokenize(texts))
+            for (*_, where), examples in zip(batch, rendered, strict=True):
+                if isinstance(examples, list):
+                    ids = [list(itertools.islice(tokenized, len(r.texts))) for r in examples]
+                    encoded.append(attempt(self._examples, examples, ids, where))
                 else:
-                    encoded.append(r)
+                    encoded.append(examples)
         return encoded
+
+    def _examples(
+        self, rendered: list[Rendered], tokenized: list[list[list[int]]], where: str
+    ) -> list[EncodedResponse]:
+        found: list[EncodedResponse] = []
+        for r, ids in zip(rendered, tokenized, strict=True):
+            if found and len(ids[0]) >= self._max_length:
+                lost = found[-1].full_length + len(ids[-1]) - len(ids[0])
+                found[-1] = dataclasses.replace(found[-1], full_length=lost)
+            else:
+                found.append(self._split(r, ids, where))
+        return found
 
     def encode_prompt(self, prompt: Text, where: str) -> np.ndarray:
         """One prompt to generate from; raises what `encode_prompts` gives in its place."""
@@ -167,11 +132,11 @@ class TextEncoder:
         """
         encoded: list[np.ndarray | UserError] = []
         for batch in _batches(list(zip(prompts, wheres, strict=True))):
-            rendered = [attempt(self._render_prompt, *row) for row in batch]
-            tokenized = iter(self._tokenize([r[1] for r in rendered if isinstance(r, tuple)]))
+            rendered = [attempt(self._renderer.prompt, *row) for row in batch]
+            tokenized = iter(self._tokenize([r.texts[0] for r in rendered if isinstance(r, Rendered)]))
             for r, (_, where) in zip(rendered, batch, strict=True):
-                if isinstance(r, tuple):
-                    encoded.append(attempt(self._check_prompt, [*r[0], *next(tokenized)], where))
+                if isinstance(r, Rendered):
+                    encoded.append(attempt(self._prompt_ids, r, next(tokenized), where))
                 else:
                     encoded.append(r)
         return encoded
@@ -206,74 +171,8 @@ class TextEncoder:
                 break
         return whole[len(head) :]
 
-    def _render_prompt(self, prompt: Text, where: str) -> tuple[tuple[int, ...], str]:
-        if isinstance(prompt, str):
-            return self._lead, _valid(prompt, where)
-        if fault := messages_fault(prompt):
-            raise UserError(f"{where}: prompt {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
-        return (), _valid(self._apply_template(prompt, where, add_generation_prompt=True), where)
-
-    def _render(self, prompt: Text, response: Text, where: str, assistant_only: bool) -> _Rendered:
-        if isinstance(response, str):
-            contents = [response]
-        elif fault := messages_fault(response):
-            raise UserError(f"{where}: response {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
-        else:
-            said = [m for m in response if _is_learnt(m) or not assistant_only]
-            contents = [m.get("content") or str(m.get("tool_calls") or "") for m in said]
-        if not (all if assistant_only and contents else any)(content.strip() for content in contents):
-            raise UserError(f"{where}: the response is empty, so its mask would be; drop the row")
-        lead, prompt_text = self._render_prompt(prompt, where)
-        if isinstance(prompt, str):
-            if not isinstance(response, str):
-                raise UserError(f"{where}: the prompt is a string but the response is messages; make them alike")
-            end = "" if response.endswith(self._eos_text) else self._eos_text
-            return _Rendered(lead, (prompt_text, _valid(prompt_text + response + end, where)))
-        if isinstance(response, str):
-            response = [{"role": "assistant", "content": response}]
-        messages, first = [*prompt, *response], len(prompt)
-        turns = [(first, len(messages))]
-        if assistant_only:
-            turns = [(i, i + 1) for i in range(first, len(messages)) if _is_learnt(messages[i])]
-        texts = []
-        for begin, end in turns:
-            before = self._apply_template(messages[:begin], where, True) if begin > first else prompt_text
-            texts += [before, self._apply_template(messages[:end], where, add_generation_prompt=False)]
-        for number, (shorter, longer) in enumerate(itertools.pairwise(texts)):
-            if not longer.startswith(shorter):
-                raise _no_prefix(shorter, longer, where, later=number > 0)
-        _valid(texts[-1], where)
-        return _Rendered(lead, tuple(texts))
-
-    def _apply_template(self, messages: list[Message], where: str, add_generation_prompt: bool) -> str:
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                f"{where}: messages were given but the tokenizer has no chat template; give strings, or set "
-                "chat_template in tokenizer_config.json"
-            )
-        tools, messages = split_tools(messages)
-        if tools and "tools" not in str(self._tokenizer.chat_template):
-            raise UserError(
-                f"{where}: has tools, which the chat template does not show; use a tokenizer whose template does, or "
-                "leave the column out"
-            )
-        try:
-            return render_chat(
-                self._tokenizer,
-                [tidy_message(message) for message in messages],
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                date_string=TEMPLATE_DAY,
-            )
-        except Exception as error:  # a template can raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
-                f"{where}: the chat template refuses the messages with roles {roles} ({first_line(error)}); mend the "
-                "row's roles and order, or the template"
-            ) from error
-
-    def _split(self, rendered: _Rendered, tokenized: list[list[int]], where: str) -> EncodedResponse:
-        prompt_ids = self._check_prompt([*rendered.lead, *tokenized[0]], where)
+    def _split(self, rendered: Rendered, tokenized: list[list[int]], where: str) -> EncodedResponse:
+        prompt_ids = self._prompt_ids(rendered, tokenized[0], where)
         ids, boundary_split = tokenized[0], False
         after: list[int] = []
         mask: list[bool] = []
@@ -294,9 +193,9 @@ class TextEncoder:
         loss_mask = None if all(mask) else np.array(mask[:learnt])
         return EncodedResponse(prompt_ids, response_ids[:learnt], len(response_ids), boundary_split, loss_mask)
 
-    def _check_prompt(self, ids: list[int], where: str) -> np.ndarray:
-        """The prompt's ids as an array."""
+    def _prompt_ids(self, rendered: Rendered, ids: list[int], where: str) -> np.ndarray:
         lead, bos = list(self._lead), self._tokenizer.bos_token_id
+        ids = [*(lead if rendered.raw else ()), *ids]
         if (lead and ids[: 2 * len(lead)] == 2 * lead) or (bos is not None and ids[:2] == [bos, bos]):
             raise UserError(
                 f"{where}: doubled BOS: the prompt begins with {self._tokenizer.decode(ids[: len(lead) or 1])!r}, "
@@ -338,21 +237,6 @@ class TextEncoder:
         return ids[:end]
 
 
-def _no_prefix(shorter: str, longer: str, where: str, later: bool) -> UserError:
-    common = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
-    seen = f"{shorter[common : common + 40]!r}", f"{longer[common : common + 40]!r}"
-    if later:
-        return UserError(
-            f"{where}: the chat template changes an earlier turn once later ones follow: at first it goes on with "
-            f"{seen[0]}, then with {seen[1]}; learn the last turn alone (train_on=last), or use a chat template that "
-            "leaves earlier turns as they are"
-        )
-    return UserError(
-        f"{where}: the chat template's prompt is no prefix of prompt and response: alone it goes on with {seen[0]}, "
-        f"with the response {seen[1]}; use a chat template that renders the prompt alike with and without the response"
-    )
-
-
 def attempt(do: Callable[..., T], *args: Any) -> T | UserError:
     """What `do` gives, or the error that it raises."""
     try:
@@ -370,14 +254,3 @@ def checked(encoded: Sequence[T | UserError]) -> list[T]:
 
 def _batches(rows: list[Any]) -> Iterator[list[Any]]:
     return (rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH))
-
-
-def _valid(text: str, where: str) -> str:
-    """`text`, if the tokenizer can take it: JSON can carry half of a surrogate pair, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half a surrogate pair at character {error.start}; remove it from the text"
-        ) from error
-    return text

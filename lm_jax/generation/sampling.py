@@ -22,7 +22,7 @@ from lm_jax.data.text import TextEncoder
 from lm_jax.errors import UserError
 from lm_jax.generation.decoding import Placement, Prompts, decode, make_slots, place, prefill
 from lm_jax.generation.requests import Completion, Request, Sample, SamplingConfig
-from lm_jax.generation.stopping import find_stop, resolve_stops, response_text
+from lm_jax.generation.stopping import Stops, resolve_stops, response_text
 from lm_jax.generation.token_choice import filters_of
 from lm_jax.models.cache import CHUNK, make_cache
 from lm_jax.sharding import batch_divisor, to_host
@@ -47,6 +47,7 @@ class _Sequence:
 
     row: _Row
     index: int
+    stops: Stops
     ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
 
@@ -201,7 +202,10 @@ class _Run:
         self._lengths[len(rows) :] = 1
         self._prompts = prefill(g._params, self._prompts.cache, *self._given(), np.int32(first), g._config, g._compute)
         for r, row in enumerate(rows):
-            self._ready.extend((r, _Sequence(row, i)) for i in range(len(row.samples)))
+            self._ready.extend((r, _Sequence(row, i, self._stops(row))) for i in range(len(row.samples)))
+
+    def _stops(self, row: _Row) -> Stops:
+        return Stops(self._generator._tokenizer, row.prompt, self._stop_texts, row.request.think_end)
 
     def _reusable(self, r: int, prompt: np.ndarray) -> int:
         """Chunks of `prompt` that row r's cache holds from the prompt before: few-shot examples are prefilled once.
@@ -264,7 +268,7 @@ class _Run:
 
     def _finished(self, sequence: _Sequence, new: int, active: bool) -> Sample | None:
         tokenizer, prompt, ids = self._generator._tokenizer, sequence.row.prompt, sequence.ids
-        if found := find_stop(tokenizer, prompt, ids, new, self._stop_texts):
+        if found := sequence.stops.find(ids, new):
             count, text = found
             return Sample(text, "stop", count, tuple(ids[:count]), tuple(sequence.logprobs[:count]))
         if active:

@@ -36,6 +36,7 @@ class ScoreConfig(RowKeys):
     model: str
     input: str
     output: str
+    chat_template_kwargs: str
     dtype: str
     max_length: int
     batch: BatchConfig
@@ -73,7 +74,7 @@ def score_rows(config: ScoreConfig) -> None:
     check_compute(config.compute)
     check_file_output(config.output)
     source = open_model(config.model)
-    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     rows = read_rows(config.input, renamed=config.columns)
     where = os.path.basename(config.input.rstrip("/"))

@@ -31,6 +31,7 @@ class PairsConfig(RowKeys):
     input: str | None
     num_instructions: int | None
     output: str
+    chat_template_kwargs: str
     seed: int
     dtype: str
     examples: str

@@ -2,11 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from typing import Any
 
+from lm_jax.data.conversations import read_turns
 from lm_jax.data.faults import Faults, RowIds
 from lm_jax.data.layouts import Row, columns_of, present_columns, text_of
+from lm_jax.data.messages import TEMPLATE_KWARGS, read_template_kwargs
 from lm_jax.data.rows import read_rows
-from lm_jax.data.turns import read_turns
 from lm_jax.errors import UserError
 from musc_jax.pairs.demonstrations import with_input
 
@@ -17,11 +20,17 @@ _APART = ("system", "system_prompt", "history", "tools")  # would be lost
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One instruction. `input` is material that the user gave apart from it, "" where there is none."""
+    """One instruction.
+
+    Attributes:
+      input: material that the user gave apart from it, "" where there is none.
+      chat_template_kwargs: what the chat template takes besides for all that is asked about it.
+    """
 
     id: str | int
     instruction: str
     input: str = ""
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -84,7 +93,8 @@ def _task(row: Row, id: str | int, at: str) -> Task:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{at}: half a surrogate pair in the text; remove it") from error
-    return Task(id, texts[0], texts[1] if texts[1].strip() else "")
+    kwargs = read_template_kwargs(row.get(TEMPLATE_KWARGS), f"{at}: {TEMPLATE_KWARGS}")
+    return Task(id, texts[0], texts[1] if texts[1].strip() else "", kwargs)
 
 
 def _only_message(value: list, name: str, at: str) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 from lm_jax.data.columns import Renamed
 from lm_jax.data.faults import Faults
 from lm_jax.data.layouts import counted
+from lm_jax.data.messages import Text, messages_fault, split_arguments, with_arguments
 from lm_jax.data.packing import Segment
 from lm_jax.data.preference import PreferenceRow, check_weight_lengths, preference_rows
 from lm_jax.data.rows import read_rows
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import TOOLS, EncodedResponse, Text, TextEncoder, attempt, messages_fault
+from lm_jax.data.text import EncodedResponse, TextEncoder, attempt
 from lm_jax.errors import UserError
 from musc_jax.weights.rules import AUTO, CHOSEN, FROM_COLUMNS, FROM_STORE, REJECTED
 from musc_jax.weights.stored import COLUMN, pair_fingerprint, stored_fields
@@ -218,8 +219,7 @@ def perturbed_prompt(prompt: Text, value: Any, name: str) -> Text:
         return [{**m, "content": value} if m is users[-1] else m for m in messages]
     if fault := messages_fault(value):
         raise UserError(f"{name}: perturbed_prompt {fault}; give a string or a list of messages")
-    tools = [m for m in prompt[:1] if m["role"] == TOOLS]
-    return [*tools, *value] if value[0]["role"] != TOOLS else value
+    return with_arguments(split_arguments(value)[1], split_arguments(prompt)[0])
 
 
 def rule_for(weights: str, rows: Sequence[PreferenceRow], columns: Sequence[Mapping[str, Any]]) -> str:

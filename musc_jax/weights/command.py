@@ -16,13 +16,14 @@ from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress, say
 from lm_jax.data.columns import RowKeys
 from lm_jax.data.faults import write_faults
+from lm_jax.data.messages import Text
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.shares import encode_prompts
-from lm_jax.data.text import Text, TextEncoder, attempt
+from lm_jax.data.text import TextEncoder, attempt
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.errors import UserError
@@ -58,6 +59,7 @@ class WeighConfig(RowKeys):
     input: str
     output: str
     store: str | None
+    chat_template_kwargs: str
     rules: str
     keep_scores: bool
     seed: int
@@ -90,7 +92,7 @@ def weigh_rows(config: WeighConfig) -> None:
     check_not_input(config.output, config.input)
     source = open_model(config.model)
     param_specs(source.config, mesh)
-    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     pairs = load_pairs(config.input, encoder, "uniform", None, config.columns, config.max_dropped_share, last=False)
     contexts = contexts_of(rules)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data.messages import Text
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.data.text import Text, attempt
+from lm_jax.data.text import attempt
 from lm_jax.errors import UserError
 from musc_jax.weights.rules import FROM_STORE, WEIGHING_RULES
 

@@ -102,7 +102,7 @@ def test_raw_strings_agree_with_trl(make, trl_tokenize):
     assert not encoded.boundary_split and not encoded.truncated
 
 
-@pytest.mark.parametrize("template", [CHATML, THINK, WITH_BOS])
+@pytest.mark.parametrize("template", [CHATML, WITH_BOS])
 @pytest.mark.parametrize("bos", [False, True])
 def test_messages_agree_with_trl_up_to_the_end_token(template, bos, trl_tokenize):
     encoder = chat_encoder(template, bos=bos)
@@ -115,13 +115,6 @@ def test_messages_agree_with_trl_up_to_the_end_token(template, bos, trl_tokenize
     assert ids(encoded) + newline == theirs
     assert tokenizer.decode(encoded.response_ids[-1:]) == "<|im_end|>"
     assert ids(encoded).count(tokenizer.bos_token_id) == (template is WITH_BOS)
-
-
-def test_think_block_is_part_of_the_response():
-    encoder = chat_encoder(THINK)
-    encoded = encoder.encode(user("Hi"), assistant("The sea"), WHERE)
-    assert encoder._tokenizer.decode(encoded.response_ids) == "<think>\n\n</think>\n\nThe sea<|im_end|>"
-    assert encoder._tokenizer.decode(encoded.prompt_ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_string_response_after_messages_is_an_assistant_message():
@@ -244,14 +237,15 @@ def raised(call, *args):
         (CHATML, user("Write"), assistant(""), "response is empty", "drop the row"),
         (THINK, user("Write"), assistant(" "), "response is empty", "drop the row"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-         user("Write"), assistant("a"), "response is empty once tokenised", "template"),
+         user("Write"), assistant("a"), "the chat template does not show the assistant's turn", "mend it"),
         (None, "", "a poem", "prompt has no tokens", "give a prompt"),
         (None, "Write", "a poem</s></s>", "doubled EOS: the response ends with '</s></s>'", "remove the end token"),
         (CHATML, user("Write"), assistant("a<|im_end|>"), "doubled EOS", "remove the end token"),
         (CHATML, user("<s>Hi"), assistant("a"), None, None),
         (WITH_BOS.replace("{{ bos_token }}", "{{ bos_token }}<s>"), user("Hi"), assistant("a"), "doubled BOS",
          "remove it"),
-        (NO_PREFIX, user("Hi"), assistant("a"), "no prefix", "use a chat template that renders the prompt alike"),
+        (NO_PREFIX, user("Hi"), assistant("a") + user("b") + assistant("c"), "shows the prompt otherwise once several "
+         "turns follow: alone it goes on with '1 messages", "give the last turn alone"),
         (NO_END, user("Hi"), assistant("a"), "end token not trained", "eos_token_id in generation_config.json"),
         (NO_END, user("Hi"), assistant("a</s> poem"), "end token not trained", "eos_token_id"),
         (None, user("Hi"), assistant("a"), "no chat template", "set chat_template"),
