@@ -61,8 +61,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None = None, chat_template_
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{model_dir}: its tokenizer has no fast form; save one with a tokenizer.json there")
-    # Ids may have holes, so that the highest one can lie beyond the number of tokens
-    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    size = max(len(tokenizer), 1 + max(token_ids(tokenizer), default=0))
     if vocab_size is not None and size > vocab_size:
         raise UserError(
             f"{model_dir}: vocabulary larger than the embedding: the tokenizer has {size} ids, the embedding "
@@ -74,6 +73,11 @@ def load_tokenizer(model_dir: str, vocab_size: int | None = None, chat_template_
         say(f"config.{TEMPLATE_KWARGS}: the chat template of {model_dir} does not read {', '.join(unread)}")
     tokenizer.chat_template_kwargs = kwargs
     return tokenizer
+
+
+def token_ids(tokenizer: Any) -> list[int]:
+    """The ids of all its tokens, added ones too; they may have holes, and end below the model's vocabulary."""
+    return sorted({*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder})
 
 
 def _by_model_type(model_dir: str) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_jax.data.pieces import Ids
+from lm_jax.data.tokenizers import token_ids
 from lm_jax.errors import UserError
 from lm_jax.generation.answer_text import thoughts_opening
 
@@ -22,8 +23,8 @@ def resolve_stops(
     specials = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     for item in stop:
         if isinstance(item, int):
-            if not 0 <= item < len(tokenizer):
-                raise UserError(f"config.stop: no token has the id {item}; the tokenizer has 0 to {len(tokenizer) - 1}")
+            if item not in (known := token_ids(tokenizer)):
+                raise UserError(f"config.stop: no token has the id {item}; the tokenizer's ids end with {known[-1]}")
             ids.append(item)
         elif item in specials:
             ids.append(specials[item])

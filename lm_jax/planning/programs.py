@@ -136,7 +136,7 @@ def decode_programs(
     with jax.set_mesh(mesh):
         prefill = decoding.prefill.trace(params, cache, tokens, lengths, given(jnp.int32), model, compute)
         keep, ends = given(bool, num_slots), given(jnp.int32, 2)
-        chunk = decoding.decode.trace(params, slots, keep, ends, strengths, decode.chunk, model, compute, filters)
+        chunk = decoding.decode.trace(params, slots, keep, ends, None, strengths, decode.chunk, model, compute, filters)
         lowered = _lower(prefill, mesh), _lower(chunk, mesh)
     made = num_slots * decode.chunk
     per_token = forward_flops(model, np.array([context])) / context  # sees half of the context on average
