@@ -1,6 +1,7 @@
 """What every entry point shares: `--config=FILE.py[:preset] --config.key=value`, and errors as one line."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -24,6 +26,7 @@ TERMINATED = 143  # that of one that SIGTERM ended before there was anything to 
 _SHOWN = 900  # characters of an error
 _SECRET_LENGTH = 8  # characters; what is shorter is no secret, and a word that errors use
 _GIVE = "give --config=configs/NAME.py[:preset]"
+_HOME = Path(__file__).resolve().parents[1]  # holds configs/, in a checkout and where the wheel is installed
 _on_end: list[Callable[[str | None], None]] = []  # what lets the run's other processes know
 
 
@@ -46,6 +49,7 @@ def run(
         signal.signal(signal.SIGINT, _interrupted)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupted)
+    sys.argv = _with_config_file(sys.argv)
     flag = config_flags.DEFINE_config_file("config", None, "settings file, with an optional :preset", lock_config=True)
     _define_processes()
     if preview is not None:
@@ -93,6 +97,27 @@ def run(
         return 0
 
     app.run(call, flags_parser=parse)
+
+
+def console() -> None:
+    """Runs the command that a console script is named after: `musc-train` is `python -m launch.musc_train`."""
+    name = Path(sys.argv[0]).stem.removeprefix("lm-").replace("-", "_")
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec(f"launch.{name}")
+    module = importlib.import_module(f"launch.{name}")
+    run(module.command, getattr(module, "preview", None))
+
+
+def _with_config_file(argv: list[str]) -> list[str]:
+    """The arguments with the command's own config file where none is given; configs/ may lie beside the packages."""
+    given = next((i for i, word in enumerate(argv) if re.match("--?config(=|$)", word)), None)
+    if given is None:
+        spec = sys.modules["__main__"].__spec__
+        own = _HOME / "configs" / f"{spec.name.removeprefix('launch.') if spec else ''}.py"
+        return [argv[0], f"--config={own}", *argv[1:]] if own.is_file() else argv
+    place = re.match(r"--?config=(configs/\w+\.py)(:.*)?$", argv[given])
+    if place is None or Path(place[1]).exists() or not (_HOME / place[1]).is_file():
+        return argv
+    return [*argv[:given], f"--config={_HOME / place[1]}{place[2] or ''}", *argv[given + 1 :]]
 
 
 def _define_processes() -> None:
@@ -163,8 +188,8 @@ def _of_memory(error: Exception) -> bool:
 def _memory_fault(error: Exception) -> str:
     said = (str(error).splitlines() or ["of the host"])[0]
     return (
-        f"out of memory ({said[:200]}); in training raise config.batch.microbatches or set compute.remat=full, "
-        "elsewhere lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
+        f"out of memory ({said[:200]}); in training set compute.remat=full, lower config.batch.rows_per_device or "
+        "config.max_length; elsewhere lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
     )
 
 

@@ -5,7 +5,6 @@ Loading reads for every device only its slice, one stacked tensor at a time. Exp
 
 import contextlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from lm_jax.sharding import padded_shape
-from lm_jax.strict_json import read_json_object
+from lm_jax.strict_json import dumps, read_json_object
 
 DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
 _ALIGNED = 64  # bytes
@@ -254,4 +253,4 @@ def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ LATE = 30  # seconds that ending may take on a machine that does other things to
 
 _ROUNDS = {
     "main_rounds": ("tests.e2e.scripted_main_rounds", test_main_rounds.Scripted, ()),
-    "musc_rounds": ("tests.e2e.scripted_rounds", test_musc_rounds.Runs, ("train.batch.rows=2",)),
+    "musc_rounds": ("tests.e2e.scripted_rounds", test_musc_rounds.Runs, ("train.batch.pairs=6",)),
 }
 
 

@@ -19,7 +19,7 @@ _PARTS = (
     ("loading", "musc_train", "lm_jax.checkpoints.hf:load_params", 1, (0, 1), ("fail", "hang", "kill")),
     ("tokenising", "musc_train", "lm_jax.data.text:TextEncoder.encode_many", 1, (0, 1), ("fail", "kill")),
     ("reference", "reference", "lm_jax.data.score_store:ScoreStore.write", 1, (0,), ("fail", "hang", "kill")),
-    ("evaluation", "musc_train", "lm_jax.training.job:_evaluation()", 1, (0, 1), ("fail", "hang", "kill")),
+    ("evaluation", "musc_train", "lm_jax.training.trainer:Trainer._evaluation()", 1, (0, 1), ("fail", "hang", "kill")),
     ("metrics", "musc_train", "lm_jax.training.metrics:MetricsWriter.write", 3, (0,), ("fail", "hang", "kill")),
     ("plots", "musc_train", "lm_jax.training.plots:plot_run", 1, (0,), ("fail", "hang", "kill")),
     ("exporting", "export_hf", "lm_jax.checkpoints.hf:save_file", 1, (0,), ("fail", "hang", "kill")),

@@ -27,7 +27,7 @@ class Runs:
         """`given`: as `Group` has it, a fault or environment variables."""
         keys = (f"model={self.model}", f"input={self.pairs}", f"eval_input={self.held_out}")
         keys += (f"output={self.directory / name}", f"reference_cache={self.directory}/reference")
-        keys += ("max_length=64", "batch.row_length=128", "batch.rows=4", "weights=entropy", "seed=7", "epochs=9")
+        keys += ("max_length=64", "batch.pairs=5", "weights=entropy", "seed=7", "epochs=9")
         keys += (f"max_steps={STEPS}", "checkpoints.every=5", f"eval_every={STEPS}", *settings)
         flags = arguments("musc_train", *keys, preset="tiny")
         cache = self.directory / "cache"
