@@ -34,8 +34,8 @@ test-all: lint
 test-real: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m real -rs tests/real
 
-# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults lists: TIMES of each, or as many as stand there
-
+# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults lists: each as often as it says there
+# (ten seeds where two processes are involved: hours), or TIMES=3 of each
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m tests.faults $(TIMES:%=--times=%)
 

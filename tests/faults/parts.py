@@ -15,7 +15,7 @@ _PARTS = (
     ("naming", "musc_train", _SAVE, 2, (0,), ("fail", "hang", "kill", "stop")),
     ("summing", "musc_train", "lm_jax.checkpoints.orbax:write_checksums", 1, (0, 1), ("fail", "hang", "kill", "stop")),
     ("checking", "resumed", "lm_jax.checkpoints.orbax:damage", 1, (0, 1), ("fail", "hang", "kill")),
-    ("restoring", "resumed", "orbax.checkpoint.v1:load_checkpointables", 1, (0, 1), ("fail", "hang", "kill")),
+    ("restoring", "resumed", "lm_jax.checkpoints.orbax:v1.load_checkpointables", 1, (0, 1), ("fail", "hang", "kill")),
     ("loading", "musc_train", "lm_jax.checkpoints.hf:load_params", 1, (0, 1), ("fail", "hang", "kill")),
     ("tokenising", "musc_train", "lm_jax.data.text:TextEncoder.encode_many", 1, (0, 1), ("fail", "kill")),
     ("reference", "reference", "lm_jax.data.score_store:ScoreStore.write", 1, (0,), ("fail", "hang", "kill")),
