@@ -27,6 +27,7 @@ COPIED_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+_TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 HUB_IGNORED = ["consolidated*", "*/*.safetensors"]  # other formats of the same weights
 COPIED_DIRS = ("additional_chat_templates",)
@@ -55,19 +56,47 @@ def resolve_model_dir(model: str) -> Path:
         ) from error
 
 
+def holds_model(path: Path) -> bool:
+    """Whether a model, an adapter or a run seems to be there."""
+    return path.is_file() or any((path / name).is_file() for name in _MAKES_WHOLE)
+
+
 def _from_bucket(model: str) -> Path:
     with at_work():
         found = storage.find(model)
-        if "config.json" not in found:
+        if not found.keys() & set(_MAKES_WHOLE):
             raise UserError(f"model {model}: no config.json there; give a model's or a run's directory in a bucket")
         wanted = [
             name
             for name in found
             if name in COPIED_FILES
             or name.startswith(tuple(f"{d}/" for d in COPIED_DIRS))
-            or re.fullmatch(r"config\.json|README\.md|[^/]*\.safetensors(\.index\.json)?", name)
+            or re.fullmatch(r"(adapter_)?config\.json|README\.md|[^/]*\.safetensors(\.index\.json)?", name)
         ]
         return storage.cached(model, {name: found[name] for name in wanted})
+
+
+_made: list[tempfile.TemporaryDirectory] = []  # gone when the process ends
+
+
+def made_directory(name: str) -> Path:
+    """A new directory of that name, for what this process derives from a model's files; it goes with the process."""
+    _made.append(tempfile.TemporaryDirectory(prefix="lm_jax-"))
+    path = Path(_made[-1].name, name)
+    path.mkdir()
+    return path
+
+
+def directory_with_tokenizer(adapter_dir: Path, base_dir: str) -> str:
+    """A directory with the base's config.json and the adapter's tokenizer, if it brings one; else the base's own."""
+    if not any((adapter_dir / name).exists() for name in _TOKENIZER_FILES):
+        return base_dir
+    made = made_directory(adapter_dir.name)
+    copy_side_files(adapter_dir, made)
+    for name in ("config.json", "generation_config.json", "README.md"):
+        if (Path(base_dir) / name).is_file() and not (made / name).exists():
+            shutil.copyfile(Path(base_dir) / name, made / name)
+    return str(made)
 
 
 _OCCUPIED = "output {}: exists and is not empty; choose another directory or remove it"

@@ -100,7 +100,7 @@ def _load(
     def fill(layer: int) -> None:  # read once, for all devices
         whole = spec.to_ours(tensors[names[layer]].array, config)
         for place, out in slices.items():
-            target, *rest = (out[layer - place[0].start], *place[1:]) if spec.stacked else (out, *place)
+            target, rest = (out[layer - place[0].start], place[1:]) if spec.stacked else (out, place)
             part = whole[tuple(slice(r.start, r.stop) for r in rest)]
             if part.shape != target.shape:  # the rest is padding
                 target[...] = 0

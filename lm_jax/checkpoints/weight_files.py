@@ -62,7 +62,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(model_dir: Path) -> Checkpoint:
-    """Maps every weight file of a directory.
+    """Maps every weight file of a directory, or one file.
 
     Raises:
       UserError: no weights, pickles only, a file that is missing, corrupt or outside the directory, a tensor that
@@ -70,7 +70,7 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
     """
     tensors: dict[str, Tensor] = {}
     maps, doubled = [], []
-    for file in _weight_files(model_dir):
+    for file in _weight_files(model_dir) if model_dir.is_dir() else [model_dir]:
         found, mapped = _map(file)
         maps.append(mapped)
         doubled += [name for name in found if name in tensors]
