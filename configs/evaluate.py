@@ -60,6 +60,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.limit = placeholder(int)  # first questions of each task; none: all. For trying things out
     c.num_fewshot = placeholder(int)  # examples before each question; none: what the task says
     c.apply_chat_template = False  # true for instruct models, as in lm-eval; base models have no template
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}
+    c.think_end_token = "</think>"  # answers are scored without their thoughts, up to here; empty: whole
     c.seed = 0  # of tasks that sample; nearly all are greedy
     c.dtype = "float32"  # CPUs are no faster in bfloat16; accelerators are, in half the memory
     c.max_length = 2048  # tokens of question + answer; longer ones lose their beginning, as in lm-eval
@@ -81,6 +83,7 @@ def _ifeval_files() -> ConfigDict:
     c.responses = placeholder(str)  # rows with `prompt` (the same text) and `response`, in any order
     c.output = placeholder(str)  # JSON; appears when it is whole
     c.allow_missing = False  # true leaves prompts without a response out of the scores; else they are an error
+    c.think_end_token = "</think>"  # responses are scored without their thoughts, up to here; empty: whole
     return c
 
 
@@ -100,12 +103,15 @@ def _judged(benchmark: str) -> ConfigDict:
     c.model = placeholder(str)  # writes the responses: Hugging Face directory, hub id or run directory
     _model(c, max_length=4096)
     c.apply_chat_template = True  # false gives the instruction as raw text, for base models
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}
+    c.think_end_token = "</think>"  # responses are judged without their thoughts, up to here; empty: whole
     c.max_new_tokens = 2048  # of a response
     c.temperature = 0.0  # the likeliest tokens, so that a run can be repeated
 
     c.judge = ConfigDict()
     c.judge.model = placeholder(str)  # as above; an instruct model, it is asked through its chat template
     _model(c.judge, max_length=8192)
+    c.judge.chat_template_kwargs = ""  # as above, for the judge; its thoughts up to </think> are no verdict anyway
     c.judge.max_new_tokens = 1024  # a sentence for each of ten requirements takes some 400
     c.judge.temperature = 0.0  # verdicts that can be repeated
     c.judge.prompt_price = 0.0  # of a million tokens that the judge reads, in your currency; 0: not known

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory; none with an endpoint
     c.input = placeholder(str)  # rows with `prompt`: raw text, or messages for the chat template
     c.output = placeholder(str)  # a local .jsonl; appears when it is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # with a row's id it decides every random draw
     c.dtype = "float32"  # CPUs are no faster in bfloat16; accelerators are, in half the memory
     c.max_new_tokens = 512  # of one response; a row's own `max_new_tokens` may be less

@@ -29,6 +29,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.seeds = placeholder(str)  # real pairs: `instruction` + `output`, `prompt` + `response`, or `messages`
     c.unlabelled = placeholder(str)  # rows with `id`, `response`, as launch.main_prepare writes them
     c.output = placeholder(str)  # directory
+    c.chat_template_kwargs = ""  # JSON for every chat template: {"enable_thinking": false}
     c.seed = 0  # of every draw, every sampling and every training
     c.held_out = 0.2  # of the seeds; none of them is trained on, and every arm is measured on them
     # What to compare, `seed_only` among it; what the filter's own score, alpha and rounds do anyway is trained once.
@@ -54,10 +55,13 @@ def get_config(preset: str = "") -> ConfigDict:
         "rounds_3",
     )
 
-    c.rounds = _settings("main_rounds", preset, "model seeds unlabelled output seed")  # rounds: those of the other arms
-    c.filter = _settings("main_filter", preset, "forward reverse input output scores prompts")
-    c.train = _settings("main_train", preset, "model input eval_input output seed train_on response_column")
-    c.evaluation = _settings("score", "", "model input output")
+    # rounds: those of the other arms
+    c.rounds = _settings("main_rounds", preset, "model seeds unlabelled output chat_template_kwargs seed")
+    c.filter = _settings("main_filter", preset, "forward reverse input output chat_template_kwargs scores prompts")
+    c.train = _settings(
+        "main_train", preset, "model input eval_input output chat_template_kwargs seed train_on response_column"
+    )
+    c.evaluation = _settings("score", "", "model input output chat_template_kwargs")
     if preset == "tiny":
         c.evaluation.max_length = c.train.max_length
         c.evaluation.batch.row_length = c.train.max_length
@@ -68,7 +72,7 @@ def get_config(preset: str = "") -> ConfigDict:
         "at all, 5 is perfectly. Write the number alone.\n\n"
         "Instruction:\n{instruction}\n\nResponse:\n{response}\n\nScore:"
     )
-    c.judge = _settings("generate", "", "model input output seed num_samples endpoint")
+    c.judge = _settings("generate", "", "model input output chat_template_kwargs seed num_samples endpoint")
     c.judge.max_new_tokens = 16  # a number, and what some say before it
     c.judge.temperature = 0.0  # the likeliest score
     return c

@@ -21,6 +21,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.reverse = placeholder(str)  # response -> instruction, likewise, with the same tokenizer
     c.input = placeholder(str)  # rows with `id` (the response's), `response`, `instruction`; a candidate a row
     c.output = placeholder(str)  # a local .jsonl; the kept pairs
+    c.chat_template_kwargs = ""  # JSON for the chat template of both: {"enable_thinking": false}
     c.scores = placeholder(str)  # directory of what the models said; none: beside the output. Runs may share it
     # forward | reverse | mutual | forward_gain | mutual_gain; the published rule is not known. The default did best on
     # small models: without the response's own likelihood the filter prefers easy responses

@@ -23,8 +23,8 @@ import runpy
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-_TRAINING = "model input eval_input output seed train_on response_column"
-_SAMPLING = "model input output seed num_samples stop endpoint"
+_TRAINING = "model input eval_input output chat_template_kwargs seed train_on response_column"
+_SAMPLING = "model input output chat_template_kwargs seed num_samples stop endpoint"
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -34,6 +34,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.seeds = placeholder(str)  # real pairs: `instruction` + `output`, `prompt` + `response`, or `messages`
     c.unlabelled = placeholder(str)  # rows with `id`, `response`, as launch.main_prepare writes them
     c.output = placeholder(str)  # directory
+    c.chat_template_kwargs = ""  # JSON for the chat template of both: {"enable_thinking": false}
     c.seed = 0  # of round 0; each round adds 1, so that none repeats the draws of another
     c.rounds = 2  # besides round 0; each costs two trainings, and on small models more of them changed nothing
     c.candidates = 4  # instructions a response: what the filter then chooses from

@@ -29,6 +29,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.input = placeholder(str)  # supervised rows: .jsonl .json .parquet, a saved dataset, or a hub id
     c.eval_input = placeholder(str)  # held-out supervised rows; none: no evaluation
     c.output = placeholder(str)  # run directory
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # of the data order
     c.dtype = "bfloat16"  # matmuls and activations; master weights, softmax and losses are fp32
     c.max_length = 2048  # tokens of prompt + response; longer responses are cut

@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     c.input = placeholder(str)  # rows with `prompt` or `instruction` (and `input`); none: the model invents them
     c.num_instructions = placeholder(int)  # how many it invents; only without input
     c.output = placeholder(str)  # a local .jsonl; appears when it is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # with a row's id it decides every random draw
     c.dtype = "float32"  # CPUs are no faster in bfloat16; accelerators are, in half the memory
     c.examples = ""  # decomposed instructions in InFoBench's format; empty: the ten that come with the package

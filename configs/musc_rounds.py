@@ -27,6 +27,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.input = placeholder(str)  # rows with `prompt` or `instruction` (and `input`); none: the model invents them
     c.num_instructions = placeholder(int)  # how many it invents in every round; only without input
     c.output = placeholder(str)  # directory
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # of round 1; each round adds 1, so that none repeats the draws of another
     c.rounds = 3  # each costs as much as a whole training
     # none: rows / rounds, so that every round sees instructions of its own, as iterated preference training has it
@@ -34,9 +35,9 @@ def get_config(preset: str = "") -> ConfigDict:
     c.instructions_per_round = placeholder(int)
     c.reference = "previous"  # the frozen model: what the round begins with; seed: `model`, in every round
 
-    c.pairs = _settings("musc_pairs", "", "model input num_instructions output seed endpoint")
-    c.weights = _settings("musc_token_weights", preset, "model input output store seed")
-    c.train = _settings("musc_train", preset, "model reference input output seed reference_cache")
+    c.pairs = _settings("musc_pairs", "", "model input num_instructions output chat_template_kwargs seed endpoint")
+    c.weights = _settings("musc_token_weights", preset, "model input output chat_template_kwargs store seed")
+    c.train = _settings("musc_train", preset, "model reference input output chat_template_kwargs seed reference_cache")
     return c
 
 

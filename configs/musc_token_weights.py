@@ -17,6 +17,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.model = placeholder(str)  # the seed model: Hugging Face directory, hub id or run directory
     c.input = placeholder(str)  # preference rows with `perturbed_prompt`
     c.output = placeholder(str)  # JSONL, local, gs:// or s3://; appears when the store is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.store = placeholder(str)  # local, gs:// or s3://; none: beside the output, as NAME.weights
     # calibrated_entropy | other_over_own | uniform | entropy | perplexity | kl | symmetric_kl | pmi | shuffled,
     # several with commas between, or all; training takes the first unless told otherwise (weights=store:RULE)

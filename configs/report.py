@@ -17,6 +17,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.model = placeholder(str)  # whose tokenizer cuts the responses; its weights are not read
     c.input = placeholder(str)  # preference rows, with columns of launch.musc_pairs or launch.musc_token_weights or not
     c.output = placeholder(str)  # HTML, local, gs:// or s3://; appears when it is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.counts = placeholder(str)  # the tally of launch.musc_pairs; none: INPUT.counts.json where there is one
     c.weights = "auto"  # as in configs/musc_train.py; of a store the page has every rule, this one first
     c.max_pairs = 200  # a few MB; 1,000 are fine in a browser too

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory
     c.input = placeholder(str)  # rows with `prompt` and `response`, or a list of responses as launch.generate writes
     c.output = placeholder(str)  # JSONL, local, gs:// or s3://; appears when it is whole
+    c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.dtype = "float32"  # exact; bfloat16 is faster on accelerators
     c.max_length = 2048  # tokens of prompt + response; longer responses are cut
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lm_jax.data.messages import Text
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.data.text import Text
 from lm_jax.data.tokenizers import takes_system
 from lm_jax.errors import UserError
 

@@ -29,7 +29,7 @@ from lm_jax.data.order import check_batch  # noqa: E402
 from lm_jax.data.preference import check_weight_lengths, preference_rows  # noqa: E402
 from lm_jax.data.rows import read_rows, write_jsonl  # noqa: E402
 from lm_jax.data.supervised import supervised_rows  # noqa: E402
-from lm_jax.data.text import TextEncoder  # noqa: E402
+from lm_jax.data.text import TextEncoder, checked  # noqa: E402
 from lm_jax.data.tokenizers import load_tokenizer  # noqa: E402
 from lm_jax.errors import UserError  # noqa: E402
 from lm_jax.generation import command as generate  # noqa: E402
@@ -156,7 +156,7 @@ def encoder() -> TextEncoder:
 
 def check_encoded(prompts, responses) -> list:
     tokenizer = encoder()._tokenizer
-    encoded = encoder().encode_many(prompts, responses, [f"rows row {i}" for i in range(len(prompts))], True)
+    encoded = checked(encoder().encode_many(prompts, responses, [f"rows row {i}" for i in range(len(prompts))], True))
     for prompt, response, e in zip(prompts, responses, encoded, strict=True):
         assert len(e.prompt_ids) >= 1 <= len(e.response_ids) <= e.full_length
         assert len(e.prompt_ids) + len(e.response_ids) <= MAX_LENGTH
@@ -211,7 +211,9 @@ def prompts(path: str) -> None:
     rows = generate._read(types.SimpleNamespace(input=path, max_new_tokens=8))
     assert len({str(row["id"]) for row in rows}) == len(rows)
     rows_fingerprint(rows, "rows")
-    ids = encoder().encode_prompts([row["prompt"] for row in rows], [f"rows row {i}" for i in range(len(rows))])
+    ids = checked(
+        encoder().encode_prompts([row["prompt"] for row in rows], [f"rows row {i}" for i in range(len(rows))])
+    )
     assert all(1 <= len(one) < MAX_LENGTH for one in ids)
 
 

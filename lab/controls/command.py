@@ -81,7 +81,7 @@ class _Controls:
         reverse = open_model(config.rounds["reverse_model"] or config.model)
         self._models = {FORWARD: source.config, REVERSE: reverse.config}
         self._judge = open_model(config.judge_model or config.model).config
-        self._tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+        self._tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
         self._encoder = TextEncoder(self._tokenizer, NO_LIMIT, end_token_ids(source.directory, self._tokenizer))
         self._prompts = open_prompts(config.prompts, self._tokenizer, config.model)
         held = [seed for seed in seeds if seed.row in out]

@@ -49,6 +49,7 @@ class ControlsConfig:
     seeds: str
     unlabelled: str
     output: str
+    chat_template_kwargs: str
     seed: int
     held_out: float
     arms: tuple[str, ...]
@@ -130,4 +131,5 @@ class ControlsConfig:
                 "endpoint": NO_ENDPOINT,
             },
         }[section]
-        return {**getattr(self, section), **unset, **given, **own}
+        kwargs = {"chat_template_kwargs": self.chat_template_kwargs}
+        return {**getattr(self, section), **unset, **kwargs, **given, **own}

@@ -12,7 +12,7 @@ import numpy as np
 from lm_jax.checkpoints.runs import training_records
 from lm_jax.config import ModelConfig
 from lm_jax.data.supervised import SYNTHETIC
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.training.flops import forward_flops
 from main_jax.prompts import Prompts
 from main_jax.rounds.rows import forward_rows, samples
@@ -43,7 +43,7 @@ def sampling_cost(
       answers: what it wrote for them.
     """
     names = [f"prompt {number}" for number in range(len(asked))]
-    prompts = [len(ids) for ids in encoder.encode_prompts([row["prompt"] for row in asked], names)]
+    prompts = [len(ids) for ids in checked(encoder.encode_prompts([row["prompt"] for row in asked], names))]
     whole, again = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         for text, reason in samples(answer):
@@ -91,4 +91,4 @@ def _lengths(encoder: TextEncoder, rows: Sequence[Row]) -> list[int]:
         [row["response"] for row in rows],
         [f"text {n}" for n in range(len(rows))],
     )
-    return [len(text.prompt_ids) + len(text.response_ids) for text in encoder.encode_many(*columns)]
+    return [len(text.prompt_ids) + len(text.response_ids) for text in checked(encoder.encode_many(*columns))]

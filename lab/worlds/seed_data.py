@@ -13,7 +13,7 @@ from lab.worlds.compositions import COMPLEX, draw_composition
 from lab.worlds.grammar import Instruction, make_instruction, questions
 from lab.worlds.world import World, draw
 from lab.worlds.writer import write
-from lm_jax.data.text import Message
+from lm_jax.data.messages import Message
 from musc_jax.pairs.conversations import decomposing, recombining
 
 SIMPLE = (0, 1, 2)  # constraints of a simple instruction

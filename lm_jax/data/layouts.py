@@ -4,7 +4,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lm_jax.data.text import TOOLS, Message, messages_fault, tidy_message, without_nulls
+from lm_jax.data.messages import (
+    TEMPLATE_KWARGS,
+    TOOLS,
+    Message,
+    messages_fault,
+    read_template_kwargs,
+    tidy_message,
+    with_arguments,
+    without_nulls,
+)
 from lm_jax.errors import UserError
 
 # Of ShareGPT and LLaMA-Factory, and those of chat templates
@@ -88,22 +97,25 @@ def prompt_with_tools(row: Mapping[str, Any], at: str) -> Any:
 
 
 def with_tools(messages: list[Message], row: Mapping[str, Any], at: str) -> list[Message]:
-    """`messages` behind the functions of the row's column `tools`, a list of JSON schemas or its JSON; see `TOOLS`.
+    """`messages` with what the row's columns `tools` and `chat_template_kwargs` give their template; see `messages`.
+
+    `tools` is a list of JSON schemas or its JSON, `chat_template_kwargs` an object or its JSON.
 
     Raises:
-      UserError: the column is neither.
+      UserError: a column is neither.
     """
-    tools = row.get("tools")
+    arguments = read_template_kwargs(row.get(TEMPLATE_KWARGS), f"{at}: {TEMPLATE_KWARGS}")
+    tools = row.get(TOOLS)
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except ValueError:
             tools = 0
     if tools in (None, "", []) or isinstance(tools, str):
-        return messages
+        return with_arguments(messages, arguments)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{at}: tools must be a list of JSON schemas, or the JSON of one; mend the row")
-    return [message(TOOLS, json.dumps(without_nulls(tools))), *messages]
+    return with_arguments(messages, arguments | {TOOLS: without_nulls(tools)})
 
 
 def alpaca_prompt(row: Mapping[str, Any], at: str) -> list[Message]:

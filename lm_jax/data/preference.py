@@ -17,7 +17,8 @@ from lm_jax.data.layouts import (
     sharegpt_turns,
     with_tools,
 )
-from lm_jax.data.text import EncodedResponse, Text
+from lm_jax.data.messages import Text
+from lm_jax.data.text import EncodedResponse
 from lm_jax.errors import UserError
 
 IDENTICAL = "chosen and rejected are identical"

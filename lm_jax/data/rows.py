@@ -1,7 +1,7 @@
-"""Rows of plain data: JSON Lines, JSON, Parquet and `datasets` directories in; JSON Lines out."""
+"""Rows of plain data: files, directories and hub data sets in; JSON Lines out."""
 
 import contextlib
-import io
+import glob
 import json
 import os
 import re
@@ -14,67 +14,158 @@ import numpy as np
 from etils import epath
 
 from lm_jax.checkpoints import buckets as storage
+from lm_jax.data.columns import Renamed
+from lm_jax.data.formats import KINDS, file_kind, first_line, rows_of_file
 from lm_jax.errors import UserError
-from lm_jax.strict_json import no_doubled_keys
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
-_ROWS = 64  # of a Parquet file that are held at once
-_LINE = 64 << 20  # bytes of a .jsonl row: a hundred times the longest context
-_BUFFER = 1 << 20  # bytes read at a time of a file in a bucket
-_UNPACKED, _RATIO = 4 << 30, 100  # bytes that a Parquet file may unpack to, or times its own size, whichever is more
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PART = re.compile(r":([\w.-]+)$")
+_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 
 
-def read_rows(path: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_rows(path: str, columns: Sequence[str] = (), renamed: str = "") -> list[dict[str, Any]]:
     """All rows of `path`, in their order; see `stream_rows`."""
-    return list(stream_rows(path, columns))
+    return list(stream_rows(path, columns, renamed))
 
 
-def stream_rows(path: str, columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """The rows of `path`, in their order, one after the other. Only of .json is the whole file read at once.
+def stream_rows(path: str, columns: Sequence[str] = (), renamed: str = "") -> Iterator[dict[str, Any]]:
+    """The rows of `path`, in their order, one after the other.
 
     Args:
-      path: a .jsonl, .json (one list of objects) or .parquet file, local, gs:// or s3://; a directory that `datasets`
-        saved with save_to_disk; or a hub id `org/name`. Where a dataset has several splits: `path:split`.
+      path: a file (see `formats`), local, gs:// or s3://; a pattern of several (`data/*.parquet`); a directory of
+        files, or one that `datasets` wrote with save_to_disk; or a hub id `org/name`. Where there are several splits or
+        subsets: `path:SPLIT`, `path:SUBSET`, `path:SUBSET:SPLIT`.
       columns: columns that every row must have.
+      renamed: what columns are called here and there; see `columns.Renamed`.
 
     Raises:
       UserError: missing, empty or broken file (with line and column), a row that is no object, a missing column, an
-        unknown suffix, a split that has to be chosen; a bucket that gives no access.
+        unknown suffix, a split or subset that has to be chosen; a bucket that gives no access.
     """
+    renaming = Renamed(renamed)
     with storage.accessing(path):
-        yield from _stream_rows(path, columns)
+        number = -1
+        for number, row in enumerate(_rows_at(path)):
+            if not isinstance(row, dict):
+                raise UserError(f"{path} row {number}: expected an object, got {type(row).__name__}; mend the row")
+            row = renaming.of(row)
+            if lacking := [c for c in columns if c not in row]:
+                raise UserError(
+                    f"{path} row {number}: column {lacking[0]!r} is missing; it has {', '.join(sorted(row)) or 'none'};"
+                    f' add the column, or name yours: --config.columns="{lacking[0]}=..."'
+                )
+            yield row
+        if number < 0:
+            raise UserError(f"{path}: no rows in it; give a file with at least one")
+        renaming.check(path)
 
 
-def _stream_rows(path: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    file = epath.Path(path)
-    location, split = path, None
-    if not file.exists() and re.search(r":\w+$", path):
-        location, _, split = path.rpartition(":")
-        file = epath.Path(location)
+def _rows_at(path: str) -> Iterator[Any]:
+    location, parts = path, list[str]()
+    while len(parts) < 2 and not epath.Path(location).exists() and (part := _PART.search(location)):
+        location, parts = location[: part.start()], [part[1], *parts]
+    file, local = epath.Path(location), not storage.is_remote(location)
     if file.is_dir():
-        rows = _from_datasets(location, split, hub=False)
-    elif split is not None and file.exists():
-        raise UserError(f"{path}: a file has no split {split!r}; give {location}")
-    elif file.suffix in _SUFFIXES:
-        rows = _from_file(file)
-    elif file.exists() or not _HUB_ID.fullmatch(location) or file.suffix[1:].isalpha():
+        if any((file / name).exists() for name in _SAVED):
+            return _saved_rows(location, parts)
+        if local:
+            return _rows_of_files(location, _files_of_split(location, parts))
+        return _rows_of_files(location, sorted(str(f) for f in file.glob("*") if file_kind(f.name)))
+    if file.exists() and parts:
+        raise UserError(f"{path}: a file has no split {':'.join(parts)!r}; give {location}")
+    if glob.has_magic(location) and not file.exists():
+        base, pattern = re.split(r"(?=[^/]*[*?\[])", location, maxsplit=1)
+        return _rows_of_files(location, sorted(map(str, epath.Path(base or ".").glob(pattern))))
+    if file_kind(file.name):
+        return rows_of_file(file)
+    if file.exists() or not local or not _HUB_ID.fullmatch(location) or file.suffix[1:].isalpha():
         fault = "unknown kind of file" if file.exists() else "no such file or directory"
-        raise UserError(f"{path}: {fault}; give {', '.join(_SUFFIXES)}, a saved dataset's directory, or an org/name")
-    else:
-        rows = _from_datasets(location, split, hub=True)
-    number = -1
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{path} row {number}: expected an object, got {type(row).__name__}; mend the row")
-        if lacking := [c for c in columns if c not in row]:
-            raise UserError(
-                f"{path} row {number}: column {lacking[0]!r} is missing; it has {', '.join(sorted(row)) or 'none'}; "
-                "rename or add the column"
-            )
-        yield row
-    if number < 0:
-        raise UserError(f"{path}: no rows in it; give a file with at least one")
+        raise UserError(
+            f"{path}: {fault}; give {', '.join(KINDS)} (.gz, .zst, .bz2 or .lz4 too), a directory of such, "
+            "a pattern, a saved dataset's directory, or an org/name"
+        )
+    return _hub_rows(location, parts)
+
+
+def _rows_of_files(location: str, files: Sequence[str]) -> Iterator[Any]:
+    """One after the other; their rows are counted on."""
+    files = [file for file in files if file_kind(file)]
+    if not files:
+        raise UserError(f"{location}: no files of rows there ({', '.join(KINDS)}); check the path")
+    for file in files:
+        yield from rows_of_file(epath.Path(file))
+
+
+def _saved_rows(location: str, parts: list[str]) -> Iterator[Any]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(location)
+    except Exception as error:  # the library raises many kinds, none of its own
+        raise UserError(f"{location}: damaged, save_to_disk wrote more ({first_line(error)}); write it anew") from error
+    if isinstance(data, datasets.DatasetDict):
+        return iter(data[_chosen(location, list(data), parts)])
+    if parts:
+        raise UserError(f"{':'.join([location, *parts])}: the dataset there has no splits; give {location}")
+    return iter(data)
+
+
+def _files_of_split(location: str, parts: list[str]) -> list[str]:
+    builder, parts = _builder(location, parts)
+    files = {str(split): found for split, found in builder.config.data_files.items()}
+    return list(map(str, files[_chosen(location, list(files), parts)]))
+
+
+def _hub_rows(location: str, parts: list[str]) -> Iterator[Any]:
+    import datasets
+
+    builder, parts = _builder(location, parts)
+    split = _chosen(location, list(map(str, builder.config.data_files)), parts)
+    try:
+        return iter(datasets.load_dataset(location, builder.config.name, split=split))
+    except Exception as error:
+        raise UserError(f"{location}: could not be loaded from the hub ({first_line(error)})") from error
+
+
+def _builder(location: str, parts: list[str]) -> tuple[Any, list[str]]:
+    """What `datasets` finds of files at a directory or hub id, and the parts of the name that chose no subset."""
+    import datasets
+
+    first: Exception | None = None
+    # One part is a split where there is such a one, else a subset
+    for subset, rest in ([(None, parts)] if len(parts) < 2 else []) + ([(parts[0], parts[1:])] if parts else []):
+        try:
+            builder = datasets.load_dataset_builder(location, subset)
+            if subset is not None or not rest or rest[0] in builder.config.data_files:
+                return builder, rest
+            first = first or UserError(_no_split(location, list(map(str, builder.config.data_files)), rest))
+        except Exception as error:  # the library raises many kinds, none of its own
+            first = first or error
+    if isinstance(first, UserError):
+        raise first
+    said = " ".join(str(first).split("Example of usage")[0].split())
+    if "Config name is missing" in said:
+        raise UserError(f"{location}: {said}; give {location}:SUBSET or {location}:SUBSET:SPLIT") from first
+    if os.path.isdir(location):
+        fault = f"no directory of rows, nor one that datasets' save_to_disk wrote ({said}); give {', '.join(KINDS)}"
+        raise UserError(f"{location}: {fault}, or such a directory") from first
+    raise UserError(
+        f"{':'.join([location, *parts])}: no such file or directory, and no dataset of that name could be loaded from "
+        f"the hub ({said}); check the path, or the name and the network"
+    ) from first
+
+
+def _chosen(location: str, splits: list[str], parts: list[str]) -> str:
+    """The split that a name's parts choose, or the only one."""
+    if not parts and len(splits) > 1:
+        raise UserError(f"{location}: has the splits {', '.join(splits)}; give {location}:SPLIT")
+    if len(parts) > 1 or (parts and parts[0] not in splits):
+        raise UserError(_no_split(location, splits, parts))
+    return parts[0] if parts else splits[0]
+
+
+def _no_split(location: str, splits: list[str], parts: list[str]) -> str:
+    return f"{':'.join([location, *parts])}: no split {parts[-1]!r}; it has {', '.join(splits)}"
 
 
 def write_jsonl(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -153,141 +244,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def _from_file(file: epath.Path) -> Iterator[Any]:
-    if not file.exists():
-        raise UserError(f"{file}: no such file; check the path")
-    if file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with file.open("rb") as source:
-                parquet = pq.ParquetFile(source)
-                for i in range(parquet.metadata.num_row_groups):
-                    _check_unpacked(file, parquet.metadata.row_group(i).total_byte_size)
-                unpacked = 0  # a value that stands once there may stand in every row
-                for batch in parquet.iter_batches(batch_size=_ROWS):
-                    unpacked += batch.nbytes
-                    _check_unpacked(file, unpacked)
-                    yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file}: no readable Parquet file ({_first_line(error)}); write it anew") from error
-        return
-    if file.suffix == ".json":
-        text = "".join(_lines(file))
-        _check_not_empty(file, not text.strip())
-        rows = _parse(text, file, 1)
-        if not isinstance(rows, list):
-            raise UserError(f"{file}: expected a list of rows, got {type(rows).__name__}; one object a line is .jsonl")
-        yield from rows
-        return
-    empty = True
-    for number, line in enumerate(_lines(file, _LINE), 1):
-        if line.strip():
-            empty = False
-            yield _parse(line.rstrip("\n"), file, number)
-    _check_not_empty(file, empty)
-
-
-def _check_unpacked(file: epath.Path, unpacked: int) -> None:
-    if unpacked > max(_UNPACKED, _RATIO * file.stat().length):
-        raise UserError(
-            f"{file}: unpacks to {unpacked / 1e9:.1f} GB and more, over {_RATIO} times its size, as no real rows do; "
-            "write it as .jsonl if that is no accident"
-        )
-
-
-def _lines(file: epath.Path, longest: int = -2) -> Iterator[str]:
-    """Cut at newlines alone: U+2028 and its like may stand unescaped inside a JSON string.
-
-    Args:
-      longest: bytes of a line that are still taken; -2: any number.
-    """
-    offset = 0
-    # A bucket's files know no bound of a line; a BufferedReader does
-    with io.BufferedReader(file.open("rb"), _BUFFER) if storage.is_remote(file) else file.open("rb") as source:
-        for number, line in enumerate(iter(lambda: source.readline(longest + 1), b""), 1):
-            if 0 < longest < len(line):
-                raise UserError(
-                    f"{file}:{number}: a line of more than {longest >> 20} MiB; cut the row, or the file into lines"
-                )
-            try:
-                # utf-8-sig: a byte order mark, which some editors write, is no part of the first row
-                yield line.decode("utf-8" if offset else "utf-8-sig")
-            except UnicodeDecodeError as error:
-                at = offset + error.start
-                raise UserError(f"{file}:{number}: not UTF-8 (byte {at}); convert the file to UTF-8") from error
-            offset += len(line)
-
-
-def _check_not_empty(file: epath.Path, empty: bool) -> None:
-    if empty:
-        raise UserError(f"{file}: the file is empty; give a file with at least one row")
-
-
-class _NotJson(ValueError):
-    pass
-
-
-def _refuse_constant(name: str) -> None:
-    raise _NotJson(name)
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=no_doubled_keys)
-
-
-def _parse(text: str, file: epath.Path, first_line: int) -> Any:
-    try:
-        return _DECODER.decode(text)
-    except _NotJson as error:
-        # The decoder does not say where: for a list of rows the line of the first such constant outside a string
-        line = first_line + text[: _constant_position(text, str(error))].count("\n")
-        raise UserError(f"{file}:{line}: {error} is no JSON number; write null, or drop the row") from error
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(f"{file}:{line}: broken JSON at column {error.colno}: {error.msg}; mend the line") from error
-    except RecursionError as error:
-        raise UserError(f"{file}:{first_line}: JSON nested too deeply; flatten the row") from error
-    except ValueError as error:  # a key that stands twice, a whole number of thousands of digits
-        raise UserError(f"{file}:{first_line}: {_first_line(error).split(';')[0]}; mend the row") from error
-
-
-def _constant_position(text: str, name: str) -> int:
-    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|' + re.escape(name), text):
-        if match.group() == name:
-            return match.start()
-    return 0
-
-
-def _from_datasets(location: str, split: str | None, hub: bool) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    where = f"{location}:{split}" if split else location
-    try:
-        data = datasets.load_dataset(location) if hub else datasets.load_from_disk(location)
-    except Exception as error:  # the library raises many kinds, none of its own
-        if hub:
-            raise UserError(
-                f"{where}: no such file or directory, and no dataset of that name could be loaded from the hub "
-                f"({_first_line(error)}); check the path, or the name and the network"
-            ) from error
-        raise UserError(
-            f"{where}: no directory that datasets' save_to_disk wrote ({_first_line(error)}); "
-            f"give a file ({', '.join(_SUFFIXES)}) or such a directory"
-        ) from error
-    if isinstance(data, datasets.DatasetDict):
-        splits = ", ".join(data)
-        if split is None and len(data) > 1:
-            raise UserError(f"{where}: has the splits {splits}; give {location}:SPLIT")
-        if split is not None and split not in data:
-            raise UserError(f"{where}: no split {split!r}; it has {splits}")
-        data = data[split or next(iter(data))]
-    elif split is not None:
-        raise UserError(f"{where}: the dataset there has no splits; give {location}")
-    return iter(data)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,13 +4,15 @@ All of them, since each epoch's batches are drawn from the lengths of all rows, 
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from lm_jax.data.text import EncodedResponse, Text, TextEncoder
+from lm_jax.data.messages import Text
+from lm_jax.data.text import EncodedResponse, T, TextEncoder
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
 
@@ -20,38 +22,63 @@ Arrays = tuple[np.ndarray, ...]
 
 
 def encode_rows(
-    encoder: TextEncoder,
-    prompts: Sequence[Text],
-    responses: Sequence[Text],
-    wheres: Sequence[str],
-    assistant_only: bool = False,
-) -> list[EncodedResponse]:
+    encoder: TextEncoder, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
+) -> list[EncodedResponse | UserError]:
     """`encoder.encode_many`, which see; every process must give the same rows.
 
     Raises:
-      UserError: in the process whose share has the row; it ends all with that line. Or the processes' rows differ.
+      UserError: the processes' rows differ.
     """
-    if processes.link is None:
-        return encoder.encode_many(prompts, responses, wheres, assistant_only)
-    _check_alike(prompts, responses, wheres)
-
-    def encode(part: slice) -> list[Arrays]:
-        encoded = encoder.encode_many(prompts[part], responses[part], wheres[part], assistant_only)
-        return [_arrays(row) for row in encoded]
-
-    return [_response(arrays) for arrays in _divided(len(prompts), encode)]
+    return _encoded(encoder.encode_many, _arrays, _response, prompts, responses, wheres)
 
 
-def encode_prompts(encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
+def encode_conversations(
+    encoder: TextEncoder, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
+) -> list[list[EncodedResponse] | UserError]:
+    """`encoder.encode_conversations`, as `encode_rows` is of `encode_many`."""
+
+    def arrays(examples: list[EncodedResponse]) -> Arrays:
+        return tuple(array for example in examples for array in _arrays(example))
+
+    def examples(arrays: Arrays) -> list[EncodedResponse]:
+        return [_response(arrays[i : i + 4]) for i in range(0, len(arrays), 4)]
+
+    return _encoded(encoder.encode_conversations, arrays, examples, prompts, responses, wheres)
+
+
+def encode_prompts(
+    encoder: TextEncoder, prompts: Sequence[Text], wheres: Sequence[str]
+) -> list[np.ndarray | UserError]:
     """`encoder.encode_prompts`, as `encode_rows` is of `encode_many`."""
+    return _encoded(encoder.encode_prompts, lambda ids: (ids,), lambda arrays: arrays[0], prompts, wheres)
+
+
+def _encoded(
+    encode: Callable[..., list[T | UserError]],
+    arrays: Callable[[T], Arrays],
+    row: Callable[[Arrays], T],
+    *columns: Sequence[Any],
+) -> list[T | UserError]:
+    """What `encode` makes of the columns; `arrays` of a row travel between processes, and `row` is made of them."""
     if processes.link is None:
-        return encoder.encode_prompts(prompts, wheres)
-    _check_alike(prompts, wheres)
+        return encode(*columns)
+    _check_alike(*columns)
 
-    def encode(part: slice) -> list[Arrays]:
-        return [(ids,) for ids in encoder.encode_prompts(prompts[part], wheres[part])]
+    def part(own: slice) -> list[Arrays]:
+        return [_with_fault(arrays, found) for found in encode(*(column[own] for column in columns))]
 
-    return [ids for (ids,) in _divided(len(prompts), encode)]
+    return [_or_fault(row, *found) for found in _divided(len(columns[0]), part)]
+
+
+def _with_fault(arrays: Callable[[T], Arrays], row: T | UserError) -> Arrays:
+    """A row's arrays behind what is wrong with it, as characters; one of the two is empty."""
+    if isinstance(row, UserError):
+        return (np.array([ord(character) for character in str(row)], np.int32),)
+    return np.zeros(0, np.int32), *arrays(row)
+
+
+def _or_fault(row: Callable[[Arrays], T], fault: np.ndarray, *arrays: np.ndarray) -> T | UserError:
+    return UserError("".join(map(chr, fault))) if fault.size else row(arrays)
 
 
 def _check_alike(*columns: Sequence[Any]) -> None:
@@ -91,15 +118,16 @@ def _divided(number: int, encode: Callable[[slice], list[Arrays]]) -> Iterator[A
 
 
 def _packed(rows: list[Arrays]) -> np.ndarray:
-    """[N] int32: how many arrays, how many of them a row, their lengths, their values."""
+    """[N] int32: how many rows, how many arrays each has, their lengths, their values."""
     arrays = [array for row in rows for array in row]
-    head = np.array([len(arrays), len(rows[0]) if rows else 1, *map(len, arrays)], np.int32)
+    head = np.array([len(rows), *map(len, rows), *map(len, arrays)], np.int32)
     return np.concatenate([head, *arrays], dtype=np.int32)
 
 
 def _unpacked(packed: np.ndarray) -> Iterator[Arrays]:
-    number, per_row = map(int, packed[:2])
-    ends = number + 2 + np.cumsum(packed[2 : number + 2], dtype=np.int64)
-    arrays = np.split(packed, [number + 2, *ends])[1:-1]
-    for first in range(0, number, per_row):
-        yield tuple(arrays[first : first + per_row])
+    counts = packed[1 : packed[0] + 1]
+    begin = 1 + len(counts) + int(counts.sum())
+    ends = begin + np.cumsum(packed[1 + len(counts) : begin], dtype=np.int64)
+    arrays = iter(np.split(packed, [begin, *ends])[1:-1])
+    for count in counts:
+        yield tuple(itertools.islice(arrays, int(count)))

@@ -19,10 +19,11 @@ from lm_jax.data.layouts import (
     sharegpt_turns,
     with_tools,
 )
+from lm_jax.data.messages import Message, Text
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import read_rows
-from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import Message, Text, TextEncoder
+from lm_jax.data.shares import encode_conversations
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.errors import UserError
 
 SEED, SYNTHETIC = SOURCES = ("seed", "synthetic")
@@ -55,9 +56,9 @@ class Supervised:
     """Encoded supervised rows.
 
     Attributes:
-      rows: the rows they came from, in their order.
-      segments: one a row, with the values `weights` (the row's) and `synthetic` (1 where that is its source, else 0).
-      full_lengths: tokens of each row's response before truncation.
+      rows: of each example the row it came from, in their order; a conversation may make several examples.
+      segments: the examples, with the values `weights` (the row's) and `synthetic` (1 where its source is, else 0).
+      full_lengths: tokens of each example's response before truncation.
       report: lines that say how many rows were read, dropped, truncated, and how long they are.
     """
 
@@ -68,7 +69,7 @@ class Supervised:
     report: list[str]
 
     def name(self, i: int) -> str:
-        """How a user finds row i."""
+        """How a user finds the row of example i."""
         return f"{self.where} row {self.rows[i].row}"
 
     def sources(self) -> frozenset[str]:
@@ -97,7 +98,8 @@ def load_supervised(
     if not rows:
         raise UserError(f"{path}: no rows left, all dropped ({counted(data.dropped)}); give rows that weigh something")
     prompts, responses, names = zip(*((r.prompt, r.response, f"{where} row {r.row}") for r in rows), strict=True)
-    encoded = encode_rows(encoder, prompts, responses, names, assistant_only=True)
+    encoded = checked(encode_conversations(encoder, prompts, responses, names))
+    examples = [(row, example) for row, own in zip(rows, encoded, strict=True) for example in own]
     segments = [
         Segment(
             text.prompt_ids,
@@ -108,7 +110,7 @@ def load_supervised(
             },
             text.loss_mask,
         )
-        for row, text in zip(rows, encoded, strict=True)
+        for row, text in examples
     ]
     lengths = np.array([len(s) for s in segments])
     learnt = sum(len(s.response) if s.loss_mask is None else int(s.loss_mask.sum()) for s in segments)
@@ -118,9 +120,15 @@ def load_supervised(
         + f"; {sum(r.source == SYNTHETIC for r in data.rows)} of them synthetic"
         + (f"; {len(rows)} of them taken" if len(rows) < kept else ""),
         f"{where}: sequences of {lengths.min()} to {lengths.max()} tokens, median {int(np.median(lengths))}; {learnt} "
-        f"of {lengths.sum()} tokens learnt; {sum(e.truncated for e in encoded)} rows truncated to config.max_length",
+        f"of {lengths.sum()} tokens learnt; {sum(e.truncated for _, e in examples)} examples truncated to "
+        "config.max_length",
     ]
-    return Supervised(rows, segments, [e.full_length for e in encoded], where, report)
+    if len(examples) > len(rows):
+        report.append(
+            f"{where}: {len(rows)} conversations make {len(examples)} examples, since the chat template shows earlier "
+            "turns otherwise once later ones follow"
+        )
+    return Supervised([row for row, _ in examples], segments, [e.full_length for _, e in examples], where, report)
 
 
 def supervised_rows(

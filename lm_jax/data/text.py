@@ -2,26 +2,18 @@
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lm_jax.data.chat import render_chat
+from lm_jax.data.messages import TOOLS, Message, Text, messages_fault, split_arguments, tidy_message
 from lm_jax.data.tokenizers import first_line
+from lm_jax.data.turns import Rewritten, write_turn
 from lm_jax.errors import UserError
 
-Message = dict[str, Any]  # role and content, strings, and what else a template reads: tool_calls, name
-Text = str | list[Message]  # raw text, or messages for the chat template
-
-# Role of a first message that no template sees: its content is the JSON list of the functions that the assistant may
-# call, which templates know as `tools`
-TOOLS = "tools"
-
-# What a template that reads `date_string`, as Llama 3's do, is told: today's would make a row's ids depend on the day.
-# Llama 3.1 takes this day by itself.
-TEMPLATE_DAY = "26 Jul 2024"
+T = TypeVar("T")
 _BATCH = 1024  # rows tokenised at once: enough to keep the tokenizer's threads busy, little as Python lists
 _ANCHORS = ("\n", "a", "0", "")  # see TextEncoder._tokenize_apart
 
@@ -39,50 +31,6 @@ class EncodedResponse:
     @property
     def truncated(self) -> bool:
         return len(self.response_ids) < self.full_length
-
-
-def messages_fault(value: Any) -> str | None:
-    """What is wrong with `value` as messages, or None."""
-    if not isinstance(value, list):
-        return f"must be a string or messages, got {type(value).__name__}"
-    if not value:
-        return "is an empty list of messages"
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            return f"message {i} is no object but {type(message).__name__}"
-        needed = ("role",) if message.get("tool_calls") and message.get("content") is None else ("role", "content")
-        for name in needed:
-            if not isinstance(message.get(name), str):
-                return f"message {i} has no {name} that is a string"
-        if message["role"] == TOOLS and not (i == 0 and _is_list(message["content"])):
-            return f"message {i} has the role {TOOLS}, kept for the JSON list of functions that stands first"
-    return None
-
-
-def _is_list(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def tidy_message(message: Message) -> Message:
-    """A message of `messages_fault` None without nulls, which datasets and Parquet fill in, and with a content."""
-    return {"content": "", **without_nulls(message)}
-
-
-def without_nulls(value: Any) -> Any:
-    """Nested lists and objects without the objects' nulls."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def split_tools(messages: list[Message]) -> tuple[list[Any] | None, list[Message]]:
-    """(the functions of a first message of role TOOLS, the messages after it)."""
-    if messages and messages[0]["role"] == TOOLS:
-        return json.loads(messages[0]["content"]), messages[1:]
-    return None, messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,57 +62,95 @@ class TextEncoder:
         self._adds_prefix = after[: len(head)] == head and after[len(head) :] != alone
 
     def encode(self, prompt: Text, response: Text, where: str) -> EncodedResponse:
-        """One row; see `encode_many`."""
-        return self.encode_many([prompt], [response], [where])[0]
+        """One row; raises what `encode_many` gives in its place."""
+        return checked(self.encode_many([prompt], [response], [where]))[0]
 
     def encode_many(
-        self,
-        prompts: Sequence[Text],
-        responses: Sequence[Text],
-        wheres: Sequence[str],
-        assistant_only: bool = False,
-    ) -> list[EncodedResponse]:
+        self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
+    ) -> list[EncodedResponse | UserError]:
         """Encodes many rows, in batches over the tokenizer's threads.
 
         Args:
           prompts: strings, or messages.
-          responses: strings, or messages; a string after a prompt of messages is an assistant message.
+          responses: strings, or messages; a string after a prompt of messages is an assistant message. Of several
+            messages all is the response, other turns too.
           wheres: name of each row in errors, as "pairs.jsonl row 17 (chosen)".
-          assistant_only: of a response of several messages, the assistant's turns (each up to its end token) are told
-            from the others' in `loss_mask`. What generation would start from stands before each of them.
 
-        Raises:
-          UserError: naming the row and the cure: malformed or empty text, no chat template or one that fails, a prompt
-            that is no prefix, doubled BOS or EOS, no end token, no room for the response.
+        Returns:
+          Each row's ids or, in their place, what is wrong with it and the cure: malformed or empty text, no chat
+          template or one that fails or shows the prompt otherwise below several messages, doubled BOS or EOS, no end
+          token, no room for the response. `checked` raises such an error.
         """
-        encoded = []
-        rows = list(zip(prompts, responses, wheres, strict=True))
-        for batch in _batches(rows):
-            rendered = [self._render(p, r, where, assistant_only) for p, r, where in batch]
-            tokenized = iter(self._tokenize([text for r in rendered for text in r.texts]))
-            for row, r in zip(batch, rendered, strict=True):
-                encoded.append(self._split(r, list(itertools.islice(tokenized, len(r.texts))), row[2]))
+        rows = self._encode(prompts, responses, wheres, self._render)
+        return [row if isinstance(row, UserError) else row[0] for row in rows]
+
+    def encode_conversations(
+        self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
+    ) -> list[list[EncodedResponse] | UserError]:
+        """As `encode_many`, but of responses of several messages each turn of the assistant is learnt.
+
+        What generation would start from stands before each turn, and each ends with its end token. An example holds as
+        many turns as the chat template shows one after the other, told from the others' in `loss_mask`: all, unless the
+        template shows earlier turns otherwise once later ones follow, as those do that drop thoughts. A turn whose
+        context does not fit `max_length` is left out, and the example before it counts as truncated.
+        """
+        return self._encode(prompts, responses, wheres, self._render_turns)
+
+    def _encode(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[Text],
+        wheres: Sequence[str],
+        render: Callable[[Text, Text, str], list[_Rendered]],
+    ) -> list[list[EncodedResponse] | UserError]:
+        encoded: list[list[EncodedResponse] | UserError] = []
+        for batch in _batches(list(zip(prompts, responses, wheres, strict=True))):
+            rendered = [_attempt(render, *row) for row in batch]
+            texts = [text for examples in rendered if isinstance(examples, list) for r in examples for text in r.texts]
+            tokenized = iter(self._tokenize(texts))
+            for (*_, where), examples in zip(batch, rendered, strict=True):
+                if isinstance(examples, list):
+                    ids = [list(itertools.islice(tokenized, len(r.texts))) for r in examples]
+                    encoded.append(_attempt(self._examples, examples, ids, where))
+                else:
+                    encoded.append(examples)
         return encoded
 
-    def encode_prompt(self, prompt: Text, where: str) -> np.ndarray:
-        """One prompt to generate from; see `encode_prompts`."""
-        return self.encode_prompts([prompt], [where])[0]
+    def _examples(
+        self, rendered: list[_Rendered], tokenized: list[list[list[int]]], where: str
+    ) -> list[EncodedResponse]:
+        found: list[EncodedResponse] = []
+        for r, ids in zip(rendered, tokenized, strict=True):
+            if found and len(r.lead) + len(ids[0]) >= self._max_length:
+                lost = found[-1].full_length + len(ids[-1]) - len(ids[0])
+                found[-1] = dataclasses.replace(found[-1], full_length=lost)
+            else:
+                found.append(self._split(r, ids, where))
+        return found
 
-    def encode_prompts(self, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray]:
+    def encode_prompt(self, prompt: Text, where: str) -> np.ndarray:
+        """One prompt to generate from; raises what `encode_prompts` gives in its place."""
+        return checked(self.encode_prompts([prompt], [where]))[0]
+
+    def encode_prompts(self, prompts: Sequence[Text], wheres: Sequence[str]) -> list[np.ndarray | UserError]:
         """Prompts to generate from: int32 [P] each, P < max_length, the `prompt_ids` that `encode_many` gives.
 
-        Raises:
-          UserError: as `encode_many`, as far as it concerns prompts.
+        What is wrong with one stands in its place, as in `encode_many`.
         """
-        encoded = []
+        encoded: list[np.ndarray | UserError] = []
         for batch in _batches(list(zip(prompts, wheres, strict=True))):
-            rendered = [self._render_prompt(*row) for row in batch]
-            tokenized = self._tokenize([text for _, text in rendered])
-            for (lead, _), ids, (_, where) in zip(rendered, tokenized, batch, strict=True):
-                encoded.append(self._check_prompt([*lead, *ids], where))
+            rendered = [_attempt(self._render_prompt, *row) for row in batch]
+            tokenized = iter(self._tokenize([r[1] for r in rendered if isinstance(r, tuple)]))
+            for r, (_, where) in zip(rendered, batch, strict=True):
+                if isinstance(r, tuple):
+                    encoded.append(_attempt(self._check_prompt, [*r[0], *next(tokenized)], where))
+                else:
+                    encoded.append(r)
         return encoded
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         return self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
@@ -195,50 +181,79 @@ class TextEncoder:
     def _render_prompt(self, prompt: Text, where: str) -> tuple[tuple[int, ...], str]:
         if isinstance(prompt, str):
             return self._lead, _valid(prompt, where)
-        if fault := messages_fault(prompt):
-            raise UserError(f"{where}: prompt {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
+        _check_messages(prompt, "prompt", where)
         return (), _valid(self._apply_template(prompt, where, add_generation_prompt=True), where)
 
-    def _render(self, prompt: Text, response: Text, where: str, assistant_only: bool) -> _Rendered:
+    def _render(self, prompt: Text, response: Text, where: str) -> list[_Rendered]:
+        response = self._response(prompt, response, where, each=False)
+        lead, start = self._render_prompt(prompt, where)
+        if isinstance(prompt, str) or isinstance(response, str):
+            return [_Rendered(lead, (start, _valid(f"{start}{response}", where)))]
+        messages = [*prompt, *response]
+        if messages[-1]["role"] == "assistant":
+            whole = "".join(self._write_turn(messages[:-1], messages[-1], where))
+        else:
+            whole = self._apply_template(messages, where, add_generation_prompt=False)
+        if not whole.startswith(start):
+            raise UserError(
+                f"{where}: {_difference(start, whole)}; give the last turn alone as the response, with those before it "
+                "in the prompt, or use a chat template that leaves earlier turns as they are"
+            )
+        return [_Rendered(lead, (start, _valid(whole, where)))]
+
+    def _render_turns(self, prompt: Text, response: Text, where: str) -> list[_Rendered]:
+        if isinstance(prompt, str) or isinstance(response, str):
+            return self._render(prompt, response, where)
+        _check_messages(prompt, "prompt", where)
+        messages, examples = [*prompt, *self._response(prompt, response, where, each=True)], list[list[str]]()
+        for i in range(len(prompt), len(messages)):
+            if messages[i]["role"] == "assistant":
+                start, written = self._write_turn(messages[:i], messages[i], where)
+                if not examples or not start.startswith(examples[-1][-1]):
+                    examples.append([])
+                examples[-1] += [start, start + written]
+        return [_Rendered((), (*texts[:-1], _valid(texts[-1], where))) for texts in examples]
+
+    def _response(self, prompt: Text, response: Text, where: str, each: bool) -> Any:
+        """The response in the prompt's form, a string with its end token.
+
+        Args:
+          each: every turn of the assistant must say something, else one.
+
+        Raises:
+          UserError: it is no response, or empty.
+        """
         if isinstance(response, str):
             contents = [response]
-        elif fault := messages_fault(response):
-            raise UserError(f"{where}: response {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
         else:
-            said = [m for m in response if m["role"] == "assistant" or not assistant_only]
+            _check_messages(response, "response", where)
+            said = [m for m in response if m["role"] == "assistant" or not each]
             contents = [m.get("content") or str(m.get("tool_calls") or "") for m in said]
-        if not (all if assistant_only and contents else any)(content.strip() for content in contents):
+        if not (all if each and contents else any)(content.strip() for content in contents):
             raise UserError(f"{where}: the response is empty, so its mask would be; drop the row")
-        lead, prompt_text = self._render_prompt(prompt, where)
         if isinstance(prompt, str):
             if not isinstance(response, str):
                 raise UserError(f"{where}: the prompt is a string but the response is messages; make them alike")
-            end = "" if response.endswith(self._eos_text) else self._eos_text
-            return _Rendered(lead, (prompt_text, _valid(prompt_text + response + end, where)))
-        if isinstance(response, str):
-            response = [{"role": "assistant", "content": response}]
-        messages, first = [*prompt, *response], len(prompt)
-        turns = [(first, len(messages))]
-        if assistant_only:
-            turns = [(i, i + 1) for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-        texts = []
-        for begin, end in turns:
-            before = self._apply_template(messages[:begin], where, True) if begin > first else prompt_text
-            texts += [before, self._apply_template(messages[:end], where, add_generation_prompt=False)]
-        for number, (shorter, longer) in enumerate(itertools.pairwise(texts)):
-            if not longer.startswith(shorter):
-                raise _no_prefix(shorter, longer, where, later=number > 0)
-        _valid(texts[-1], where)
-        return _Rendered(lead, tuple(texts))
+            return response if response.endswith(self._eos_text) else response + self._eos_text
+        return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
 
-    def _apply_template(self, messages: list[Message], where: str, add_generation_prompt: bool) -> str:
+    def _write_turn(self, before: Sequence[Message], turn: Message, where: str) -> tuple[str, str]:
+        """See `turns.write_turn`."""
+        try:
+            return write_turn(lambda messages, start: self._apply_template(messages, where, start), before, turn)
+        except Rewritten as error:
+            raise UserError(
+                f"{where}: the chat template does not show the assistant's turn, or not once; mend it"
+            ) from error
+
+    def _apply_template(self, messages: Sequence[Message], where: str, add_generation_prompt: bool) -> str:
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{where}: messages were given but the tokenizer has no chat template; give strings, or set "
                 "chat_template in tokenizer_config.json"
             )
-        tools, messages = split_tools(messages)
-        if tools and "tools" not in str(self._tokenizer.chat_template):
+        arguments, messages = split_arguments(messages)
+        if arguments.get(TOOLS) and TOOLS not in str(self._tokenizer.chat_template):
             raise UserError(
                 f"{where}: has tools, which the chat template does not show; use a tokenizer whose template does, or "
                 "leave the column out"
@@ -247,9 +262,8 @@ class TextEncoder:
             return render_chat(
                 self._tokenizer,
                 [tidy_message(message) for message in messages],
-                tools=tools,
                 add_generation_prompt=add_generation_prompt,
-                date_string=TEMPLATE_DAY,
+                **arguments,
             )
         except Exception as error:  # a template can raise anything
             roles = ", ".join(message["role"] for message in messages)
@@ -324,19 +338,31 @@ class TextEncoder:
         return ids[:end]
 
 
-def _no_prefix(shorter: str, longer: str, where: str, later: bool) -> UserError:
+def _check_messages(value: Any, name: str, where: str) -> None:
+    if fault := messages_fault(value):
+        raise UserError(f"{where}: {name} {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
+
+
+def _difference(shorter: str, longer: str) -> str:
     common = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
-    seen = f"{shorter[common : common + 40]!r}", f"{longer[common : common + 40]!r}"
-    if later:
-        return UserError(
-            f"{where}: the chat template changes an earlier turn once later ones follow: at first it goes on with "
-            f"{seen[0]}, then with {seen[1]}; learn the last turn alone (train_on=last), or use a chat template that "
-            "leaves earlier turns as they are"
-        )
-    return UserError(
-        f"{where}: the chat template's prompt is no prefix of prompt and response: alone it goes on with {seen[0]}, "
-        f"with the response {seen[1]}; use a chat template that renders the prompt alike with and without the response"
+    return (
+        "the chat template shows the prompt otherwise once several turns follow: alone it goes on with "
+        f"{shorter[common : common + 40]!r}, then with {longer[common : common + 40]!r}"
     )
+
+
+def _attempt(do: Callable[..., T], *args: Any) -> T | UserError:
+    try:
+        return do(*args)
+    except UserError as error:
+        return error
+
+
+def checked(encoded: Sequence[T | UserError]) -> list[T]:
+    """`encoded`, where every row could be; raises the first error that stands in a row's place."""
+    if fault := next((row for row in encoded if isinstance(row, UserError)), None):
+        raise fault
+    return [row for row in encoded if not isinstance(row, UserError)]
 
 
 def _batches(rows: list[Any]) -> Iterator[list[Any]]:

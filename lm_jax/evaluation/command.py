@@ -21,7 +21,7 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation.ifeval import read_prompts, score_responses
 from lm_jax.evaluation.judged_command import JudgedConfig, evaluate_judged
 from lm_jax.evaluation.lm_eval_setup import require_lm_eval
-from lm_jax.evaluation.responses import read_responses
+from lm_jax.evaluation.responses import answers_of, read_responses
 from lm_jax.evaluation.tasks import Tasks, markdown, table, task_file
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
@@ -38,6 +38,8 @@ class HarnessConfig:
     limit: int | None
     num_fewshot: int | None
     apply_chat_template: bool
+    chat_template_kwargs: str
+    think_end_token: str
     seed: int
     dtype: str
     max_length: int
@@ -78,6 +80,7 @@ class IfevalConfig:
     responses: str
     output: str
     allow_missing: bool
+    think_end_token: str
 
 
 def evaluate(config: HarnessConfig | IfevalConfig | JudgedConfig) -> None:
@@ -102,7 +105,8 @@ def evaluate_ifeval(config: IfevalConfig) -> None:
         raise UserError(f"{config.output}: is a directory; give config.output a file name")
     prompts = read_prompts(config.prompts)
     responses = read_responses(config.responses, prompts, config.allow_missing)
-    scores = score_responses(prompts, responses.texts)
+    answers = answers_of(responses.texts, config.think_end_token)
+    scores = score_responses(prompts, answers.texts)
     if responses.edited:
         rows = ", ".join(map(str, responses.edited[:5])) + (", ..." if len(responses.edited) > 5 else "")
         say(
@@ -116,7 +120,7 @@ def evaluate_ifeval(config: IfevalConfig) -> None:
             "NLTK's sentence model punkt_tab is not here and could not be downloaded: sentences are counted with a "
             "short list of abbreviations instead"
         )
-    scores["num_edited"] = len(responses.edited)
+    scores |= {"num_edited": len(responses.edited), "num_thinking": answers.thinking, "num_unended": answers.unended}
     _write(Path(config.output), json.dumps(scores, indent=2) + "\n")
     if jax.process_index() == 0:
         print(json.dumps({k: round(v, 4) for k, v in scores.items() if k.endswith("_acc")} | {"output": config.output}))
@@ -162,7 +166,17 @@ def _run(
     from lm_jax.evaluation.harness import JaxLM
 
     lm = JaxLM(
-        source, name, mesh, config.dtype, config.max_length, config.compute, config.batch, config.decode, config.seed
+        source,
+        name,
+        mesh,
+        config.dtype,
+        config.max_length,
+        config.compute,
+        config.batch,
+        config.decode,
+        config.seed,
+        config.chat_template_kwargs,
+        config.think_end_token,
     )
     for task in missing:
         say(f"{name}: {task}")
@@ -188,10 +202,10 @@ def _results(config: HarnessConfig, name: str, source: ModelSource) -> dict[str,
 
 def _settings(config: HarnessConfig, task: str, source: ModelSource) -> dict[str, Any]:
     """What a result depends on. Devices, batches and where files lie may change."""
-    names = ("limit", "num_fewshot", "apply_chat_template", "seed", "dtype", "max_length")
+    names = ("limit", "num_fewshot", "apply_chat_template", "chat_template_kwargs", "think_end_token", "seed")
     file = task_file(task, config.include_path)
     return {
-        **{f"config.{name}": getattr(config, name) for name in names},
+        **{f"config.{name}": getattr(config, name) for name in (*names, "dtype", "max_length")},
         "config.compute.dtype": config.compute.dtype,
         "version of lm-eval": importlib.metadata.version("lm_eval"),
         "fingerprint of the model": source.identity(),

@@ -19,9 +19,9 @@ from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig
 from lm_jax.console import Progress
 from lm_jax.data.chat import render_chat
 from lm_jax.data.packing import Segment
-from lm_jax.data.text import TEMPLATE_DAY
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
+from lm_jax.generation.answer_text import thoughts_opening, without_thoughts
 from lm_jax.generation.requests import Request, SamplingConfig
 from lm_jax.generation.sampling import LocalGenerator
 from lm_jax.scoring.scoring import score
@@ -43,6 +43,8 @@ class JaxLM(TemplateLM):
       batch: of scoring; a row holds more than `max_length` tokens.
       decode: of generation; a slot holds at least `max_length` tokens.
       seed: of tasks that sample.
+      chat_template_kwargs: of `load_tokenizer`.
+      think_end: what ends an answer's thoughts, which are no part of it; empty: they are.
 
     Attributes:
       truncated: requests that lost their beginning so far; a question with choices makes one for each.
@@ -62,9 +64,12 @@ class JaxLM(TemplateLM):
         batch: BatchConfig,
         decode: DecodeConfig,
         seed: int,
+        chat_template_kwargs: str,
+        think_end: str,
     ):
         super().__init__()
-        self.tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+        self.tokenizer = load_tokenizer(source.directory, source.config.vocab_size, chat_template_kwargs)
+        self._think_end = think_end
         self.max_length = min(max_length, source.config.max_position)
         self.truncated = 0
         self._name, self._config, self._mesh = name, source.config, mesh
@@ -104,7 +109,6 @@ class JaxLM(TemplateLM):
         options = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
-            "date_string": TEMPLATE_DAY,
         }
         try:
             return render_chat(self.tokenizer, chat_history, **options)
@@ -166,12 +170,24 @@ class JaxLM(TemplateLM):
                 for completion in completions:
                     if completion.error is not None:
                         raise UserError(f"{self._name}: {completion.error}")
-                    text = self.tokenizer.decode(completion.samples[0].token_ids, skip_special_tokens=True)
-                    answers[int(completion.id)] = postprocess_generated_text(text, stops, None)
+                    number = int(completion.id)
+                    text = self._answer(requests[number].args[0], completion.samples[0].token_ids or ())
+                    answers[number] = postprocess_generated_text(text, stops, None)
                 done += len(completions)
                 progress.update(done, {})
         progress.close()
         return answers
+
+    def _answer(self, context: str, ids: Sequence[int]) -> str:
+        """The text of `ids` without thoughts; nothing where they do not end."""
+        end, opening = self._think_end, thoughts_opening(self._think_end)
+        opened = opening if context.rstrip().endswith(opening) else ""
+        if without_thoughts(opened + self.tokenizer.decode(ids), end) is None:
+            return ""
+        if end in self._specials:  # decoding may leave it out
+            token = self.tokenizer.convert_tokens_to_ids(end)
+            ids = ids[max((i + 1 for i, own in enumerate(ids) if own == token), default=0) :]
+        return without_thoughts(self.tokenizer.decode(ids, skip_special_tokens=True), end) or ""
 
     def _request(self, number: int, context: str, max_new_tokens: int) -> Request:
         room = self.max_length - max_new_tokens
@@ -182,7 +198,7 @@ class JaxLM(TemplateLM):
             )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self.truncated += len(ids) > room
-        return Request(str(number), "", token_ids=tuple(ids[-room:]))
+        return Request(str(number), "", token_ids=tuple(ids[-room:]), think_end=self._think_end)
 
     def _sampling(self, given: dict[str, Any]) -> tuple[list[str], SamplingConfig]:
         """(texts that end an answer, how it is drawn), from a task's generation settings."""

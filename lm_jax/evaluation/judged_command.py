@@ -30,19 +30,21 @@ from lm_jax.evaluation.complexbench import ComplexBench
 from lm_jax.evaluation.followbench import FollowBench
 from lm_jax.evaluation.judged import Benchmark, Question, Verdict, markdown, read_verdict
 from lm_jax.evaluation.pairwise import Pairwise
-from lm_jax.evaluation.responses import read_responses
+from lm_jax.evaluation.responses import answers_of, read_responses
 from lm_jax.generation.command import GenerateConfig, generate_rows
 from lm_jax.generation.generator import EndpointConfig, check_one_model, local_mesh, open_endpoint, open_local
 
-BENCHMARKS: dict[str, Callable[[str, int | None], Benchmark]] = {
-    "cfbench": CFBench,
-    "followbench": FollowBench,
-    "complexbench": ComplexBench,
-    "pairwise": Pairwise,
+BENCHMARKS: dict[str, Callable[["JudgedConfig"], Benchmark]] = {
+    "cfbench": lambda config: CFBench(config.input, config.limit),
+    "followbench": lambda config: FollowBench(config.input, config.limit),
+    "complexbench": lambda config: ComplexBench(config.input, config.limit),
+    "pairwise": lambda config: Pairwise(config.input, config.limit, config.think_end_token),
 }
 _SHOWN = 5  # rows named in a line
 # Keys of the judge, as commands name them that know but one model
-_JUDGE_KEY = re.compile(r"\bconfig\.(?=(?:model|endpoint|dtype|max_new_tokens|temperature|decode|mesh|compute)\b)")
+_JUDGE_KEY = re.compile(
+    r"\bconfig\.(?=(?:model|endpoint|chat_template_kwargs|dtype|max_new_tokens|temperature|decode|mesh|compute)\b)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class JudgeConfig:
     endpoint: EndpointConfig
     max_new_tokens: int
     temperature: float
+    chat_template_kwargs: str
     prompt_price: float
     answer_price: float
     dtype: str
@@ -83,6 +86,8 @@ class JudgedConfig:
     model: str | None
     endpoint: EndpointConfig
     apply_chat_template: bool
+    chat_template_kwargs: str
+    think_end_token: str
     max_new_tokens: int
     temperature: float
     judge: JudgeConfig
@@ -121,17 +126,18 @@ def evaluate_judged(config: JudgedConfig) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{config.output}: is a file; give config.output a directory")
-    benchmark: Benchmark = BENCHMARKS[config.benchmark](config.input, config.limit)
+    benchmark = BENCHMARKS[config.benchmark](config)
     if not config.cost_only and benchmark.questions([""] * len(benchmark.items)):
         _with_judge_keys(lambda: _check_judge(config.judge))  # before responses are written for it
-    responses = _responses(config, benchmark)
+    answers = answers_of(_responses(config, benchmark), config.think_end_token)
+    responses = answers.texts
     questions = benchmark.questions(responses)
     cost = _cost(config.judge, questions)
     say(_told(cost, len(benchmark.items)))
     if config.cost_only:
         return
-    answers = _ask(config, questions) if questions else {}
-    verdicts = {q.id: read_verdict(q, *answers[q.id]) for q in questions}
+    said = _ask(config, questions) if questions else {}
+    verdicts = {q.id: read_verdict(q, *said[q.id]) for q in questions}
     scores, counts = benchmark.score(responses, verdicts)
     unreadable = {q.id: verdicts[q.id].fault for q in questions if verdicts[q.id].fault}
     rows = sorted({q.item for q in questions if q.id in unreadable})
@@ -146,6 +152,8 @@ def evaluate_judged(config: JudgedConfig) -> None:
         "judge": config.judge.endpoint.model if config.judge.endpoint.url else config.judge.model,
         "num_instructions": len(benchmark.items),
         "num_missing": sum(response is None for response in responses),
+        "num_thinking": answers.thinking,
+        "num_unended": answers.unended,
         "num_judge_calls": len(questions),
         "num_unreadable_verdicts": len(unreadable),
         "unreadable_by_fault": dict(collections.Counter(unreadable.values())),
@@ -157,7 +165,7 @@ def evaluate_judged(config: JudgedConfig) -> None:
     counted = [f"{name}: {value:g}\n" for name, value in report.items() if isinstance(value, int | float)]
     table = f"{markdown(config.name, scores)}\n{''.join(counted)}"
     if jax.process_index() == 0:
-        write_jsonl(str(output / "verdicts.jsonl"), _verdict_rows(benchmark, responses, questions, verdicts, answers))
+        write_jsonl(str(output / "verdicts.jsonl"), _verdict_rows(benchmark, responses, questions, verdicts, said))
         if isinstance(benchmark, Pairwise):
             write_text(f"{output}/outputs.json", json.dumps(benchmark.outputs(responses, config.name), indent=2) + "\n")
         write_text(f"{output}/scores.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -168,7 +176,7 @@ def evaluate_judged(config: JudgedConfig) -> None:
 def _check_judge(judge: JudgeConfig) -> None:
     """Raises UserError for what is wrong with the judge without asking it or reading weights."""
     if judge.endpoint.url:
-        open_endpoint(judge.endpoint)
+        open_endpoint(judge.endpoint, judge.chat_template_kwargs)
     else:
         open_local(judge, local_mesh(judge))
 
@@ -226,6 +234,7 @@ def _generation(
         model=asked.model,
         input=str(output / prompts),
         output=str(output / answers),
+        chat_template_kwargs=asked.chat_template_kwargs,
         seed=config.seed,
         dtype=asked.dtype,
         max_new_tokens=asked.max_new_tokens,

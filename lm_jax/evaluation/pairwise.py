@@ -12,6 +12,7 @@ from lm_jax.errors import UserError
 from lm_jax.evaluation import judge_prompts
 from lm_jax.evaluation.intervals import estimate
 from lm_jax.evaluation.judged import Item, Question, Scores, Verdict, known
+from lm_jax.evaluation.responses import answers_of
 
 _OURS_FIRST, _OURS_SECOND = "ours first", "ours second"
 _POINTS = {_OURS_FIRST: {"A": 1.0, "TIE": 0.5, "B": 0.0}, _OURS_SECOND: {"A": 0.0, "TIE": 0.5, "B": 1.0}}
@@ -24,12 +25,13 @@ class Pairwise:
       path: AlpacaEval's outputs of the reference: rows with `instruction`, `output`; `generator` and `dataset` may
         lack.
       limit: the first so many rows; none: all.
+      think_end: the reference's outputs are compared without their thoughts, up to here; empty: whole.
 
     Raises:
       UserError: a row that is not of this form.
     """
 
-    def __init__(self, path: str, limit: int | None):
+    def __init__(self, path: str, limit: int | None, think_end: str = ""):
         self._rows = read_rows(path, ("instruction", "output"))[:limit]
         for number, row in enumerate(self._rows):
             for name in ("instruction", "output"):
@@ -37,13 +39,13 @@ class Pairwise:
                     raise UserError(f"{path} row {number}: {name} must be a text, got {row[name]!r}; mend the row")
             if not row["instruction"].strip():
                 raise UserError(f"{path} row {number}: instruction is empty; mend the row")
+        self._theirs = answers_of([row["output"] for row in self._rows], think_end).texts
         self.items = [Item(row["instruction"], f"{path} row {number}") for number, row in enumerate(self._rows)]
 
     def questions(self, responses: Sequence[str | None]) -> list[Question]:
         found = []
-        for number, (row, ours) in enumerate(zip(self._rows, responses, strict=True)):
+        for number, (row, ours, theirs) in enumerate(zip(self._rows, responses, self._theirs, strict=True)):
             if ours is not None:
-                theirs = row["output"]
                 for order, pair in ((_OURS_FIRST, (ours, theirs)), (_OURS_SECOND, (theirs, ours))):
                     prompt = judge_prompts.preference(row["instruction"], *pair)
                     found.append(Question(_id(number, order), number, prompt, 0))
@@ -74,7 +76,7 @@ class Pairwise:
             "num_first_preferred": sum(value == "A" for _, _, read in both for value in read),
             "num_second_preferred": sum(value == "B" for _, _, read in both for value in read),
             "mean_characters": _mean([len(responses[number] or "") for number, _, _ in both]),
-            "mean_characters_of_reference": _mean([len(self._rows[number]["output"]) for number, _, _ in both]),
+            "mean_characters_of_reference": _mean([len(self._theirs[number] or "") for number, _, _ in both]),
         }
         return scores, counts
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lm_jax.data.rows import read_rows
 from lm_jax.errors import UserError
+from lm_jax.generation.answer_text import without_thoughts
 
 _PROMPTS = ("prompt", "instruction")  # of ours and MuSC's, of AlpacaEval
 _RESPONSES = ("response", "output", "generated")  # of ours, of AlpacaEval, of ComplexBench
@@ -38,6 +39,29 @@ class Responses:
     texts: tuple[str | None, ...]
     edited: tuple[int, ...]
     others: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Responses without their thoughts.
+
+    Attributes:
+      texts: one for each prompt; None where it has no response, "" where the thoughts do not end.
+      thinking: how many responses had thoughts, those that do not end included.
+      unended: how many of those do not end.
+    """
+
+    texts: tuple[str | None, ...]
+    thinking: int
+    unended: int
+
+
+def answers_of(responses: Sequence[str | None], think_end: str) -> Answers:
+    """What is scored of responses; `think_end` as of `without_thoughts`."""
+    answers = [None if text is None else without_thoughts(text, think_end) for text in responses]
+    thinking = [answer for text, answer in zip(responses, answers, strict=True) if answer != text]
+    texts = (None if text is None else answer or "" for text, answer in zip(responses, answers, strict=True))
+    return Answers(tuple(texts), len(thinking), thinking.count(None))
 
 
 def read_responses(path: str, prompts: Sequence[Asked], allow_missing: bool, allow_others: bool = False) -> Responses:

@@ -2,6 +2,7 @@
 
 import re
 
+THINK_END = "</think>"
 _FENCED = re.compile(r"(```|~~~)[^\n`]*\n(.*?)\n?\1", re.DOTALL)
 _OPENING = re.compile(
     r"(?:(?:sure|certainly|of course|absolutely|okay|ok|great|here you go|got it|understood|好的|当然(?:可以)?|没问题)"
@@ -24,10 +25,22 @@ _QUOTES = {'"': '"', "“": "”", "「": "」", "『": "』", "«": "»", "„"
 
 def visible(answer: str) -> str | None:
     """The answer without a reasoning model's thoughts and with plain line ends; None where the thoughts never end."""
-    text = answer.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
-    if "</think>" in text:
-        return text.rsplit("</think>", 1)[1]
-    return None if "<think>" in text else text
+    return without_thoughts(answer.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff"))
+
+
+def without_thoughts(text: str, end: str = THINK_END) -> str | None:
+    """What follows the last `end` of a reasoning model's thoughts, where there are any; all of it for an empty `end`.
+
+    None where thoughts are opened at the beginning and never end.
+    """
+    if end and end in text:
+        return text.rsplit(end, 1)[1].lstrip()
+    return None if (opening := thoughts_opening(end)) and text.lstrip().startswith(opening) else text
+
+
+def thoughts_opening(end: str) -> str:
+    """`<think>` for `</think>`, and the like; empty where the end does not say."""
+    return end.replace("/", "", 1) if "/" in end else ""
 
 
 def unfenced(text: str) -> str:

@@ -39,6 +39,7 @@ class GenerateConfig:
     model: str | None
     input: str
     output: str
+    chat_template_kwargs: str
     seed: int
     dtype: str
     max_new_tokens: int
@@ -85,7 +86,7 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
     if os.path.realpath(config.output) == os.path.realpath(config.input):
         raise UserError(f"config.output={config.output!r}: the input itself; give another file name")
     if generator is None and config.endpoint.url:
-        generator = open_endpoint(config.endpoint)
+        generator = open_endpoint(config.endpoint, config.chat_template_kwargs)
     mesh = local_mesh(config) if generator is None else None
     rows = _read(config)
     local = None if mesh is None else open_local(config, mesh, config.stop)

@@ -11,7 +11,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lm_jax.data.text import Text, messages_fault, split_tools
+from lm_jax.data.messages import (
+    TEMPLATE_KWARGS,
+    TOOLS,
+    Text,
+    map_call_arguments,
+    messages_fault,
+    split_arguments,
+)
 from lm_jax.generation.requests import Request, Sample, SamplingConfig
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -59,9 +66,21 @@ def _seed(sampling: SamplingConfig, request_id: str, first: int) -> int:
     return 1 + int.from_bytes(digest[:8], "big") % (2**31 - 2**16)
 
 
-def request_body(request: Request, sampling: SamplingConfig, model: str, n: int, first: int) -> dict[str, Any]:
+def request_body(
+    request: Request,
+    sampling: SamplingConfig,
+    model: str,
+    n: int,
+    first: int,
+    chat_template_kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
     """What the client's `create` is called with; `extra_body` are names that vLLM and SGLang share."""
-    chat = isinstance(request.prompt, list)
+    kwargs: dict[str, Any] = {}
+    prompt: Any = request.prompt
+    if chat := isinstance(prompt, list):
+        own, messages = split_arguments(prompt)
+        kwargs, prompt = {**chat_template_kwargs, **own}, map_call_arguments(messages, _as_json)
+    tools = kwargs.pop(TOOLS, None)
     texts = [stop for stop in sampling.stop if isinstance(stop, str)]
     ids = [stop for stop in sampling.stop if not isinstance(stop, str)]
     extra = {
@@ -69,8 +88,8 @@ def request_body(request: Request, sampling: SamplingConfig, model: str, n: int,
         "min_p": sampling.min_p,
         "repetition_penalty": 0 if sampling.repetition_penalty == 1 else sampling.repetition_penalty,
         "stop_token_ids": ids,
+        TEMPLATE_KWARGS: kwargs,
     }
-    tools, prompt = split_tools(request.prompt) if isinstance(request.prompt, list) else (None, request.prompt)
     body: dict[str, Any] = {
         "model": model,
         "messages" if chat else "prompt": prompt,
@@ -81,12 +100,17 @@ def request_body(request: Request, sampling: SamplingConfig, model: str, n: int,
         "seed": _seed(sampling, request.id, first),
     }
     if tools:
-        body["tools"] = tools
+        body[TOOLS] = tools
     if texts:
         body["stop"] = texts
     if extra := {name: value for name, value in extra.items() if value}:  # 0 and none are off
         body["extra_body"] = extra
     return body
+
+
+def _as_json(arguments: Any) -> str:
+    """The API takes a call's arguments as a string."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def read_samples(content: bytes, chat: bool) -> list[Sample] | Fault:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_jax.errors import UserError
@@ -54,6 +54,7 @@ class EndpointGenerator:
       max_failed_share: of finished requests; above it (from 20 on, or at the end) the run stops.
       base_delay: seconds before the first retry; doubles with each. Half to all of it is waited, at random.
       max_delay: seconds, its limit. A server's own wish (`retry-after` and such) counts up to ten times this.
+      chat_template_kwargs: what the server's chat template takes besides; vLLM and SGLang pass it on.
 
     Raises:
       UserError: a setting out of its range.
@@ -70,6 +71,7 @@ class EndpointGenerator:
         max_failed_share: float = 0.05,
         base_delay: float = 1.0,
         max_delay: float = 60.0,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         if not _is_plain_url(url):
             raise UserError(
@@ -89,6 +91,7 @@ class EndpointGenerator:
             if not fits:
                 raise UserError(f"{name}={value!r}: must be {say}")
         self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
+        self.chat_template_kwargs = chat_template_kwargs or {}
         self.timeout, self.connect_timeout = timeout, connect_timeout
         self.max_retries, self.max_failed_share = max_retries, max_failed_share
         self.base_delay, self.max_delay = base_delay, max_delay
@@ -250,7 +253,7 @@ class _Run:
           UserError: a fault that every request would meet.
         """
         setup = self._setup
-        body = request_body(request, self._sampling, setup.model, n, first)
+        body = request_body(request, self._sampling, setup.model, n, first, setup.chat_template_kwargs)
         timeouts = 0
         for attempt in range(1, setup.max_retries + 2):
             async with self._gate:

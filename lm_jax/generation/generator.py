@@ -7,6 +7,7 @@ import jax
 
 from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.data.messages import TEMPLATE_KWARGS, read_template_kwargs
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.generation.requests import Generator
@@ -31,6 +32,9 @@ class ModelKeys(Protocol):
 
     @property
     def model(self) -> str | None: ...
+
+    @property
+    def chat_template_kwargs(self) -> str: ...
 
     @property
     def dtype(self) -> str: ...
@@ -82,7 +86,7 @@ def open_local(config: ModelKeys, mesh: jax.sharding.Mesh, stop: tuple[str | int
       UserError: no model there, a tokenizer that does not fit it, an unknown token in `stop`.
     """
     source = open_model(config.model or "")  # `local_mesh` refuses none
-    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     end_ids = end_token_ids(source.directory, tokenizer)
     resolve_stops(stop, tokenizer, end_ids)  # raises while nothing slow has begun
     return Local(source, tokenizer, end_ids, mesh)
@@ -98,14 +102,20 @@ def load_local(config: ModelKeys, local: Local | None) -> Generator:
     )
 
 
-def open_endpoint(config: EndpointConfig) -> Generator:
+def open_endpoint(config: EndpointConfig, chat_template_kwargs: str) -> Generator:
     """Asks nothing yet; raises UserError for a setting out of its range."""
     from lm_jax.generation.endpoints import EndpointGenerator
 
+    kwargs = read_template_kwargs(chat_template_kwargs, f"config.{TEMPLATE_KWARGS}")
     try:
         # Which share may fail is decided over all rows: of a restart's few rows more may fail
         return EndpointGenerator(
-            config.url, config.model, concurrency=config.concurrency, timeout=config.timeout, max_failed_share=1.0
+            config.url,
+            config.model,
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+            max_failed_share=1.0,
+            chat_template_kwargs=kwargs,
         )
     except UserError as error:
         raise UserError(f"config.endpoint.{error}") from error
@@ -117,10 +127,12 @@ def model_identity(config: ModelKeys, local: Local | None) -> dict[str, Any]:
     Args:
       local: None where another generator answers, an endpoint's for one.
     """
+    kwargs = {f"config.{TEMPLATE_KWARGS}": read_template_kwargs(config.chat_template_kwargs, TEMPLATE_KWARGS)}
     if local is None:
-        return {"model": "endpoint", "config.endpoint.model": config.endpoint.model}
+        return {"model": "endpoint", "config.endpoint.model": config.endpoint.model, **kwargs}
     return {
         "model": "here",
+        **kwargs,
         "config.dtype": config.dtype,
         "config.decode.max_length": config.decode.max_length,
         "config.compute.dtype": config.compute.dtype,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from lm_jax.data.text import Text
+from lm_jax.data.messages import Text
 from lm_jax.errors import UserError
 
 
@@ -61,12 +61,15 @@ class Request:
       prompt: raw text, or messages for the chat template.
       max_new_tokens: below the sampling's own, or None for that.
       token_ids: the prompt as the model reads it, in place of the text; for a model that runs here alone.
+      think_end: what ends thoughts, as "</think>": stop texts count behind it alone, if the prompt or the response
+        opens thoughts; for a model that runs here alone. Empty: they count anywhere.
     """
 
     id: str
     prompt: Text
     max_new_tokens: int | None = None
     token_ids: tuple[int, ...] | None = None
+    think_end: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

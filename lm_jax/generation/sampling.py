@@ -22,7 +22,7 @@ from lm_jax.data.text import TextEncoder
 from lm_jax.errors import UserError
 from lm_jax.generation.decoding import Placement, Prompts, decode, make_slots, place, prefill
 from lm_jax.generation.requests import Completion, Request, Sample, SamplingConfig
-from lm_jax.generation.stopping import find_stop, resolve_stops, response_text
+from lm_jax.generation.stopping import Stops, resolve_stops, response_text
 from lm_jax.generation.token_choice import filters_of
 from lm_jax.models.cache import CHUNK, make_cache
 from lm_jax.sharding import batch_divisor, to_host
@@ -47,6 +47,7 @@ class _Sequence:
 
     row: _Row
     index: int
+    stops: Stops
     ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
 
@@ -112,17 +113,15 @@ class LocalGenerator:
 
     def _encode(self, requests, sampling) -> tuple[list[_Row], list[Completion]]:
         texts = [r for r in requests if r.token_ids is None]
-        encoded: Iterator[np.ndarray | None]
-        try:
-            encoded = iter(self._encoder.encode_prompts([_not_blank(r) for r in texts], [f"row {r.id}" for r in texts]))
-        except UserError:
-            encoded = iter([None] * len(texts))  # one of them has a fault: each by itself
+        encoded = iter(self._encoder.encode_prompts([r.prompt for r in texts], [f"row {r.id}" for r in texts]))
         prompts = [next(encoded) if r.token_ids is None else np.asarray(r.token_ids, np.int32) for r in requests]
         rows, failed = [], []
         for request, prompt in zip(requests, prompts, strict=True):
             try:
-                if prompt is None:
-                    prompt = self._encoder.encode_prompt(_not_blank(request), f"row {request.id}")
+                if isinstance(request.prompt, str) and not request.prompt.strip() and request.token_ids is None:
+                    raise UserError(f"row {request.id}: the prompt is empty; give a text, or drop the row")
+                if isinstance(prompt, UserError):
+                    raise prompt
                 if len(prompt) >= self._context:
                     raise UserError(self._too_long(request, len(prompt)))
                 own = request.max_new_tokens or sampling.max_new_tokens
@@ -203,7 +202,10 @@ class _Run:
         self._lengths[len(rows) :] = 1
         self._prompts = prefill(g._params, self._prompts.cache, *self._given(), np.int32(first), g._config, g._compute)
         for r, row in enumerate(rows):
-            self._ready.extend((r, _Sequence(row, i)) for i in range(len(row.samples)))
+            self._ready.extend((r, _Sequence(row, i, self._stops(row))) for i in range(len(row.samples)))
+
+    def _stops(self, row: _Row) -> Stops:
+        return Stops(self._generator._tokenizer, row.prompt, self._stop_texts, row.request.think_end)
 
     def _reusable(self, r: int, prompt: np.ndarray) -> int:
         """Chunks of `prompt` that row r's cache holds from the prompt before: few-shot examples are prefilled once.
@@ -266,7 +268,7 @@ class _Run:
 
     def _finished(self, sequence: _Sequence, new: int, active: bool) -> Sample | None:
         tokenizer, prompt, ids = self._generator._tokenizer, sequence.row.prompt, sequence.ids
-        if found := find_stop(tokenizer, prompt, ids, new, self._stop_texts):
+        if found := sequence.stops.find(ids, new):
             count, text = found
             return Sample(text, "stop", count, tuple(ids[:count]), tuple(sequence.logprobs[:count]))
         if active:
@@ -293,9 +295,3 @@ def _in_order(rows: list[_Row], batch: int) -> list[_Row]:
 def _stream(seed: int, request_id: str, index: int) -> np.ndarray:
     """[2] uint32: the key of a sample's random stream."""
     return np.frombuffer(hashlib.sha256(f"{seed} {index} {request_id}".encode()).digest()[:8], np.uint32)
-
-
-def _not_blank(request: Request) -> Any:
-    if isinstance(request.prompt, str) and not request.prompt.strip():
-        raise UserError(f"row {request.id}: the prompt is empty; give a text, or drop the row")
-    return request.prompt

@@ -5,6 +5,7 @@ from typing import Any
 
 from lm_jax.data.pieces import Ids
 from lm_jax.errors import UserError
+from lm_jax.generation.answer_text import thoughts_opening
 
 _CONTEXT = 8  # prompt tokens that are decoded with a response: enough for a character cut into bytes and for its space
 
@@ -47,25 +48,66 @@ def response_text(tokenizer: Any, prompt_ids: Ids, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def find_stop(
-    tokenizer: Any, prompt_ids: Ids, ids: Sequence[int], new: int, texts: Sequence[str]
-) -> tuple[int, str] | None:
-    """Looks for a stop text that the last `new` tokens completed.
+class Stops:
+    """The stop texts of one response, looked for as its tokens come.
 
-    Returns:
-      (how many of `ids` it took, the response up to the first stop text), or None.
+    Args:
+      tokenizer: of the model.
+      prompt_ids: [P] the prompt.
+      texts: any of them ends the response.
+      think_end: see `requests.Request`.
     """
-    if not texts or not ids:
+
+    def __init__(self, tokenizer: Any, prompt_ids: Ids, texts: Sequence[str], think_end: str = ""):
+        self._tokenizer, self._prompt, self._texts = tokenizer, prompt_ids, texts
+        self._end, self._opening = think_end, thoughts_opening(think_end)
+        self._from: int | None = None if think_end else 0  # character of the response; None: it may be thinking
+
+    def find(self, ids: Sequence[int], new: int) -> tuple[int, str] | None:
+        """Looks for a stop text that the last `new` tokens completed.
+
+        Returns:
+          (how many of `ids` it took, the response up to the first stop text), or None.
+        """
+        if not self._texts or not ids or (begin := self._begin(ids, new)) is None:
+            return None
+        start = self._reach(ids, new, self._texts)
+        tail = response_text(self._tokenizer, [*self._prompt[-_CONTEXT:], *ids[:start]], ids[start:])
+        if not any(text in tail for text in self._texts):
+            return None
+        for count in range(max(1, start), len(ids) + 1):
+            text = response_text(self._tokenizer, self._prompt, ids[:count])
+            found = [at for stop in self._texts if (at := text.find(stop, begin)) >= 0]
+            if found:
+                return count, text[: min(found)]
         return None
-    # A text of n bytes is spelt by at most n tokens, so it ends in the new ones and begins at most n before them
-    reach = max(len(text.encode()) for text in texts)
-    start = max(0, len(ids) - new - reach)
-    tail = response_text(tokenizer, [*prompt_ids[-_CONTEXT:], *ids[:start]], ids[start:])
-    if not any(text in tail for text in texts):
-        return None
-    for count in range(max(1, start), len(ids) + 1):
-        text = response_text(tokenizer, prompt_ids, ids[:count])
-        found = [text.find(stop) for stop in texts if stop in text]
-        if found:
-            return count, text[: min(found)]
-    return None
+
+    def _reach(self, ids: Sequence[int], new: int, texts: Sequence[str]) -> int:
+        """The token from which on all of a text stands that the last `new` tokens completed.
+
+        A text of n bytes is spelt by at most n tokens, so it ends in the new ones and begins at most n before them.
+        """
+        return max(0, len(ids) - new - max(len(text.encode()) for text in texts))
+
+    def _begin(self, ids: Sequence[int], new: int) -> int | None:
+        """The character of the response from which stop texts count; None while it thinks."""
+        if self._from is not None:
+            return self._from
+        start = self._reach(ids, new, [self._end])
+        ended = (n for n in range(start + 1, len(ids) + 1) if self._end in self._tokenizer.decode(ids[start:n]))
+        if self._end in self._tokenizer.decode(ids[start:]):
+            self._from = len(response_text(self._tokenizer, self._prompt, ids[: next(ended)]))
+        elif not self._opened(ids):
+            self._from = 0
+        return self._from
+
+    def _opened(self, ids: Sequence[int]) -> bool:
+        """Whether thoughts are open, or may be about to be; of an end that does not say how they begin, always."""
+        most = len(self._opening.encode()) + _CONTEXT
+        before, first = (self._tokenizer.decode(list(x)) for x in (self._prompt[-most:], ids[:most]))
+        first = first.lstrip()
+        return (
+            before.rstrip().endswith(self._opening)
+            or first.startswith(self._opening)
+            or self._opening.startswith(first)
+        )

@@ -45,7 +45,9 @@ def read_score(text: str) -> int | None:
     >>> read_score("between 3 and 4") is None
     True
     """
-    bare = text.translate(_MARKS)
+    bare = _bare(text)
+    if bare is None:
+        return None
     values = [found["value"] for found in _LABEL.finditer(bare)] or [bare]
     scores = {int(found["score"]) if (found := _VALUE.fullmatch(value)) else None for value in values}
     return None if len(scores) > 1 else scores.pop()

@@ -20,8 +20,9 @@ from lm_jax.generation.sampling import decode_rows, decoding_compute
 from lm_jax.generation.token_choice import filters_of
 from lm_jax.models.cache import CHUNK, cache_shapes
 from lm_jax.models.decoder import check_compute
+from lm_jax.models.forward import packed_statistics
 from lm_jax.planning.traced import matmul_flops
-from lm_jax.scoring.scoring import packed_statistics, scoring_pass
+from lm_jax.scoring.scoring import scoring_pass
 from lm_jax.sharding import batch_sharding
 from lm_jax.training.flops import forward_flops, forward_parts, train_flops
 from lm_jax.training.job import TrainConfig

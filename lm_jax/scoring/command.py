@@ -16,7 +16,7 @@ from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import check_file_output, read_rows, write_jsonl
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
@@ -33,6 +33,7 @@ class ScoreConfig:
     model: str
     input: str
     output: str
+    chat_template_kwargs: str
     dtype: str
     max_length: int
     batch: BatchConfig
@@ -68,7 +69,7 @@ def score_rows(config: ScoreConfig) -> None:
     check_compute(config.compute)
     check_file_output(config.output)
     source = open_model(config.model)
-    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     rows = read_rows(config.input, ("prompt", "response"))
     where = os.path.basename(config.input.rstrip("/"))
@@ -78,11 +79,13 @@ def score_rows(config: ScoreConfig) -> None:
     # launch.generate records rows without an answer, and a model may end at once; elsewhere that is a fault of the data
     wanted = [j for j, (i, r) in enumerate(responses) if not (r in (None, "") and "finish_reason" in rows[i])]
     items = [responses[j] for j in wanted]
-    encoded = encode_rows(
-        encoder,
-        [prompt_with_tools(rows[i], f"{where} row {i}") for i, _ in items],
-        [response for _, response in items],
-        [f"{where} row {i}" for i, _ in items],
+    encoded = checked(
+        encode_rows(
+            encoder,
+            [prompt_with_tools(rows[i], f"{where} row {i}") for i, _ in items],
+            [response for _, response in items],
+            [f"{where} row {i}" for i, _ in items],
+        )
     )
     segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
     params = source.load_params(mesh, "float32")

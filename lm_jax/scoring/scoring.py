@@ -4,9 +4,8 @@ Axes: B rows, T tokens of a row.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,8 +13,7 @@ import numpy as np
 from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
 from lm_jax.data.order import BatchIterator, plan_batches
 from lm_jax.data.packing import Segment, example_lengths, response_slice
-from lm_jax.models.decoder import Decoder, output_embedding
-from lm_jax.models.logprobs import token_statistics
+from lm_jax.models.forward import packed_statistics
 from lm_jax.sharding import to_host
 
 
@@ -33,27 +31,6 @@ class TokenScores(NamedTuple):
     logprobs: np.ndarray
     entropies: np.ndarray | None
     top1: np.ndarray | None = None
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute", "names"))
-def packed_statistics(
-    params: dict, batch: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig, names: tuple[str, ...]
-) -> dict[str, jax.Array]:
-    """A packed batch [B, T] -> {name: [B, T]} of what `token_statistics` knows, zero where `loss_mask` is."""
-    decoder = Decoder(config, compute)
-    hidden: Any = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
-    embedding = output_embedding(params, config)
-    return token_statistics(hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk, names)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute", "with_entropy"))
-def packed_logprobs(
-    params: dict, batch: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig, with_entropy: bool = True
-) -> tuple[jax.Array, jax.Array | None]:
-    """A packed batch [B, T] -> (log-probs, entropies or None) [B, T] fp32, zero where `loss_mask` is."""
-    names = ("logprobs", "entropies") if with_entropy else ("logprobs",)
-    found = packed_statistics(params, batch, config, compute, names)
-    return found["logprobs"], found.get("entropies")
 
 
 def score(

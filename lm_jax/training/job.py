@@ -45,6 +45,7 @@ class TrainConfig:
     input: str
     eval_input: str | None
     output: str
+    chat_template_kwargs: str
     seed: int
     dtype: str
     max_length: int
@@ -129,7 +130,7 @@ def open_job(config: TrainConfig) -> Job:
     param_specs(policy.config, mesh, policy.precision)
     if config.lora.rank:
         adapter_specs(policy.config, config.lora, mesh)
-    tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size)
+    tokenizer = load_tokenizer(policy.directory, policy.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(policy.directory, tokenizer))
     return Job(config, mesh, policy, tokenizer, encoder, began)
 

@@ -4,15 +4,13 @@ Axes: B rows, T tokens, I examples of a row.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.models.decoder import Decoder, output_embedding
-from lm_jax.models.logprobs import token_statistics
+from lm_jax.models.forward import packed_statistics
 from lm_jax.training.step import Batch, Carry, Objective, Sums
 
 VALUES = ("weights", "synthetic")  # of `load_supervised`, which batches carry for every response token
@@ -56,20 +54,11 @@ def supervised_objective(
         return {"tokens": jnp.sum(batch["loss_mask"]), SEED: seed, SYNTHETIC: synthetic}
 
     def contributions(params, batch: Batch, totals: Sums):
-        tokens, positions, segment_ids = (batch[name] for name in ("tokens", "positions", "segment_ids"))
-        hidden: Any = Decoder(model, compute).apply({"params": params}, tokens, positions, segment_ids)
-        found = token_statistics(
-            hidden,
-            output_embedding(params, model),
-            batch["targets"],
-            batch["loss_mask"],
-            compute.logprob_chunk,
-            ("logprobs", "top1"),
-        )
+        found = packed_statistics(params, batch, model, compute, ("logprobs", "top1"))
         named = coefficients(*token_weights(batch), totals)
         metrics = {name: jnp.sum(c * -found["logprobs"]) for name, c in named.items()}
         metrics["mean_token_accuracy"] = jnp.sum(found["top1"]) / jnp.maximum(totals["tokens"], 1)
-        example = jnp.take_along_axis(batch["example_ids"], jnp.maximum(segment_ids - 1, 0), axis=1)
+        example = jnp.take_along_axis(batch["example_ids"], jnp.maximum(batch["segment_ids"] - 1, 0), axis=1)
         bad = jnp.max(jnp.where(jnp.isfinite(found["logprobs"]), -1, example))
         return metrics.pop("loss"), metrics, bad
 

@@ -44,6 +44,7 @@ class FilterConfig:
     reverse: str
     input: str
     output: str
+    chat_template_kwargs: str
     scores: str | None
     score: str
     fraction: float
@@ -92,7 +93,7 @@ def filter_candidates(config: FilterConfig) -> None:
     check_batch(config.batch, mesh)
     check_compute(config.compute)
     models = {
-        name: FrozenModel(name, path, mesh, config.dtype)
+        name: FrozenModel(name, path, mesh, config.dtype, config.chat_template_kwargs)
         for name, path in (("forward", config.forward), ("reverse", config.reverse))
     }
     tokenizers = [model.identity["fingerprint of its tokenizer"] for model in models.values()]

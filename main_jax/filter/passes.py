@@ -13,10 +13,11 @@ from lm_jax.checkpoints.runs import open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig
 from lm_jax.console import Progress, say
 from lm_jax.data.journal import Journal
+from lm_jax.data.messages import Text
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import stream_rows
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 from lm_jax.generation.answers import missing_rows
@@ -44,17 +45,18 @@ class FrozenModel:
       path: run directory, Hugging Face directory or hub id.
       mesh: where its parameters will lie.
       dtype: of the parameters.
+      chat_template_kwargs: of `load_tokenizer`.
 
     Raises:
       UserError: no such model, or one that does not fit the mesh.
     """
 
-    def __init__(self, name: str, path: str, mesh: jax.sharding.Mesh, dtype: str):
+    def __init__(self, name: str, path: str, mesh: jax.sharding.Mesh, dtype: str, chat_template_kwargs: str):
         self.name, self.path, self.mesh = name, path, mesh
         self._dtype = dtype
         self.source = open_model(path)
         param_specs(self.source.config, mesh)
-        self.tokenizer = load_tokenizer(self.source.directory, self.source.config.vocab_size)
+        self.tokenizer = load_tokenizer(self.source.directory, self.source.config.vocab_size, chat_template_kwargs)
         end_ids = end_token_ids(self.source.directory, self.tokenizer)
         self.encoder = TextEncoder(self.tokenizer, _NO_LIMIT, end_ids)
         self.identity = {
@@ -153,7 +155,7 @@ def _score_block(model, block, wanted, max_length, batch, compute):
     values = {i: {"fault": item} for i, item in enumerate(block) if isinstance(item, str)}
     texts = [i for i in range(len(block)) if i not in values]
     prompts, responses, wheres = ([block[i][part] for i in texts] for part in range(3))
-    encoded = encode_rows(model.encoder, prompts, responses, wheres)
+    encoded = checked(encode_rows(model.encoder, prompts, responses, wheres))
     segments, numbers = [], []
     for i, e in zip(texts, encoded, strict=True):
         if len(e.prompt_ids) + len(e.response_ids) > max_length:

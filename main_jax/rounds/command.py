@@ -26,10 +26,11 @@ from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import to_dict
 from lm_jax.console import say
 from lm_jax.data.journal import rows_fingerprint
+from lm_jax.data.messages import Text
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.data.text import Text, TextEncoder
-from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, opens_thoughts, tokenizer_fingerprint
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.generation.command import generate_rows
@@ -78,6 +79,7 @@ class _Rounds:
         self._encoder = TextEncoder(tokenizer, NO_LIMIT, end_token_ids(source.directory, tokenizer))
         self._context = source.config.max_position
         self._prompts = prompts = open_prompts(config.prompts, tokenizer, config.model)
+        self._opened = opens_thoughts(tokenizer) if prompts.format == "messages" else ""
         say(f"{config.seeds}: {len(seeds)} seed pairs; {config.unlabelled}: {len(unlabelled)} responses")
         self._seed_rows, self._too_long = {}, {}
         for direction in DIRECTIONS:
@@ -142,12 +144,12 @@ class _Rounds:
         synthetic: dict[str, Rows] = {direction: [] for direction in DIRECTIONS}
         dropped: dict[str, dict[str, int]] = {direction: {} for direction in DIRECTIONS}
         if this.number:
-            candidates = list(
-                round_rows.candidate_rows([row for row, *_ in self._asked[INSTRUCTIONS]], _answers(this, INSTRUCTIONS))
-            )
+            asked, answers = [row for row, *_ in self._asked[INSTRUCTIONS]], _answers(this, INSTRUCTIONS)
+            candidates = list(round_rows.candidate_rows(asked, answers, self._opened))
             if jax.process_index() == 0:
                 write_jsonl(f"{this.directory}/candidates.jsonl", candidates)
-            responses, faults = zip(*round_rows.sampled_responses(_answers(this, RESPONSES)), strict=True)
+            answers = _answers(this, RESPONSES)
+            responses, faults = zip(*round_rows.sampled_responses(answers, self._opened), strict=True)
             asked = [seed for seed, *_ in self._asked[RESPONSES]]
             read = {
                 FORWARD: (round_rows.forward_rows(candidates, self._prompts), [row["fault"] for row in candidates]),
@@ -223,7 +225,9 @@ def _open_one_tokenizer(config: RoundsConfig) -> tuple[ModelSource, Any]:
     """The base of the forward model and the tokenizer, which must be that of the reverse model too."""
     models = dict.fromkeys(config.base(direction) for direction in DIRECTIONS)
     sources = [open_model(model) for model in models]
-    tokenizers = [load_tokenizer(source.directory, source.config.vocab_size) for source in sources]
+    tokenizers = [
+        load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs) for source in sources
+    ]
     if len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) > 1:
         raise UserError(
             f"config.model={config.model} and config.reverse_model={config.reverse_model}: their tokenizers or chat "

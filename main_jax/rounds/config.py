@@ -40,6 +40,7 @@ class RoundsConfig:
     seeds: str
     unlabelled: str
     output: str
+    chat_template_kwargs: str
     seed: int
     rounds: int
     candidates: int
@@ -143,6 +144,7 @@ class Round:
                 "input": f"{self.directory}/{direction}.jsonl",
                 "eval_input": None,
                 "output": f"{self.directory}/{direction}",
+                "chat_template_kwargs": self.config.chat_template_kwargs,
                 "seed": self._seed,
                 "train_on": ALL,
                 "response_column": None,
@@ -158,6 +160,7 @@ class Round:
                 "model": self._previous(SAMPLER[sampled]),
                 "input": f"{self.directory}/{sampled}.prompts.jsonl",
                 "output": f"{self.directory}/{sampled}.jsonl",
+                "chat_template_kwargs": self.config.chat_template_kwargs,
                 "seed": self._seed,
                 "num_samples": self.config.candidates if sampled == INSTRUCTIONS else 1,
                 "stop": stop,

@@ -4,9 +4,9 @@ import dataclasses
 import os
 from typing import Any
 
+from lm_jax.data.messages import Text
 from lm_jax.data.rows import read_rows
 from lm_jax.data.supervised import SEED, supervised_rows
-from lm_jax.data.text import Text
 from lm_jax.errors import UserError
 from main_jax.rounds.candidates import response_fault
 

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lm_jax.data.messages import Text
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.text import TextEncoder, checked
+from lm_jax.generation.answer_text import visible
 from lm_jax.generation.refusals import is_refusal
 from main_jax.prompts import Prompts, supervised_example
 from main_jax.rounds.inputs import SeedPair
@@ -22,31 +24,32 @@ NO_LIMIT = 2**31 - 1  # texts are counted here, never cut
 Row = dict[str, Any]
 
 
-def candidate_rows(responses: Sequence[Row], answers: Sequence[Row]) -> Iterator[Row]:
+def candidate_rows(responses: Sequence[Row], answers: Sequence[Row], opened: str = "") -> Iterator[Row]:
     """A row for each instruction that was sampled, for `launch.main_filter`: `instruction`, or None and its `fault`.
 
     Args:
       responses: rows with `id` and `response`.
       answers: of the reverse model, in the same order: `response` and `finish_reason`, lists of several samples.
+      opened: see `samples`.
     """
     for row, answer in zip(responses, answers, strict=True):
-        for number, (text, reason) in enumerate(samples(answer)):
+        for number, (text, reason) in enumerate(samples(answer, opened)):
             read = NO_ANSWER if text is None else read_instruction(text, row["response"], reason)
             fault = str(read) if text is None or isinstance(read, Fault) else None
             yield {**row, "candidate": number, "instruction": None if fault else read, "fault": fault}
 
 
-def sampled_responses(answers: Sequence[Row]) -> list[tuple[str | None, str | None]]:
+def sampled_responses(answers: Sequence[Row], opened: str = "") -> list[tuple[str | None, str | None]]:
     """Of the forward model's answers: (response, None), or (None, fault).
 
-    What ran into the limit of tokens is left out: the reverse model is to read whole responses.
+    What ran into the limit of tokens is left out, as are thoughts: the reverse model is to read whole responses.
     """
     found: list[tuple[str | None, str | None]] = []
     for answer in answers:
-        ((text, reason),) = samples(answer)
-        fault = None
+        ((said, reason),) = samples(answer, opened)
+        text, fault = None if said is None else visible(said), None
         if text is None:
-            fault = NO_ANSWER
+            fault = NO_ANSWER if said is None else str(Fault.TRUNCATED)
         elif not text.strip():
             fault = str(Fault.EMPTY)
         elif reason == "length":
@@ -57,10 +60,15 @@ def sampled_responses(answers: Sequence[Row]) -> list[tuple[str | None, str | No
     return found
 
 
-def samples(answer: Mapping[str, Any]) -> list[tuple[str | None, str]]:
-    """(text or None, finish reason) of each sample of an answer of `launch.generate`."""
+def samples(answer: Mapping[str, Any], opened: str = "") -> list[tuple[str | None, str]]:
+    """(text or None, finish reason) of each sample of an answer of `launch.generate`.
+
+    Args:
+      opened: the opening of thoughts that the prompts end with, which is put before the texts; see `visible`.
+    """
     texts, reasons = answer["response"], answer["finish_reason"]
-    return list(zip(texts, reasons, strict=True)) if isinstance(texts, list) else [(texts, reasons)]
+    pairs = list(zip(texts, reasons, strict=True)) if isinstance(texts, list) else [(texts, reasons)]
+    return [(None if text is None else opened + text, reason) for text, reason in pairs]
 
 
 def seed_rows(direction: str, seeds: Iterable[SeedPair], prompts: Prompts) -> list[Row]:
@@ -125,7 +133,7 @@ def fitting(rows: Sequence[Row], encoder: TextEncoder, max_length: int) -> list[
       encoder: with NO_LIMIT.
     """
     columns = ([row["prompt"] for row in rows], [row["response"] for row in rows], [f"row {row['id']}" for row in rows])
-    encoded = encoder.encode_many(*columns)
+    encoded = checked(encoder.encode_many(*columns))
     return [
         row
         for row, text in zip(rows, encoded, strict=True)
@@ -136,7 +144,7 @@ def fitting(rows: Sequence[Row], encoder: TextEncoder, max_length: int) -> list[
 def room_to_answer(prompts: Sequence[Text], encoder: TextEncoder, max_length: int) -> list[bool]:
     """Whether each prompt has at most `max_length` tokens."""
     names = [f"prompt {number}" for number in range(len(prompts))]
-    return [len(ids) <= max_length for ids in encoder.encode_prompts(prompts, names)]
+    return [len(ids) <= max_length for ids in checked(encoder.encode_prompts(prompts, names))]
 
 
 def counted(faults: Iterable[str | None]) -> dict[str, int]:

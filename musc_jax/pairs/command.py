@@ -11,9 +11,9 @@ import jax
 from lm_jax.config import to_dict
 from lm_jax.console import say
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
+from lm_jax.data.messages import TEMPLATE_KWARGS, Text, with_arguments
 from lm_jax.data.rows import check_not_input, write_jsonl
-from lm_jax.data.text import Text
-from lm_jax.data.tokenizers import takes_system
+from lm_jax.data.tokenizers import opens_thoughts, takes_system
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.generation.generator import Local, load_local, local_mesh, model_identity, open_endpoint, open_local
@@ -67,7 +67,7 @@ def make_pairs(config: PairsConfig, generator: Generator | None = None) -> None:
     for name in ("input", "examples"):
         check_not_input(config.output, getattr(config, name), f"config.{name}")
     if generator is None and config.endpoint.url:
-        generator = open_endpoint(config.endpoint)
+        generator = open_endpoint(config.endpoint, config.chat_template_kwargs)
     mesh = local_mesh(config) if generator is None else None
     inputs = _read(config, mesh)
     identity = _identity(config, inputs)
@@ -148,17 +148,20 @@ def _rows(
 ) -> tuple[list[Row], Method]:
     """Every row, either with all of a pair or dropped, and what made them."""
     plan = PLANS[config.method]
+    kwargs = {str(task.id): task.chat_template_kwargs for task in inputs.tasks or ()}
 
     def ask(stage: str, questions: Mapping[tuple[str, str], Prompt | str]) -> dict[tuple[str, str], Any]:
         # The part makes the random draws of a row's requests differ
         requests = [
-            Request("/".join(filter(None, (row, stage, part))), _text(config, inputs, question))
+            Request("/".join(filter(None, (row, stage, part))), _text(config, inputs, question, kwargs.get(row, {})))
             for (row, part), question in questions.items()
         ]
         sampling = config.sampling(stage, inputs.format)
-        return dict(
-            zip(questions, stages.ask(stage, requests, sampling, _stage_identity(plan, stage, identity)), strict=True)
-        )
+        answers = stages.ask(stage, requests, sampling, _stage_identity(plan, stage, identity))
+        return {
+            (row, part): dataclasses.replace(answer, text=_opened(inputs, kwargs.get(row, {})) + answer.text)
+            for (row, part), answer in zip(questions, answers, strict=True)
+        }
 
     source = Source(ask, inputs.demonstrations, config.num_examples, config.seed, config.near_duplicate)
     method = _method(config, source)
@@ -181,11 +184,19 @@ def _method(config: PairsConfig, source: Source) -> Method:
     )
 
 
-def _text(config: PairsConfig, inputs: _Inputs, question: Prompt | str) -> Text:
+def _text(config: PairsConfig, inputs: _Inputs, question: Prompt | str, kwargs: Mapping[str, Any]) -> Text:
     """A question as the model is given it: what the stages ask, or an instruction that it shall follow."""
     if isinstance(question, str):
-        return _prompt(config, inputs.format, question)
-    return question.text() if inputs.format == "text" else question.messages(inputs.system)
+        text = _prompt(config, inputs.format, question)
+    else:
+        text = question.text() if inputs.format == "text" else question.messages(inputs.system)
+    return text if isinstance(text, str) else with_arguments(text, kwargs)
+
+
+def _opened(inputs: _Inputs, kwargs: Mapping[str, Any]) -> str:
+    """What the prompts open and the answers go on with: thoughts that end nowhere must be known as such."""
+    here = inputs.local is not None and inputs.format == "messages"
+    return opens_thoughts(inputs.local.tokenizer, kwargs) if here and inputs.local else ""
 
 
 def _prompt(config: PairsConfig, format: str, instruction: str) -> Text:
@@ -235,7 +246,8 @@ def _pairs(config: PairsConfig, inputs: _Inputs, rows: list[Row], method: Method
 
 
 def _provenance(row: Row, method: Method) -> dict[str, Any]:
-    return {**method.provenance(row), "original_instruction": row.task.text, "input": row.input}
+    own = {TEMPLATE_KWARGS: row.task.chat_template_kwargs} if row.task.chat_template_kwargs else {}
+    return {**method.provenance(row), "original_instruction": row.task.text, "input": row.input, **own}
 
 
 def _dropped(row: Row, method: Method) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class PairsConfig:
     input: str | None
     num_instructions: int | None
     output: str
+    chat_template_kwargs: str
     seed: int
     dtype: str
     examples: str

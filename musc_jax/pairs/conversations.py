@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_jax.data.text import Message
+from lm_jax.data.messages import Message
 from musc_jax.pairs import prompts
 from musc_jax.pairs.demonstrations import Demonstration, demonstration
 from musc_jax.pairs.prompts import Prompt

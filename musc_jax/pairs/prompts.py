@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from lm_jax.data.text import Message
+from lm_jax.data.messages import Message
 from lm_jax.errors import UserError
 from musc_jax.draws import uniform
 from musc_jax.pairs.demonstrations import Demonstration, pick

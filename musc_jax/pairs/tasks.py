@@ -5,19 +5,25 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lm_jax.data.messages import TEMPLATE_KWARGS, messages_fault, read_template_kwargs
 from lm_jax.data.rows import read_rows
-from lm_jax.data.text import messages_fault
 from lm_jax.errors import UserError
 from musc_jax.pairs.demonstrations import with_input
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One instruction. `input` is material that the user gave apart from it, "" where there is none."""
+    """One instruction.
+
+    Attributes:
+      input: material that the user gave apart from it, "" where there is none.
+      chat_template_kwargs: what the chat template takes besides for all that is asked about it.
+    """
 
     id: str | int
     instruction: str
     input: str = ""
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -28,8 +34,9 @@ class Task:
 def read_tasks(path: str) -> list[Task]:
     """Reads instructions from a file, as `lm_jax.data.rows.read_rows` does, with ids that differ.
 
-    Columns: `prompt` (a string, or messages that are one user message) or `instruction`, both with an optional `input`
-    and `id`; others are ignored. A row without id is called by its number. Blank instructions pass.
+    Columns: `prompt` (a string, or messages that are one user message) or `instruction`, both with an optional `input`,
+    `id` and `chat_template_kwargs`; others are ignored. A row without id is called by its number. Blank instructions
+    pass.
 
     Raises:
       UserError: naming file and row: unreadable file, a missing column, a value of the wrong type, an id twice.
@@ -70,7 +77,8 @@ def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
     id = row.get("id", number)
     if type(id) not in (int, str) or id == "":
         raise UserError(f"{at}: id must be a string or a whole number, got {id!r}; mend it or leave it out")
-    return Task(id, texts[name], texts["input"] if texts["input"].strip() else "")
+    kwargs = read_template_kwargs(row.get(TEMPLATE_KWARGS), f"{at}: {TEMPLATE_KWARGS}")
+    return Task(id, texts[name], texts["input"] if texts["input"].strip() else "", kwargs)
 
 
 def _only_message(messages: list[Any], what: str) -> str:

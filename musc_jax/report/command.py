@@ -37,6 +37,7 @@ class ReportConfig:
     model: str | None
     input: str
     output: str
+    chat_template_kwargs: str
     counts: str | None
     weights: str
     max_pairs: int
@@ -114,7 +115,7 @@ def report_data(config: ReportConfig) -> dict[str, Any]:
 
 def _with_tokens(config: ReportConfig, choose: Choose):
     source = open_model(config.model or "")  # called where there is one
-    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     pairs = load_pairs(config.input, encoder, config.weights, choose)
     return pairs, token_records(pairs, tokenizer)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data.messages import Text
 from lm_jax.data.pieces import token_pieces
 from lm_jax.data.preference import PreferenceRow
-from lm_jax.data.text import Text
 from lm_jax.errors import UserError
 from musc_jax.pairs.perturb import Kind
 from musc_jax.report.word_diff import KEPT, word_diff

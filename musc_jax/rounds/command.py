@@ -64,6 +64,7 @@ class RoundsConfig:
     input: str | None
     num_instructions: int | None
     output: str
+    chat_template_kwargs: str
     seed: int
     rounds: int
     instructions_per_round: int | None
@@ -171,7 +172,10 @@ class Round:
 
     def _settings(self, cls, section: Mapping[str, Any], **own: Any):
         seed = self.config.seed + self.number - 1  # other draws in every round
-        return from_config_dict(cls, {**section, "model": self.model, "seed": seed, **own})
+        kwargs = self.config.chat_template_kwargs
+        return from_config_dict(
+            cls, {**section, "model": self.model, "chat_template_kwargs": kwargs, "seed": seed, **own}
+        )
 
 
 def run_rounds(config: RoundsConfig, generator: Generator | None = None) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data.messages import Text, messages_fault, split_arguments, with_arguments
 from lm_jax.data.packing import Segment
 from lm_jax.data.preference import PreferenceRow, check_weight_lengths, preference_rows
 from lm_jax.data.rows import read_rows
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import TOOLS, EncodedResponse, Text, TextEncoder, messages_fault
+from lm_jax.data.text import EncodedResponse, TextEncoder, checked
 from lm_jax.errors import UserError
 from musc_jax.weights.rules import AUTO, CHOSEN, FROM_COLUMNS, FROM_STORE, REJECTED
 from musc_jax.weights.stored import COLUMN, pair_fingerprint, stored_fields
@@ -107,7 +108,7 @@ def load_pairs(path: str, encoder: TextEncoder, weights: str, choose: Choose | N
             prompts.append(row.prompt)
             responses.append(response)
             wheres.append(f"{where} row {row.row} ({side})")
-    encoded = encode_rows(encoder, prompts, responses, wheres)
+    encoded = checked(encode_rows(encoder, prompts, responses, wheres))
     segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
     lengths = np.array([len(s) for s in segments])
     report = [
@@ -157,8 +158,7 @@ def perturbed_prompt(prompt: Text, value: Any, name: str) -> Text:
         return [{**m, "content": value} if m is users[-1] else m for m in messages]
     if fault := messages_fault(value):
         raise UserError(f"{name}: perturbed_prompt {fault}; give a string or a list of messages")
-    tools = [m for m in prompt[:1] if m["role"] == TOOLS]
-    return [*tools, *value] if value[0]["role"] != TOOLS else value
+    return with_arguments(split_arguments(value)[1], split_arguments(prompt)[0])
 
 
 def rule_for(weights: str, rows: Sequence[PreferenceRow], columns: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import ComputeConfig, ModelConfig
-from lm_jax.scoring.scoring import packed_logprobs
+from lm_jax.models.forward import packed_logprobs
 from lm_jax.training.step import Batch, Objective, Sums
 from musc_jax.training.losses import LossConfig, preference_loss, segment_sums
 
@@ -40,7 +40,7 @@ def preference_objective(
         }
 
     def contributions(params, batch: Batch, totals: Sums):
-        logprobs, _ = packed_logprobs(params, batch, model, compute, with_entropy=False)
+        logprobs = packed_logprobs(params, batch, model, compute)
         ids = batch["example_ids"]
 
         def sums(values):  # [B, T] -> [B * P, 2]

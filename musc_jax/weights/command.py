@@ -14,12 +14,13 @@ from lm_jax.checkpoints.buckets import is_remote
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress, say
+from lm_jax.data.messages import Text
 from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.shares import encode_prompts
-from lm_jax.data.text import Text, TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.errors import UserError
@@ -55,6 +56,7 @@ class WeighConfig:
     input: str
     output: str
     store: str | None
+    chat_template_kwargs: str
     rules: str
     keep_scores: bool
     seed: int
@@ -86,7 +88,7 @@ def weigh_rows(config: WeighConfig) -> None:
     check_not_input(config.output, config.input)
     source = open_model(config.model)
     param_specs(source.config, mesh)
-    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
     pairs = load_pairs(config.input, encoder, "uniform")
     contexts = contexts_of(rules)
@@ -148,7 +150,7 @@ def response_examples(
     prompts: dict[str, list[np.ndarray]] = {FULL: [s.prompt for s in pairs.segments[::2]]}
     if perturbed is not None:
         names = [f"{pairs.name(i)} (perturbed_prompt)" for i in range(len(pairs))]
-        prompts[PERTURBED] = encode_prompts(encoder, perturbed, names)
+        prompts[PERTURBED] = checked(encode_prompts(encoder, perturbed, names))
     if NONE in contexts:
         empty = {form: no_prompt(encoder, tokenizer, form) for form in {type(row.prompt) for row in pairs.rows}}
         prompts[NONE] = [empty[type(row.prompt)] for row in pairs.rows]

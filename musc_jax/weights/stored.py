@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data.messages import Text
 from lm_jax.data.score_store import ScoreStore
-from lm_jax.data.text import Text
 from lm_jax.errors import UserError
 from musc_jax.weights.rules import FROM_STORE, WEIGHING_RULES
 

@@ -24,9 +24,9 @@ def computed(directory):
     from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig
     from lm_jax.data.packing import Segment, fill_rows
     from lm_jax.errors import UserError
+    from lm_jax.models.forward import packed_logprobs
     from lm_jax.models.lora import init_adapters, join
     from lm_jax.models.weights import flatten, nest
-    from lm_jax.scoring.scoring import packed_logprobs
     from lm_jax.sharding import make_mesh
 
     source = dataclasses.replace(open_model(directory), precision="nf4")
@@ -49,7 +49,7 @@ def computed(directory):
         adapters = jax.tree.map(lambda x, add: x + add, adapters, nest(moved))
 
         def total(adapters, params):
-            logprobs = packed_logprobs(join(params, adapters, lora), batch, source.config, compute, False)[0]
+            logprobs = packed_logprobs(join(params, adapters, lora), batch, source.config, compute)
             return jnp.sum(logprobs * batch["loss_mask"]), logprobs
 
         with jax.set_mesh(mesh):

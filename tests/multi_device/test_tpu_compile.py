@@ -62,9 +62,9 @@ def computed():
     from lm_jax.generation.requests import SamplingConfig
     from lm_jax.generation.token_choice import filters_of
     from lm_jax.models.cache import cache_shapes
+    from lm_jax.models.forward import packed_statistics
     from lm_jax.models.registry import weight_table
     from lm_jax.models.weights import nest
-    from lm_jax.scoring.scoring import packed_logprobs
     from lm_jax.sharding import batch_sharding, make_mesh, state_shardings
     from lm_jax.training.optim import make_optimizer, make_schedule
     from lm_jax.training.step import TrainState, make_train_step
@@ -108,8 +108,8 @@ def computed():
     with jax.set_mesh(mesh):
         programs = {
             "train": step.lower(placed(state, shardings), batch(1, ROWS)),
-            "score": packed_logprobs.lower(
-                placed(shapes, param_shardings(model, mesh)), batch(ROWS), config=model, compute=compute
+            "score": packed_statistics.lower(
+                placed(shapes, param_shardings(model, mesh)), batch(ROWS), model, compute, ("logprobs", "entropies")
             ),
         }
     mesh = make_mesh(MeshConfig(*DECODE_MESH), list(devices))

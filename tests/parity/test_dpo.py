@@ -12,7 +12,7 @@ import pytest
 from lm_jax.checkpoints.hf import load_params
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.models.decoder import REMAT_POLICIES
 from lm_jax.models.registry import read_model_config, weight_table
@@ -64,7 +64,7 @@ def segments(models):
     """Chosen and rejected of each pair, without values."""
     encoder = TextEncoder(load_tokenizer(models[0]), ROW_LENGTH // 2)
     sides = [(row["prompt"], row[side]) for row in PAIRS for side in ("chosen", "rejected")]
-    encoded = encoder.encode_many(*zip(*sides, strict=True), ["row"] * len(sides))
+    encoded = checked(encoder.encode_many(*zip(*sides, strict=True), ["row"] * len(sides)))
     assert not any(e.truncated for e in encoded)
     return [Segment(e.prompt_ids, e.response_ids) for e in encoded]
 

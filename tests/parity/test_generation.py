@@ -14,7 +14,7 @@ from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.generation.requests import Request, SamplingConfig
 from lm_jax.generation.sampling import LocalGenerator
-from lm_jax.scoring.scoring import packed_logprobs
+from lm_jax.models.forward import packed_logprobs
 from lm_jax.sharding import make_mesh
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
@@ -124,6 +124,6 @@ def test_greedy_equals_transformers(name, tmp_path):
         "targets": targets,
         "loss_mask": (at < lengths - 1).astype(np.float32),
     }
-    packed, _ = packed_logprobs(params, batch, source.config, compute, with_entropy=False)
+    packed = packed_logprobs(params, batch, source.config, compute)
     for got, expected in zip(ours, picked(np.asarray(packed), prompts, responses), strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)

@@ -16,10 +16,10 @@ from lm_jax.checkpoints.peft import export_peft, peft_tensors
 from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.errors import UserError
+from lm_jax.models.forward import packed_logprobs
 from lm_jax.models.lora import adapter_table, dropout_key, init_adapters, join, merge
 from lm_jax.models.registry import read_model_config
 from lm_jax.models.weights import flatten, nest
-from lm_jax.scoring.scoring import packed_logprobs
 from lm_jax.sharding import make_mesh
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
@@ -46,7 +46,7 @@ def drawn(config, lora):
 
 
 def our_logprobs(params, config):
-    logprobs = packed_logprobs(params, batch()[1], config, COMPUTE, with_entropy=False)[0]
+    logprobs = packed_logprobs(params, batch()[1], config, COMPUTE)
     return logprobs[np.asarray(batch()[1]["loss_mask"]) > 0]
 
 
@@ -134,7 +134,7 @@ def test_dropout_where_peft_has_it(tmp_path):
 
     def total(adapters, remat="full", key=key):
         compute = dataclasses.replace(COMPUTE, remat=remat)
-        logprobs = packed_logprobs(join(params, adapters, lora, key), row, config, compute, with_entropy=False)[0]
+        logprobs = packed_logprobs(join(params, adapters, lora, key), row, config, compute)
         logprobs = logprobs[np.asarray(row["loss_mask"]) > 0]
         return jnp.sum(logprobs), logprobs
 

@@ -297,9 +297,8 @@ def test_the_settings_are_those_of_the_neighbours():
         assert changed == {"evaluation": {"max_length", "batch"}, "judge": {"max_new_tokens", "temperature"}}.get(
             section, set()
         )
-    assert {*ARMS} == {*get_config().arms} and from_config_dict(
-        RoundsConfig, {**own["rounds"], "model": "M", "seeds": "S", "unlabelled": "U", "output": "O", "seed": 0}
-    )
+    given = {"model": "M", "seeds": "S", "unlabelled": "U", "output": "O", "chat_template_kwargs": "", "seed": 0}
+    assert {*ARMS} == {*get_config().arms} and from_config_dict(RoundsConfig, {**own["rounds"], **given})
 
 
 def test_a_directory_is_one_commands(tmp_path):

@@ -384,7 +384,7 @@ def test_the_settings_are_those_of_the_neighbours():
         own = {*whole} - {*config[section]}
         whole.get("checkpoints", {}).pop("remote", None)  # a copy is of one run
         changed = {k for k in config[section] if config[section][k] != whole[k]}
-        assert changed <= {"max_new_tokens"} and {"model", "input", "output", "seed"} <= own and len(own) == 7
+        assert changed <= {"max_new_tokens"} and {"model", "input", "output", "seed"} <= own and len(own) == 8
     changed = get_config()
     changed.forward.dtype = "float32"
     assert changed.forward.compute.dtype == "float32" and changed.reverse.compute.dtype == "bfloat16"

@@ -14,8 +14,8 @@ from importlib.metadata import distributions
 import jinja2
 import pytest
 
+from lm_jax.data.messages import messages_fault
 from lm_jax.data.rows import write_jsonl
-from lm_jax.data.text import messages_fault
 from lm_jax.errors import UserError
 from musc_jax.pairs.constraints import folded, parse_decomposition
 from musc_jax.pairs.demonstrations import Demonstration, own_demonstrations, pick, read_demonstrations, with_input

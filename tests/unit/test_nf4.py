@@ -15,11 +15,11 @@ from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig, ModelConfig, Ro
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.errors import UserError
 from lm_jax.models import quantized
+from lm_jax.models.forward import packed_logprobs
 from lm_jax.models.linear import contract_nf4
 from lm_jax.models.lora import abstract_adapters, init_adapters, join
 from lm_jax.models.nf4 import NF4, dequantize
 from lm_jax.models.weights import flatten, nest
-from lm_jax.scoring.scoring import packed_logprobs
 from lm_jax.sharding import make_mesh
 from tests.checkpoints import make_checkpoint
 
@@ -119,7 +119,7 @@ def test_forward_and_gradients_are_those_of_the_plain_model(path, plain):
     def run(frozen, adapters):
         def total(adapters):
             joined = join(frozen, adapters, LORA)
-            logprobs = packed_logprobs(joined, row, source.config, COMPUTE, with_entropy=False)[0]
+            logprobs = packed_logprobs(joined, row, source.config, COMPUTE)
             return jnp.sum(logprobs * row["loss_mask"]), logprobs
 
         return jax.grad(total, has_aux=True)(adapters)
@@ -156,7 +156,7 @@ def test_no_more_than_a_layer_is_full_at_a_time(optimized):
         lora = dataclasses.replace(LORA, base=base)
 
         def total(adapters, params):
-            return jnp.sum(packed_logprobs(join(params, adapters, lora), batch, config, COMPUTE, with_entropy=False)[0])
+            return jnp.sum(packed_logprobs(join(params, adapters, lora), batch, config, COMPUTE))
 
         shapes = abstract_adapters(config, lora, mesh), abstract_params(config, mesh, "float32", base)
         with jax.set_mesh(mesh):

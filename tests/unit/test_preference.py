@@ -77,7 +77,8 @@ def test_layouts_of_the_same_messages(row):
 def test_tools_stand_before_the_prompt(row):
     tools = [{"type": "function", "function": {"name": "tide", "description": None}}]
     first, *prompt = one(row | {"tools": tools}).prompt
-    assert first == {"role": "tools", "content": '[{"type": "function", "function": {"name": "tide"}}]'}
+    assert first["role"] == "template_arguments"
+    assert json.loads(first["content"]) == {"tools": [{"type": "function", "function": {"name": "tide"}}]}
     assert prompt == [user("Hi")]
 
 

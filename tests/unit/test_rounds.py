@@ -280,7 +280,7 @@ def test_the_settings_are_those_of_the_three_commands():
             <= own
             <= {
                 *("model", "input", "output", "seed", "num_instructions", "endpoint", "store", "reference"),
-                "reference_cache",
+                *("reference_cache", "chat_template_kwargs"),
             }
         )
     changed = get_config()

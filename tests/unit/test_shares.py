@@ -1,6 +1,7 @@
 """Three processes, played by threads, encode a share each: all get what one process encodes by itself."""
 
 import contextlib
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from lm_jax.errors import UserError
 from tests.unit.test_text import CHATML, byte_level
 
 PROCESSES = 3
+OPENS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")  # each turn by itself then
 
 
 class Processes:
@@ -75,15 +77,22 @@ def same(a, b):
     return a == b and type(a) is type(b)
 
 
+@pytest.mark.parametrize("template", [CHATML, OPENS])
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 20])
-def test_all_get_all_rows(monkeypatch, encoder, number):
+def test_all_get_all_rows(monkeypatch, encoder, number, template):
     monkeypatch.setattr(shares, "_BLOCK", 3)
-    expected = encoder.encode_many(*rows(number), True)
+    encoder._tokenizer.chat_template = template
+    expected = encoder.encode_conversations(*rows(number))
     if number > 2:
-        assert expected[1].truncated and expected[2].loss_mask is not None
+        assert expected[1][0].truncated and len(expected[2]) == (1 if template is CHATML else 2)
+        assert template is not CHATML or expected[2][0].loss_mask is not None
     processes = Processes(monkeypatch)
-    for found in processes.run(lambda: shares.encode_rows(encoder, *rows(number), True)):
-        assert len(found) == number
+    for found in processes.run(lambda: shares.encode_conversations(encoder, *rows(number))):
+        assert [len(examples) for examples in found] == [len(examples) for examples in expected]
+        for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            assert all(same(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True)), (a, b)
+    expected = encoder.encode_many(*rows(number)) if template is CHATML else []
+    for found in processes.run(lambda: shares.encode_rows(encoder, *rows(number)) if expected else []):
         for a, b in zip(found, expected, strict=True):
             assert all(same(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True)), (a, b)
     prompts, _, names = rows(number)
@@ -99,11 +108,17 @@ def test_the_work_is_divided(monkeypatch, encoder):
     assert sorted(asked) == [2, 4, 4]
 
 
-def test_the_process_that_has_a_bad_row_says_so(monkeypatch, encoder):
+def test_all_know_what_is_wrong_with_a_row_of_any(monkeypatch, encoder):
     prompts, responses, names = rows(9)
-    responses[4] = ""
-    said = Processes(monkeypatch).run(lambda: shares.encode_rows(encoder, prompts, responses, names))
-    assert said[0] is said[2] is None and said[1].startswith("row 4: ")
+    responses[4], prompts[7], names[7] = "", "é" * 100, "Zeile é 7"
+    expected = encoder.encode_many(prompts, responses, names)
+    assert [i for i, row in enumerate(expected) if isinstance(row, UserError)] == [4, 7]
+    processes = Processes(monkeypatch)
+    for found in processes.run(lambda: shares.encode_rows(encoder, prompts, responses, names)):
+        assert [str(found[i]) for i in (4, 7)] == [str(expected[i]) for i in (4, 7)]
+        assert [isinstance(row, UserError) for row in found] == [i in (4, 7) for i in range(9)]
+    for found in processes.run(lambda: shares.encode_prompts(encoder, prompts, names)):
+        assert str(found[7]).startswith("Zeile é 7: the response is lost") and found[4].size
 
 
 def test_processes_with_other_rows_are_told(monkeypatch, encoder):

@@ -6,7 +6,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lm_jax.generation.stopping import find_stop, resolve_stops, response_text
+from lm_jax.generation.stopping import Stops, resolve_stops, response_text
 from tests.checkpoints import make_tokenizer
 
 WORDS = ["▁the", "▁cat", "▁", "the", "cat", "s", "\n", "▁end", "e", "<0xE6>", "<0x97>", "<0xA5>"]
@@ -29,13 +29,13 @@ def sentencepiece():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def as_they_arrive(tokenizer, prompt, ids, texts, sizes):
-    """`find_stop` as the sampler calls it, after every chunk of tokens."""
-    have, sizes = 0, iter(sizes)
+def as_they_arrive(tokenizer, prompt, ids, texts, sizes, think_end=""):
+    """`Stops` as the sampler asks it, after every chunk of tokens."""
+    have, sizes, stops = 0, iter(sizes), Stops(tokenizer, prompt, texts, think_end)
     while have < len(ids):
         new = min(next(sizes), len(ids) - have)
         have += new
-        if found := find_stop(tokenizer, prompt, ids[:have], new, texts):
+        if found := stops.find(ids[:have], new):
             return found
     return None
 
@@ -90,8 +90,8 @@ def test_characters_cut_over_tokens(byte_level):
 def test_the_prompts_text_is_no_stop(byte_level):
     prompt = byte_level("what is the")["input_ids"]
     ids = byte_level(" hat")["input_ids"]
-    assert find_stop(byte_level, prompt, ids, len(ids), ("the", "e h", "is")) is None
-    assert find_stop(byte_level, prompt, ids, len(ids), ("ha",))[1] == " "
+    assert Stops(byte_level, prompt, ("the", "e h", "is")).find(ids, len(ids)) is None
+    assert Stops(byte_level, prompt, ("ha",)).find(ids, len(ids))[1] == " "
 
 
 def test_resolve(byte_level):

@@ -213,7 +213,21 @@ GOOD = {"prompt": "p", "response": "a"}
         ({"messages": "a"}, "messages", "give a list"),
         ({"messages": []}, "messages is an empty list", "give a list"),
         ({"messages": [{"role": "user"}]}, "messages message 0 has no content", "give a list"),
-        ({"messages": [{"role": "tools", "content": "hello"}]}, "message 0 has the role tools", "give a list"),
+        (
+            {"messages": [{"role": "template_arguments", "content": "hello"}]},
+            "the role template_arguments, kept for",
+            "give a list",
+        ),
+        (
+            {"messages": [user("a"), assistant("b")], "chat_template_kwargs": "no"},
+            "chat_template_kwargs: must be a JSON object",
+            'as {"enable_thinking": false}',
+        ),
+        (
+            {"messages": [user("a"), assistant("b")], "chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs: tokenize is set by the command itself",
+            "leave it out",
+        ),
         ({"messages": [user("a")]}, "no assistant message", "drop the row"),
         ({"messages": [assistant("a"), user("b")]}, "begins with an assistant message", "drop that message"),
         ({"conversations": [{"role": "user"}]}, "conversations must be a list of {'from'", "mend the row"),
@@ -310,7 +324,7 @@ def test_truncation_ends_with_a_learnt_token(tokenizer, tmp_path):
         ids, mask = learnt_ids(data.segments[0])
         assert ids == whole[0][: len(ids)] and mask == whole[1][: len(ids)] and mask[-1]
         assert len(ids) <= max_length and not any(whole[1][len(ids) : max_length])
-        assert "1 rows truncated" in data.report[1]
+        assert "1 examples truncated" in data.report[1]
 
 
 def test_a_batch_holds_masks_weights_and_sources(tokenizer, tmp_path):
@@ -341,7 +355,6 @@ def test_a_batch_holds_masks_weights_and_sources(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("template", "row", "options", "parts"),
     [
-        (FORGETS, {"messages": conversation()}, {}, ["row 0", "an earlier turn", "'<think>it", "train_on=last"]),
         (MARKED, {"messages": [user("a"), assistant(" "), *conversation(2)]}, {}, ["row 0", "is empty", "drop"]),
         (MARKED, {"prompt": "a", "response": ""}, {}, ["row 0", "response is empty", "drop the row"]),
         (MARKED, {"messages": conversation()}, {"max_length": 8}, ["row 0", "lost to truncation", "raise max_length"]),

@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lm_jax.data.text import TextEncoder
+from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.errors import UserError
 
@@ -102,7 +102,7 @@ def test_raw_strings_agree_with_trl(make, trl_tokenize):
     assert not encoded.boundary_split and not encoded.truncated
 
 
-@pytest.mark.parametrize("template", [CHATML, THINK, WITH_BOS])
+@pytest.mark.parametrize("template", [CHATML, WITH_BOS])
 @pytest.mark.parametrize("bos", [False, True])
 def test_messages_agree_with_trl_up_to_the_end_token(template, bos, trl_tokenize):
     encoder = chat_encoder(template, bos=bos)
@@ -115,13 +115,6 @@ def test_messages_agree_with_trl_up_to_the_end_token(template, bos, trl_tokenize
     assert ids(encoded) + newline == theirs
     assert tokenizer.decode(encoded.response_ids[-1:]) == "<|im_end|>"
     assert ids(encoded).count(tokenizer.bos_token_id) == (template is WITH_BOS)
-
-
-def test_think_block_is_part_of_the_response():
-    encoder = chat_encoder(THINK)
-    encoded = encoder.encode(user("Hi"), assistant("The sea"), WHERE)
-    assert encoder._tokenizer.decode(encoded.response_ids) == "<think>\n\n</think>\n\nThe sea<|im_end|>"
-    assert encoder._tokenizer.decode(encoded.prompt_ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_string_response_after_messages_is_an_assistant_message():
@@ -196,8 +189,15 @@ def test_many_rows_equal_one_by_one(monkeypatch):
     starts = encoder.encode_prompts(prompts, wheres)
     assert [s.tolist() for s in starts] == [m.prompt_ids.tolist() for m in many]
     responses[5] = ""
-    with pytest.raises(UserError, match="rows.jsonl row 5: .*empty"):
-        encoder.encode_many(prompts, responses, wheres)
+    prompts[4] = user("poem " * 500)
+    with_faults = encoder.encode_many(prompts, responses, wheres)
+    assert [ids(m) for i, m in enumerate(with_faults) if i not in (4, 5)] == [
+        ids(m) for i, m in enumerate(many) if i not in (4, 5)
+    ]
+    assert "rows.jsonl row 4: the response is lost" in str(with_faults[4]) and "row 5: the resp" in str(with_faults[5])
+    assert "row 4: the response is lost" in str(encoder.encode_prompts(prompts, wheres)[4])
+    with pytest.raises(UserError, match="rows.jsonl row 4: the response is lost"):
+        checked(with_faults)
 
 
 def test_truncation_cuts_the_responses_tail():
@@ -237,14 +237,15 @@ def raised(call, *args):
         (CHATML, user("Write"), assistant(""), "response is empty", "drop the row"),
         (THINK, user("Write"), assistant(" "), "response is empty", "drop the row"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-         user("Write"), assistant("a"), "response is empty once tokenised", "template"),
+         user("Write"), assistant("a"), "the chat template does not show the assistant's turn", "mend it"),
         (None, "", "a poem", "prompt has no tokens", "give a prompt"),
         (None, "Write", "a poem</s></s>", "doubled EOS: the response ends with '</s></s>'", "remove the end token"),
         (CHATML, user("Write"), assistant("a<|im_end|>"), "doubled EOS", "remove the end token"),
         (CHATML, user("<s>Hi"), assistant("a"), None, None),
         (WITH_BOS.replace("{{ bos_token }}", "{{ bos_token }}<s>"), user("Hi"), assistant("a"), "doubled BOS",
          "remove it"),
-        (NO_PREFIX, user("Hi"), assistant("a"), "no prefix", "use a chat template that renders the prompt alike"),
+        (NO_PREFIX, user("Hi"), assistant("a") + user("b") + assistant("c"), "shows the prompt otherwise once several "
+         "turns follow: alone it goes on with '1 messages", "give the last turn alone"),
         (NO_END, user("Hi"), assistant("a"), "end token not trained", "eos_token_id in generation_config.json"),
         (NO_END, user("Hi"), assistant("a</s> poem"), "end token not trained", "eos_token_id"),
         (None, user("Hi"), assistant("a"), "no chat template", "set chat_template"),

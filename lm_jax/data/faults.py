@@ -1,0 +1,103 @@
+"""Faulty rows of one input: all are named at once; a few are dropped and counted, many stop the run."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from lm_jax.console import say
+from lm_jax.data.rows import write_jsonl
+from lm_jax.errors import UserError
+
+T = TypeVar("T")
+_SHOWN, _ROWS = 8, 5  # kinds of fault that a message tells apart, and rows that it names of each
+_NAME = re.compile(r"^.*? row \d+( \([\w ]+\))?: ", re.DOTALL)
+_OWN = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d[\d.,]*")  # what two rows of one kind may differ in
+
+
+class Faults:
+    """What is wrong with the rows of one input.
+
+    Args:
+      where: the file, as messages name it.
+      max_share: of all rows may be faulty. None: not one, and no key could allow it.
+
+    Attributes:
+      rows: row number -> its first fault.
+    """
+
+    def __init__(self, where: str, max_share: float | None = None):
+        self.where, self._max_share = where, max_share
+        self.rows: dict[int, str] = {}
+        self._total = 0
+
+    @contextlib.contextmanager
+    def of(self, row: int) -> Iterator[None]:
+        """Notes what is raised within as a fault of the row, and goes on behind it."""
+        try:
+            yield
+        except UserError as error:
+            self.rows.setdefault(row, str(error))
+
+    def sound(self, rows: Sequence[int], found: Iterable[T | UserError]) -> list[T | None]:
+        """`found`, a result or an error for each of `rows`: the errors are noted, with None in their place."""
+        kept: list[T | None] = []
+        for row, result in zip(rows, found, strict=True):
+            if isinstance(result, UserError):
+                self.rows.setdefault(row, str(result))
+            kept.append(None if isinstance(result, UserError) else result)
+        return kept
+
+    def check(self, total: int) -> None:
+        """Once all of the `total` rows were looked at, and before anything is written.
+
+        Raises:
+          UserError: more of them are faulty than may be: how many are of which kind, and the first of each.
+        """
+        self._total, few = total, len(self.rows)
+        if few <= (self._max_share or 0) * total:
+            return
+        cure = "" if self._max_share is None else f", or raise config.max_dropped_share={self._max_share:g}"
+        if few == 1:
+            (fault,) = self.rows.values()
+            raise UserError(fault + (f" ({few} of {total} rows){cure}" if cure else ""))
+        kinds = "; ".join(self._kinds())
+        raise UserError(f"{self.where}: {few} of {total} rows are faulty: {kinds}; mend or drop them{cure}")
+
+    def say(self, output: str | None = None) -> None:
+        """Tells how many rows were dropped, if any.
+
+        Args:
+          output: where `write` lists all of them.
+        """
+        if self.rows:
+            listed = f"; all of them are in {output}" if output else ""
+            lines = [f"{self.where}: {len(self.rows)} of {self._total} rows are faulty and left out{listed}"]
+            say("\n  ".join([*lines, *self._kinds()]))
+
+    def _kinds(self) -> list[str]:
+        """Kinds of fault, the commonest first: how many rows have it, the first of them, and its first words."""
+        kinds: dict[str, list[int]] = {}
+        for row in sorted(self.rows):
+            kinds.setdefault(_OWN.sub("*", _words(self.rows[row])), []).append(row)
+        told = []
+        for rows in sorted(kinds.values(), key=len, reverse=True):
+            named = ", ".join(map(str, rows[:_ROWS])) + (", ..." if len(rows) > _ROWS else "")
+            told.append(f"{len(rows)} (row {named}) {_words(self.rows[rows[0]])}")
+        return [*told[:_SHOWN], *([f"{len(told) - _SHOWN} more kinds"] if len(told) > _SHOWN else [])]
+
+
+def write_faults(path: str, inputs: Iterable[Faults]) -> None:
+    """Lists every faulty row of some inputs as {"file", "row", "error"}, JSON Lines; no file where there are none."""
+    found = [
+        {"file": faults.where, "row": row, "error": _NAME.sub("", error)}
+        for faults in inputs
+        for row, error in sorted(faults.rows.items())
+    ]
+    if found:
+        write_jsonl(path, found)
+
+
+def _words(fault: str) -> str:
+    """What is wrong, without the row's name and the cure."""
+    return _NAME.sub("", fault).split(";")[0]
