@@ -192,7 +192,8 @@ def export_hf(
                 spec, layer = origins[name]
                 host = _gather(flat[spec.path], layer if spec.stacked else None)
                 if writer:
-                    shard[name] = _cast(spec.to_hf(host, config), dtype, name)
+                    words = host[: spec.hf_shape(config)[0]] if spec.axes[0] == "vocab" else host
+                    shard[name] = _cast(spec.to_hf(words, config), dtype, name)
             if partial is not None:
                 save_file(shard, partial / file, metadata={"format": "pt"})
         if partial is not None:
@@ -206,7 +207,7 @@ def export_hf(
 
 
 def _check_params(flat: Mapping[str, Any], table: Sequence[WeightSpec], config: ModelConfig) -> None:
-    expected = {spec.path: spec.shape(config) for spec in table}
+    expected = {s.path: padded_shape(s.axes, s.shape(config), _sharding(flat.get(s.path))) for s in table}
     found = {path: tuple(x.shape) for path, x in flat.items()}
     if wrong := sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p)):
         path = wrong[0]
@@ -214,6 +215,10 @@ def _check_params(flat: Mapping[str, Any], table: Sequence[WeightSpec], config: 
             f"parameters do not fit the model config: {listed(wrong)}; "
             f"{path} has shape {found.get(path)}, expected {expected.get(path)}"
         )
+
+
+def _sharding(x: Any) -> Any:
+    return getattr(x, "sharding", None)
 
 
 def _hf_config(config: ModelConfig, source_dir: str | Path | None) -> dict[str, Any]:

@@ -151,6 +151,8 @@ class Checkpoints:
     def restore(self, abstract_items: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         """The named items of a step, the newest by default.
 
+        Rows of padding, which `sharding.padded_shape` has on another mesh than the one that saved, come and go.
+
         Args:
           abstract_items: name -> pytree of ShapeDtypeStructs whose shardings the arrays are born with; None takes an
             item as it was saved, for those without arrays.
@@ -166,13 +168,40 @@ class Checkpoints:
         if step != self._whole and (fault := _damage(path, frozenset(abstract_items))):
             raise UserError(f"{path}: damaged: {fault}; delete that step to fall back to an older one")
         try:
-            return self._checkpointer.load_checkpointables(step, abstract_items)
+            saved = self._checkpointer.checkpointables_metadata(step).metadata
+            loading = ocp.options.ArrayOptions.Loading(
+                enable_padding_and_truncation=_differ_in_padding(saved, abstract_items)
+            )
+            with ocp.Context(array_options=ocp.options.ArrayOptions(loading=loading)):
+                return self._checkpointer.load_checkpointables(step, abstract_items)
         except Exception as e:
             raise UserError(
                 f"{self._directory}/{step}: checkpoint does not fit this run or is damaged "
                 f"({_first_cause(e)}); "
                 f"use the model and optimiser it was written with, or delete that step to fall back to an older one"
             ) from e
+
+
+def _differ_in_padding(saved: Any, wanted: Any) -> bool:
+    """Whether arrays differ from those on disk, and all that do in rows of padding at the end alone.
+
+    Padding is less than the parts that a first axis is cut into, so that one number of true rows must fit both.
+    """
+    there, here = _by_path(saved), _by_path(wanted)
+    differ = [(there[path], x) for path, x in here.items() if path in there and there[path].shape != x.shape]
+    return bool(differ) and all(
+        len(a.shape) == len(b.shape) > 0
+        and a.shape[1:] == b.shape[1:]
+        and a.shape[0] - a.shape[0] // a.storage_metadata.write_shape[0] < b.shape[0]
+        and b.shape[0] - b.shape[0] // b.sharding.shard_shape(b.shape)[0] < a.shape[0]
+        for a, b in differ
+    )
+
+
+def _by_path(items: Any) -> dict[str, Any]:
+    found, _ = jax.tree_util.tree_flatten_with_path(items)
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in found)
+    return {path: leaf for path, leaf in named if hasattr(leaf, "shape")}
 
 
 def _damage(path: epath.Path, items: Collection[str] | None = None) -> str | None:

@@ -39,7 +39,7 @@ from lm_jax.models.lora import abstract_adapters, merge, stack
 from lm_jax.models.quantized import is_quantized, leaf_specs, leaves, quantize_params, replacement
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
-from lm_jax.sharding import param_spec
+from lm_jax.sharding import padded_shape, param_spec
 
 # Where a run lies, on what it computes and when it gives up may change between a run and its continuation; what it
 # learns may not.
@@ -209,9 +209,9 @@ def _open(model: str, step: int | None, above: tuple[str, ...]) -> ModelSource:
 def _open_adapter(name: str, directory: Path, above: tuple[str, ...]) -> ModelSource:
     adapter = PeftAdapter(directory)
     # From here, as PEFT finds it, from where the adapter lies, or on the hub
-    places = [p for p in (adapter.base, f"{directory}/{adapter.base}") if holds_model(Path(p))]
+    places = [p for p in (adapter.base, f"{directory}/{adapter.base}") if holds_model(Path(p))] or [adapter.base]
     try:
-        base = _open(*(places or [adapter.base])[:1], None, above)
+        base = _open(places[0], None, above)
     except UserError as e:
         raise UserError(
             f"{directory}: an adapter of {adapter.base}: {e}; where that model lies elsewhere, set "
@@ -247,7 +247,7 @@ def param_specs(
         if precision == NF4 and is_quantized(s):
             specs |= leaf_specs(s, config, mesh)
         else:
-            specs[s.path] = param_spec(s.path, s.axes, s.shape(config), mesh)
+            specs[s.path] = param_spec(s.path, s.axes, padded_shape(s.axes, s.shape(config), mesh), mesh)
     return specs
 
 
@@ -260,7 +260,8 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str, pr
     """ShapeDtypeStructs of the parameters with their shardings, and no array; `precision` as `ModelSource` has it."""
     specs, flat = param_specs(config, mesh, precision), {}
     for s in weight_table(config):
-        kept = leaves(s, config) if precision == NF4 and is_quantized(s) else {s.path: (s.axes, s.shape(config), dtype)}
+        whole = {s.path: (s.axes, padded_shape(s.axes, s.shape(config), mesh), dtype)}
+        kept = leaves(s, config) if precision == NF4 and is_quantized(s) else whole
         for path, (_, shape, kind) in kept.items():
             flat[path] = jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, specs[path]))
     return nest(flat)
