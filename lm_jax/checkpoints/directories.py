@@ -1,6 +1,7 @@
 """Directories of models: where one is found, what of it is copied, and how a new one appears, whole or not at all."""
 
 import contextlib
+import fnmatch
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from lm_jax.checkpoints import buckets as storage
 from lm_jax.distributed.processes import at_work
 from lm_jax.errors import UserError
 
+GGUF = ".gguf"
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,25 +37,42 @@ _MAKES_WHOLE = ("config.json", "adapter_config.json")
 
 
 def resolve_model_dir(model: str) -> Path:
-    """The local directory of a model: `model` itself, or what was downloaded of that hub id, gs:// or s3:// address.
+    """The local directory or GGUF file of a model: `model` itself, or what was downloaded of that hub id or address.
+
+    Args:
+      model: also `org/name/FILE.gguf`, a file of that hub id.
 
     Raises:
-      UserError: neither a directory nor a hub id or address that can be downloaded.
+      UserError: neither a directory, a GGUF file nor a hub id or address that can be downloaded.
     """
     if storage.is_remote(model):
         return _from_bucket(model.rstrip("/"))
-    if model and Path(model).is_dir():
-        return Path(model)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise UserError(f"model {model!r}: no such directory; give one, or a hub id such as Qwen/Qwen3-0.6B")
+    path = Path(model)
+    if model and (path.is_dir() or (path.suffix == GGUF and path.is_file())):
+        return path
+    hub = re.fullmatch(rf"([\w-][\w.-]*/[\w-][\w.-]*?)(/.+{GGUF})?", model)
+    if not hub or hub[1].endswith(GGUF):
+        raise UserError(
+            f"model {model!r}: no such directory or {GGUF} file; give one, or a hub id such as Qwen/Qwen3-0.6B"
+        )
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+        if hub[2]:
+            found = Path(snapshot_download(hub[1], allow_patterns=[_all_parts(hub[2][1:])]), hub[2][1:])
+            if not found.is_file():
+                raise UserError(f"model {model!r}: {hub[1]} has no such file; check the spelling")
+            return found
+        return Path(snapshot_download(hub[1], allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
     except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model {model!r}: no such directory, and no such hub id can be downloaded ({reason}); "
             "check the spelling, the network, and HF_TOKEN for gated models"
         ) from error
+
+
+def _all_parts(name: str) -> str:
+    """A pattern of all files that a model is split into, by the name of one."""
+    return re.sub(rf"-\d{{5}}-of-(\d{{5}}){GGUF}$", rf"-*-of-\1{GGUF}", name)
 
 
 def holds_model(path: Path) -> bool:
@@ -63,6 +82,12 @@ def holds_model(path: Path) -> bool:
 
 def _from_bucket(model: str) -> Path:
     with at_work():
+        if model.endswith(GGUF):
+            parent, _, name = model.rpartition("/")
+            parts = {n: v for n, v in storage.find(parent).items() if fnmatch.fnmatchcase(n, _all_parts(name))}
+            if name not in parts:
+                raise UserError(f"model {model}: no such object; check the address")
+            return storage.cached(parent, parts) / name
         found = storage.find(model)
         if not found.keys() & set(_MAKES_WHOLE):
             raise UserError(f"model {model}: no config.json there; give a model's or a run's directory in a bucket")

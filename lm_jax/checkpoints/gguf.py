@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.checkpoints.weight_files import STORED_DTYPES, Checkpoint, listed
+from lm_jax.checkpoints.weight_files import STORED_DTYPES, Checkpoint, Tensor, listed
 from lm_jax.config import RopeConfig
 from lm_jax.errors import UserError
 from lm_jax.models.registry import ARCHITECTURES
@@ -222,12 +222,12 @@ def _read_file(path: Path) -> GgufHeader:
         ):
             raise ValueError(f"tensor {name} of shape {shape} lies outside the file, or stands twice")
         found[name] = GgufTensor(kind.name, shape, data)
-    for kind in {tensor.kind for tensor in found.values()} - STORED_DTYPES.keys():
+    for kind in {kind for *_, kind, _ in entries if kind.name not in STORED_DTYPES}:
         try:
-            _dequantize(np.zeros((1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]), np.uint8), kind)
+            _dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind.name)
         except NotImplementedError:
             raise UserError(
-                f"{path}: tensors of the kind {kind}, which is not read; use a file of another kind"
+                f"{path}: tensors of the kind {kind.name}, which is not read; use a file of another kind"
             ) from None
     return GgufHeader(metadata, found, [mapped])
 
@@ -241,7 +241,7 @@ def open_gguf(path: Path) -> Checkpoint:
     header = read_gguf(path)
     metadata, architecture = header.metadata, header.metadata.get("general.architecture")
     heads = {"attn_q": "head_count", "attn_k": "head_count_kv"} if architecture in _PERMUTED else {}
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in header.tensors.items():
         if name == _ROPE_FACTORS or re.fullmatch(r"blk\.\d+\.attn_rot_embd\.\w+", name):
             continue  # what is in config.json

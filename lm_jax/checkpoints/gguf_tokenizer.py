@@ -5,14 +5,18 @@ the rule by which text is cut up before merging. transformers' own reader falls 
 it does not know, among them SmolLM's, and so gives other ids for digits; here an unknown name is refused.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lm_jax.checkpoints.directories import made_directory
+from lm_jax.checkpoints.gguf import gguf_config, read_gguf
 from lm_jax.console import say
 from lm_jax.errors import UserError
+from lm_jax.strict_json import dumps
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6  # kinds of tokens; 1: normal
 _SPACE = "\u2581"  # sentencepiece's
@@ -49,6 +53,26 @@ _ENDS = frozenset(
 )
 
 
+def gguf_directory(path: Path) -> str:
+    """A directory with the config.json, tokenizer and templates of a GGUF file, which goes with this process.
+
+    Raises:
+      UserError: as `read_gguf`, `gguf_config` and `write_tokenizer`.
+    """
+    stat = path.stat()
+    return _directory(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _directory(path: Path, *version: int) -> str:
+    header, directory = read_gguf(path), made_directory(path.stem)
+    config = gguf_config(path, header)
+    generation = write_tokenizer(path, header.metadata, directory)
+    (directory / "generation_config.json").write_text(dumps(generation))
+    (directory / "config.json").write_text(dumps(config | generation))
+    return str(directory)
+
+
 def write_tokenizer(path: Path, metadata: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Writes the tokenizer's files of a GGUF file into a directory.
 
@@ -65,19 +89,19 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], directory: Path) ->
     kinds = given.get("token_type") or [1] * len(tokens)
     if not tokens or len(kinds) != len(tokens):
         raise UserError(f"{path}: no tokenizer in it (tokenizer.ggml.tokens); convert the model anew")
-    ids = {name: given.get(f"{key}_token_id") for name, key in _NAMED.items()}
-    ids = {name: i for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    ids: dict[str, int] = {name: given.get(f"{key}_token_id", -1) for name, key in _NAMED.items()}
+    ids = {name: i for name, i in ids.items() if 0 <= i < len(tokens)}
     used = [i for i, kind in enumerate(kinds) if kind != _UNUSED or i in ids.values()]
     vocab = {tokens[i]: i for i in used}
     if len(vocab) != len(used):
         raise UserError(f"{path}: {len(used) - len(vocab)} tokens stand twice in its tokenizer; use another file")
-    try:
-        tokenizer = _BUILDERS[given.get("model")](path, given, vocab, kinds)
-    except KeyError:
+    if (kind := str(given.get("model"))) not in _BUILDERS:
         raise UserError(
-            f"{path}: tokenizer.ggml.model={given.get('model')!r} is not read, but {' and '.join(_BUILDERS)}; give the "
-            "model's Hugging Face directory"
-        ) from None
+            f"{path}: tokenizer.ggml.model={kind!r} is not read, but {' and '.join(_BUILDERS)}; give the model's "
+            "Hugging Face directory"
+        )
+    try:
+        tokenizer = _BUILDERS[kind](path, given, vocab, kinds)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: its tokenizer is damaged ({str(error).splitlines()[0]}); use another file") from error
     special = [t for t, i in vocab.items() if kinds[i] == _CONTROL or t in _ENDS or i in ids.values()]
@@ -96,14 +120,11 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], directory: Path) ->
         **{name: tokens[i] for name, i in ids.items()},
     )
     wrapped.save_pretrained(directory)
-    ends = [i for t, i in vocab.items() if t in _ENDS and t in special]
-    ends = [
-        *([ids["eos_token"]] if "eos_token" in ids else []),
-        *(given.get(f"{n}_token_id") for n in ("eot", "eom")),
-        *ends,
-    ]
-    found = {f"{name}_id": i for name, i in ids.items() if name in ("bos_token", "pad_token")}
-    return found | {"eos_token_id": list(dict.fromkeys(i for i in ends if i is not None))}
+    ends = [ids["eos_token"]] if "eos_token" in ids else []
+    ends += [given[key] for key in ("eot_token_id", "eom_token_id") if key in given]
+    ends += [i for t, i in vocab.items() if t in _ENDS]
+    found: dict[str, Any] = {f"{name}_id": ids[name] for name in ("bos_token", "pad_token") if name in ids}
+    return found | {"eos_token_id": list(dict.fromkeys(ends))}
 
 
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

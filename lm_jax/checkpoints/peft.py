@@ -4,7 +4,6 @@ Read is LoRA on the projections that have adapters here (`lm_jax.models.lora`), 
 Everything else that PEFT knows computes something else, and is refused by its name.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from lm_jax.models.linear import LORA_A, LORA_B
 from lm_jax.models.lora import AdapterSpec, adapter_specs, adapter_table, all_adapters
 from lm_jax.models.weights import flatten, nest
 from lm_jax.sharding import to_host
-from lm_jax.strict_json import read_json_object
+from lm_jax.strict_json import dumps, read_json_object
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CURE = "merge it in PEFT (merge_and_unload(), then save_pretrained) and give that directory"
@@ -61,6 +60,7 @@ class PeftAdapter:
 
     Attributes:
       base: what the settings name as its model.
+      weights: the file of the factors.
 
     Raises:
       UserError: damaged files, or an adapter of another kind, by the setting's name.
@@ -77,11 +77,17 @@ class PeftAdapter:
             raise UserError(
                 f"{self._where}: names no base model; set base_model_name_or_path to its directory or hub id"
             )
-        if not (directory / WEIGHTS).exists() and any(directory.glob("adapter_model.*")):
+        self.weights = directory / WEIGHTS
+        if not self.weights.exists() and any(directory.glob("adapter_model.*")):
             raise UserError(
                 f"{directory}: the adapter is no safetensors file; in PEFT load it and save_pretrained again"
             )
-        self._tensors = open_checkpoint(directory / WEIGHTS).tensors
+        self._tensors = open_checkpoint(self.weights).tensors
+
+    @property
+    def scaled_by(self) -> str:
+        """All that the factors' scales depend on besides their ranks."""
+        return repr([self._settings.get(key) for key in ("lora_alpha", "alpha_pattern", "use_rslora")])
 
     def lora(self, config: ModelConfig) -> LoraConfig:
         """How the adapter is joined with a model: the largest rank of its modules; scales are in the factors.
@@ -222,7 +228,7 @@ def export_peft(
     if jax.process_index() == 0:
         with appears_whole(output_dir) as partial:
             save_file(peft_tensors(host, config, lora), partial / WEIGHTS, metadata={"format": "pt"})
-            settings = json.dumps(_settings(config, lora, base), indent=2) + "\n"
+            settings = dumps(_settings(config, lora, base), indent=2) + "\n"
             (partial / SETTINGS).write_text(settings, encoding="utf-8")
             copy_side_files(source_dir, partial)
             write_card(card, partial)

@@ -24,13 +24,17 @@ STORED_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat1
 
 
 class Tensor(Protocol):
-    """One tensor in a file: its dtype as safetensors calls it, its shape, and what reads it when looked at."""
+    """One tensor in a file: its dtype as safetensors calls it, its shape, its bytes, and what is made of them."""
 
     @property
     def dtype(self) -> str: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def data(self) -> np.ndarray:
+        """[bytes] uint8, as they are stored."""
 
     @property
     def array(self) -> np.ndarray: ...
@@ -97,6 +101,8 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return [model_dir / name for name in names]
     if any(model_dir.glob("*.safetensors")):
         raise UserError(f"{model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} among its safetensors; download it again")
+    if found := sorted(path.name for path in model_dir.glob("*.gguf")):
+        raise UserError(f"{model_dir}: has GGUF files only; give one of them as the model: {listed(found)}")
     if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt")) or any(model_dir.glob("*.pth")):
         raise UserError(
             f"{model_dir}: has PyTorch pickles only, which are never read; convert them to safetensors "

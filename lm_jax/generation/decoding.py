@@ -204,6 +204,7 @@ def decode(
     slots: Slots,
     keep: jax.Array,
     end_ids: jax.Array,
+    known: jax.Array | None,
     strengths: Strengths,
     steps: int,
     config: ModelConfig,
@@ -215,6 +216,7 @@ def decode(
     Args:
       keep: [B] bool, False for sequences to give up.
       end_ids: [Z] int32, tokens after which a sequence is done.
+      known: [V] bool, tokens that may be chosen; None: all.
 
     Returns:
       (slots, tokens [M, B] int32, log-probs [M, B] fp32), M = steps. A slot's tokens are the first ones of its column,
@@ -233,7 +235,7 @@ def decode(
         logits = without_padding(contract_rows(slots.hidden, embedding, jnp.float32), config.vocab_size)
         logits = constrain(logits, "batch", "vocab")
         uniform = _uniform(slots.keys, slots.produced)
-        token, logprob = choose_tokens(logits, slots.seen, uniform, filters, strengths)
+        token, logprob = choose_tokens(logits, slots.seen, known, uniform, filters, strengths)
         produced = slots.produced + slots.active
         ended = jnp.any(token[:, None] == end_ids, axis=1) | (produced >= slots.budget)
         active = slots.active & ~ended
