@@ -30,7 +30,7 @@ from lm_jax.checkpoints.settings import Contents, check_same_settings, read_sett
 from lm_jax.checkpoints.weight_files import open_checkpoint
 from lm_jax.config import FULL, NF4, LoraConfig, ModelConfig, from_config_dict
 from lm_jax.console import say
-from lm_jax.distributed.processes import at_work, everywhere
+from lm_jax.distributed.processes import at_work, everywhere, moving, reached
 from lm_jax.errors import UserError
 from lm_jax.models.lora import abstract_adapters, merge
 from lm_jax.models.quantized import is_quantized, leaf_specs, leaves, quantize_params, replacement
@@ -79,7 +79,10 @@ class ModelSource:
         if self.run is None:
             replace = replacement(self.config, mesh, dtype) if self.precision == NF4 else None
             shardings = param_shardings(self.config, mesh)
-            return hf_io.load_params(self.directory, self.config, shardings, dtype, replace)
+            with moving(self.directory):
+                params = hf_io.load_params(self.directory, self.config, shardings, dtype, replace)
+            reached("the end of loading the model")
+            return params
         if self.precision == NF4:
             whole = dataclasses.replace(self, precision=FULL).load_params(mesh, "float32")
             return quantize_params(whole, self.config, mesh, dtype)

@@ -103,7 +103,7 @@ class Renderer:
             return write_turn(lambda messages, start: self._apply_template(messages, where, start), before, turn)
         except NotShown as error:
             raise UserError(
-                f"{where}: the chat template does not show {error} in the assistant's turn; mend it, or drop the row"
+                f"{where}: the chat template does not show {error} of the assistant's turn; mend it, or drop the row"
             ) from error
 
     def _apply_template(self, messages: Sequence[Message], where: str, add_generation_prompt: bool) -> str:

@@ -14,7 +14,6 @@ import jax
 from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, split_names
 from lm_jax.console import say
-from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, write_jsonl, write_text
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
@@ -133,7 +132,6 @@ def evaluate_tasks(config: HarnessConfig) -> None:
     A (model, task) that is done, with these settings, is not run again.
     """
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     models = split_names(config.models)
     sources = {name: open_model(name) for name in models}

@@ -20,7 +20,7 @@ from lm_jax.planning.search import Candidate, estimated_seconds, search
 from lm_jax.planning.topologies import Target, open_target
 from lm_jax.sharding import make_mesh
 from lm_jax.strict_json import dumps
-from lm_jax.training.job import TrainConfig
+from lm_jax.training.trainer import TrainConfig
 
 # (config of a command, model, mesh) -> what the command compiles, its main program first
 Programs = Callable[[Any, ModelConfig, jax.sharding.Mesh], list[Program]]
@@ -146,12 +146,12 @@ def _table(report: Mapping[str, Any]) -> str:
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:
     config = candidate.config
-    mesh, batch = dataclasses.asdict(config.mesh), config.batch
+    mesh = dataclasses.asdict(config.mesh)
     return {
         "fits": candidate.fits,
         "hbm_bytes_per_chip": candidate.cost.hbm,
         "mesh": mesh,
-        "batch": {"rows": batch.rows, "microbatches": batch.microbatches},
+        "batch": {"rows_per_device": config.batch.rows_per_device},
         "remat": config.compute.remat,
         "recompute_factor": candidate.cost.program.recompute_factor,
         "wire_bytes": candidate.cost.wire_bytes,

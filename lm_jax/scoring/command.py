@@ -12,7 +12,6 @@ from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.layouts import prompt_with_tools
-from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import check_file_output, read_rows, write_jsonl
 from lm_jax.data.shares import encode_rows
@@ -67,7 +66,6 @@ def score_rows(config: ScoreConfig) -> None:
       UserError: anything the user can mend, naming file or row.
     """
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     check_file_output(config.output)
     source = open_model(config.model)

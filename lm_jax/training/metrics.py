@@ -11,11 +11,12 @@ from etils import epath
 
 from lm_jax.errors import UserError
 from lm_jax.strict_json import dumps
+from lm_jax.training.callbacks import Callback, Metrics, Timing
 
 Log = Callable[[int, dict[str, float]], None]  # step, metrics
 
 
-class MetricsWriter:
+class MetricsWriter(Callback):
     """Appends one JSON object a line to `metrics.jsonl` and the same scalars to `tensorboard/`; a context manager.
 
     Resuming at step s drops what was logged after s, so that the file reads as if the run had never stopped.
@@ -47,14 +48,17 @@ class MetricsWriter:
     def __exit__(self, *exc):
         self.close()
 
-    def write(self, step: int, metrics: dict) -> None:
+    def on_metrics(self, step: int, metrics: Metrics, timing: Timing) -> None:
+        self.write(step, metrics)
+
+    def write(self, step: int, metrics: Metrics) -> None:
         """Writes scalars. NaN and infinities are null and counted in `num_nonfinite`; TensorBoard gets the count alone.
 
-        Left out is what is None, unknown on this machine, and a part `loss/NAME` that is NaN, not defined in this step.
+        A part `loss/NAME` that is NaN, not defined in this step, is left out.
         """
         if self._file is None:
             return
-        known = {k: v for k, v in metrics.items() if v is not None and not ("loss/" in k and math.isnan(v))}
+        known = {k: v for k, v in metrics.items() if not ("loss/" in k and math.isnan(v))}
         metrics = {k: v for k, v in known.items() if math.isfinite(v)}
         if nonfinite := len(known) - len(metrics):
             known["num_nonfinite"] = metrics["num_nonfinite"] = nonfinite

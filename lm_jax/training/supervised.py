@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.models.forward import packed_statistics
-from lm_jax.training.step import Batch, Carry, Objective, Sums
+from lm_jax.training.objective import Batch, Objective, ObjectiveState, Sums
 
 VALUES = ("weights", "synthetic")  # of `load_supervised`, which batches carry for every response token
 
@@ -33,7 +33,7 @@ def supervised_objective(
     model: ModelConfig,
     compute: ComputeConfig,
     coefficients: Coefficients = mean_over_tokens,
-    carry: Carry = Carry(),  # noqa: B008
+    state: ObjectiveState = ObjectiveState(),  # noqa: B008
 ) -> Objective:
     """Sums over learnt tokens of c_t * -log p(token t | those before it in its sequence).
 
@@ -62,4 +62,4 @@ def supervised_objective(
         bad = jnp.max(jnp.where(jnp.isfinite(found["logprobs"]), -1, example))
         return metrics.pop("loss"), metrics, bad
 
-    return Objective(count, contributions, carry)
+    return Objective(count, contributions, VALUES, state=state)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.models.forward import packed_logprobs
-from lm_jax.training.step import Batch, Objective, Sums
+from lm_jax.training.objective import Batch, Objective, Sums
 from musc_jax.training.losses import LossConfig, preference_loss, segment_sums
 
 
@@ -79,4 +79,4 @@ def preference_objective(
         bad = jnp.max(jnp.where(jnp.isfinite(losses), -1, ids.reshape(-1)))
         return total, metrics, bad
 
-    return Objective(count, contributions)
+    return Objective(count, contributions, ("weights", "ref_logprobs"))

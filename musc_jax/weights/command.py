@@ -15,7 +15,6 @@ from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress, say
 from lm_jax.data.messages import Text
-from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
@@ -83,7 +82,6 @@ def weigh_rows(config: WeighConfig) -> None:
     """
     rules = parse_rules(config.rules)
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     check_file_output(config.output)
     check_not_input(config.output, config.input)

@@ -25,8 +25,9 @@ _BYTES = 1 << 20
 
 def command():
     from lm_jax.checkpoints.orbax import Checkpoints
-    from lm_jax.training import job, loop
+    from lm_jax.training import loop
     from lm_jax.training.skipping import Skips
+    from lm_jax.training.trainer import Trainer
     from main_jax.training import command as main_train
     from musc_jax.training import command as musc_train
 
@@ -48,7 +49,7 @@ def command():
             if done[0] % 10 == 0:
                 kept.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
 
-        def step(_, number, values):
+        def step(_, number, *given):
             done[0] = number
             if _LEAK.value:
                 leak()
@@ -57,13 +58,13 @@ def command():
             evaluate = made(*args)
             return lambda trained: (stop("evaluation"), evaluate(trained))[1]
 
-        made, job._evaluation = job._evaluation, evaluation
         def ask(where):
             if where == f"step {(_STOP_AFTER.value or -1) + 1}":
                 os.kill(os.getpid(), signal.SIGTERM)
 
+        made, Trainer._evaluation = Trainer._evaluation, evaluation
         within(loop, "stops_before", ask)
-        within(Skips, "look", step)
+        within(Skips, "on_metrics", step)
         within(Checkpoints, "save", lambda *_: stop("save"))
         module.train(config)
 

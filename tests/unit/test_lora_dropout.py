@@ -103,7 +103,7 @@ def steps(lora, number, seed=0, state=None):
     state = made.begin(jax.tree.map(jnp.copy, adapters())) if state is None else state
     metrics = []
     for _ in range(number):
-        state, found = made.step(state, batch(), params())
+        state, found = made.step(state, [batch()], params())
         metrics.append(float(found["loss"]))
     return jax.device_get(state), metrics
 
@@ -128,7 +128,7 @@ def test_what_a_step_depends_on():
     # The same rows twice, as two microbatches: with one mask for both the mean would be that of the rows once
     twice = {k: jnp.concatenate([x, x]) for k, x in batch().items()}
     state = program(LORA).begin(jax.tree.map(jnp.copy, adapters()))
-    assert abs(float(program(LORA).step(state, twice, params())[1]["loss"]) - first) > 1e-4
+    assert abs(float(program(LORA).step(state, [twice], params())[1]["loss"]) - first) > 1e-4
 
 
 def test_evaluation_has_none():

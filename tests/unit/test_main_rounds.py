@@ -288,7 +288,7 @@ def test_other_settings_are_refused(run, changed, part):
         ({"instructions": {"temperature": 0.0}}, "config.instructions.temperature=0.0: config.candidates=4"),
         ({"responses": {"top_p": 2.0}}, "config.responses.top_p=2.0"),
         ({"reverse": {"epochs": 0}}, "config.reverse.epochs: must be at least 1"),
-        ({"forward": {"max_length": 9000}}, "config.forward.batch.row_length=1024 must hold config.forward.max_length"),
+        ({"forward": {"batch": {"examples": 0}}}, "config.forward.batch.examples: must be at least 1"),
         ({"prompts": {"format": "text", "reverse_text": "x"}}, "config.prompts.reverse_text"),
         ({"seeds": []}, "seeds.jsonl: the file is empty"),
         ({"unlabelled": []}, "responses.jsonl: the file is empty"),

@@ -210,10 +210,7 @@ def test_means_over_the_last_epoch(tmp_path):
         ({"pairs": {"num_examples": 0}}, "config.pairs.num_examples=0: must be at least 1"),
         ({"pairs": {"respond": {"temperature": -1.0}}}, "config.pairs.respond.temperature=-1.0"),
         ({"weights": {"rules": "best"}}, "config.weights.rules"),
-        (
-            {"train": {"max_length": 9000}},
-            "config.train.batch.row_length=4096 must hold a pair, 2 x config.train.max_length",
-        ),
+        ({"train": {"batch": {"pairs": 0}}}, "config.train.batch.pairs: must be at least 1"),
         ({"train": {"loss": {"kind": "dpo"}}}, "config.train.loss"),
         ({"input": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"train": {"weights": "columns"}}, "config.train.weights=columns: the rounds' pairs bring no token scores"),

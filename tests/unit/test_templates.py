@@ -198,13 +198,13 @@ def test_several_turns_as_one_response():
 @pytest.mark.parametrize(
     ("template", "turn", "says"),
     [
-        (CHATML, said("Let me look.", tool_calls=[CALL]), "does not show its tool calls"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", said("a"), "does not show its text"),
+        (CHATML, said("Let me look.", tool_calls=[CALL]), "does not show the tool calls"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", said("a"), "does not show the text"),
     ],
 )
 def test_what_a_template_leaves_out(template, turn, says):
     encoder, _ = encoder_of(template)
-    with pytest.raises(UserError, match=f"row 4: the chat template {says} in the assistant's turn; mend it, or drop"):
+    with pytest.raises(UserError, match=f"row 4: the chat template {says} of the assistant's turn; mend it, or drop"):
         encoder.encode([user("Hi")], [turn], WHERE)
 
 
