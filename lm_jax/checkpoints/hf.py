@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from lm_jax.checkpoints.directories import GGUF, appears_whole, check_output, copy_side_files, write_card
+from lm_jax.checkpoints.fingerprints import check_copies
 from lm_jax.checkpoints.gguf import open_gguf
 from lm_jax.checkpoints.weight_files import (
     INDEX_FILE,
@@ -71,6 +72,7 @@ def load_params(
     flat = None if shardings is None else flatten(shardings)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     checkpoint = open_weights(Path(model_dir))
+    check_copies(checkpoint, model_dir)
     tensors = model_tensors(model_dir, checkpoint.tensors, table, config)
     checkpoint.forget()
     params: dict[str, Any] = {}
