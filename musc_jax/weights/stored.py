@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.data.messages import Text
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.errors import UserError
 from musc_jax.weights.rules import FROM_STORE, WEIGHING_RULES
@@ -22,13 +21,10 @@ COLUMN = "token_weights"
 _KINDS = {"store": str, "key": str, "row": int, "rule": str, "tokens": str}
 
 
-def pair_fingerprint(prompt: Text, chosen: np.ndarray, rejected: np.ndarray) -> str:
-    """Of what weights are made for: the prompt's text and the token ids of both responses. 16 hex digits.
-
-    The prompt's text and not its ids: what matters of the template is in the store's own key.
-    """
-    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode())
-    for ids in (chosen, rejected):
+def pair_fingerprint(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> str:
+    """Of what weights are made for: the token ids of the prompt and of both responses. 16 hex digits."""
+    digest = hashlib.sha256()
+    for ids in (prompt, chosen, rejected):
         digest.update(np.array([len(ids), *ids], "<i4").tobytes())
     return digest.hexdigest()[:16]
 
@@ -89,9 +85,10 @@ def stored_fields(
             there = tuple(int(n) for n in store.lengths[2 * pointer["row"] : 2 * pointer["row"] + 2])
             if pointer["tokens"] != fingerprints[i] or there != tuple(lengths[i]):
                 raise UserError(
-                    f"{names[i]}: its weights in {store.path} were made for other texts, another tokenizer or another "
-                    f"config.max_length ({there[0]} and {there[1]} tokens there, {lengths[i][0]} and {lengths[i][1]} "
-                    "here); run launch.musc_token_weights again on these rows with this model and max_length"
+                    f"{names[i]}: its weights in {store.path} were made for other texts, another tokenizer, "
+                    f"config.max_length or config.chat_template_kwargs ({there[0]} and {there[1]} tokens there, "
+                    f"{lengths[i][0]} and {lengths[i][1]} here); run launch.musc_token_weights again on these rows "
+                    "with this model and these settings"
                 )
         values = store.read([2 * pointers[i]["row"] + side for i in mine for side in (0, 1)])
         for k, i in enumerate(mine):
