@@ -15,10 +15,11 @@ MARKER = "{instruction}"
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """How one stage samples."""
+    """How one stage samples; see `SamplingConfig`."""
 
     temperature: float
     max_new_tokens: int
+    repetition_penalty: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,6 @@ class PairsConfig:
             label = next((line for line in reversed(labels) if line.strip()), "").strip()
             stop = (*STOP, f"\n{label}") if stage == "respond" and label else STOP
         try:
-            return SamplingConfig(keys.max_new_tokens, temperature=keys.temperature, stop=stop, seed=self.seed)
+            return SamplingConfig(**dataclasses.asdict(keys), stop=stop, seed=self.seed)
         except UserError as error:
             raise UserError(str(error).replace("config.", f"config.{stage}.", 1)) from error

@@ -44,7 +44,7 @@ def make_ours(checkpoint: str, kwargs: str = "", think_end: str = "</think>") ->
         "float32",
         2048,  # more than the model's context, which then decides
         ComputeConfig("float32"),
-        BatchConfig(4, 2 * CONTEXT, 1, 8),
+        BatchConfig(4, 2 * CONTEXT),
         DecodeConfig(8, 2048, 4),
         seed=0,
         chat_template_kwargs=kwargs,
