@@ -28,6 +28,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.reference = placeholder(str)  # the frozen model; none: the starting point itself
     c.input = placeholder(str)  # preference rows: .jsonl .json .parquet, a saved dataset, or a hub id
     c.eval_input = placeholder(str)  # held-out preference rows; none: no evaluation
+    c.columns = ""  # ours=yours: "prompt=question,chosen=best" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # run directory
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # of the data order

@@ -73,8 +73,10 @@ class _Controls:
 
     def __init__(self, config: ControlsConfig):
         self._config, self._root = config, Path(config.output)
-        seeds = read_seeds(config.seeds)
-        read_unlabelled(config.unlabelled)
+        seeds, faults = read_seeds(config.seeds, config.columns, config.max_dropped_share)
+        faults.say()
+        unlabelled, _ = read_unlabelled(config.unlabelled, config.unlabelled_columns, config.max_dropped_share)
+        self._given = given_rows(self._seeds, unlabelled)
         out = controls.held_out([seed.row for seed in seeds], config.held_out, config.seed)
         source = open_model(config.model)
         reverse = open_model(config.rounds["reverse_model"] or config.model)
@@ -105,7 +107,7 @@ class _Controls:
         config = self._config
         models = {"model": config.model, "judge_model": config.judge_model}
         models["rounds.reverse_model"] = config.rounds["reverse_model"]
-        contents = made_from(models, given_rows(config.seeds, config.unlabelled))
+        contents = made_from(models, self._given)
         begin_directory(config.output, "main_controls", to_dict(config), MAY_CHANGE, made_from=contents)
 
     def do(self) -> None:

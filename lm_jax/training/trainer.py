@@ -25,6 +25,8 @@ from lm_jax.config import (
 )
 from lm_jax.console import say
 from lm_jax.data.batches import AuxiliaryBatch, BatchIterator, batch_shapes
+from lm_jax.data.columns import RowKeys
+from lm_jax.data.faults import Faults, write_faults
 from lm_jax.data.packing import Example, example_lengths, examples_fingerprint
 from lm_jax.data.plans import BatchPlan, plan_passes, plan_steps
 from lm_jax.data.text import TextEncoder
@@ -52,7 +54,7 @@ from lm_jax.training.watches import Warnings
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RowKeys):
     """The keys of every command that trains."""
 
     model: str
@@ -76,6 +78,7 @@ class TrainConfig:
     profile: str | None
 
     def __post_init__(self):
+        super().__post_init__()
         check_loggers(self.loggers)
         steps_to_trace(self.profile)
         for name in ("max_length", "epochs", "eval_every", "max_steps"):
@@ -157,12 +160,14 @@ class Trainer:
         self,
         command: str,
         method: Method,
+        faults: Sequence[Faults],
         read: Sequence[Sequence[Example]],
         reference: ModelSource | None = None,
     ) -> None:
         """Makes the run directory, or finds the same run in it to continue; see `begin_run`.
 
         Args:
+          faults: the faulty rows of what was read, which `dropped.jsonl` lists.
           read: all that training, and evaluation, reads of its rows, as far as it is known before a model scores them.
           reference: what else than the policy has scored them.
         """
@@ -176,7 +181,12 @@ class Trainer:
                 for key, own in zip(("input", "eval_input"), read, strict=False)
             } | {key: model.content() for key, model in models.items() if model is not None}
 
+        dropped = f"{config.output}/dropped.jsonl"
+        for own in faults:
+            own.say(dropped)
         begin_run(config.output, command, to_dict(config), self.policy, method, made_from, bool(config.lora.rank))
+        if jax.process_index() == 0:
+            write_faults(dropped, faults)
 
     def fit(
         self,

@@ -11,6 +11,8 @@ import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, to_dict
 from lm_jax.console import say
+from lm_jax.data.columns import RowKeys
+from lm_jax.data.faults import write_faults
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
@@ -36,7 +38,7 @@ WORSE, OVER_THRESHOLD, BEYOND_FRACTION = "worse_candidate", "over_threshold", "b
 
 
 @dataclasses.dataclass(frozen=True)
-class FilterConfig:
+class FilterConfig(RowKeys):
     """`configs/main_filter.py` says what each key is for."""
 
     forward: str
@@ -57,6 +59,7 @@ class FilterConfig:
     compute: ComputeConfig
 
     def __post_init__(self):
+        super().__post_init__()
         check_selection(self.score, self.fraction)
         if not 2 <= self.max_length <= self.batch.row_length:
             raise UserError(
@@ -101,7 +104,9 @@ def filter_candidates(config: FilterConfig) -> None:
             "differ, so their scores a token cannot be compared; give two models that were trained from one"
         )
     prompts = open_prompts(config.prompts, models["forward"].tokenizer, config.forward)
-    candidates = Candidates(config.input, config.cluster)
+    candidates = Candidates(config.input, config.cluster, config.columns, config.max_dropped_share)
+    dropped = f"{config.output}.dropped.jsonl"
+    candidates.faults.say(dropped)
     say(f"{config.input}: {len(candidates)} candidates for {len(candidates.first)} responses")
     for name, (reader, unit) in PASSES.items():
         run_pass(
@@ -118,6 +123,7 @@ def filter_candidates(config: FilterConfig) -> None:
         if name == ALONE:
             del models["forward"]  # its weights make room for the other's
     if jax.process_index() == 0:
+        write_faults(dropped, [candidates.faults])
         _write(config, prompts, candidates)
 
 

@@ -25,6 +25,7 @@ import jax
 from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import to_dict
 from lm_jax.console import say
+from lm_jax.data.faults import write_faults
 from lm_jax.data.messages import Text
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
@@ -73,7 +74,9 @@ class _Rounds:
 
     def __init__(self, config: RoundsConfig, generator: Generator | None):
         self._config, self._generator = config, generator
-        seeds, unlabelled = read_seeds(config.seeds), read_unlabelled(config.unlabelled)
+        seeds, seed_faults = read_seeds(config.seeds, config.columns, config.max_dropped_share)
+        unlabelled, faults = read_unlabelled(config.unlabelled, config.unlabelled_columns, config.max_dropped_share)
+        self._faults, self._given = (seed_faults, faults), given_rows(seeds, unlabelled)
         source, tokenizer = _open_one_tokenizer(config)
         self._encoder = TextEncoder(tokenizer, NO_LIMIT, end_token_ids(source.directory, tokenizer))
         self._context = source.config.max_position
@@ -107,8 +110,12 @@ class _Rounds:
         """Makes the directory, or finds the same rounds in it to continue."""
         config = self._config
         models = {"model": config.model, "reverse_model": config.reverse_model}
-        contents = made_from(models, given_rows(config.seeds, config.unlabelled))
+        dropped = f"{config.output}/dropped.jsonl"
+        for faults in self._faults:
+            faults.say(dropped)
+        contents = made_from(models, self._given)
         begin_directory(config.output, "main_rounds", to_dict(config), MAY_CHANGE, made_from=contents)
+        write_faults(dropped, self._faults)
 
     def do(self, number: int) -> Row:
         """One round, or what of it is missing; its row in the report."""

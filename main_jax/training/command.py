@@ -43,8 +43,9 @@ def train(config: MainTrainConfig) -> None:
     """
     trainer = Trainer(config)
     model, compute = trainer.policy.config, config.compute
+    options = config.train_on, config.response_column, None, config.columns, config.max_dropped_share
     paths = [config.input, *([config.eval_input] if config.eval_input else [])]
-    read = [load_supervised(path, trainer.encoder, config.train_on, config.response_column) for path in paths]
+    read = [load_supervised(path, trainer.encoder, *options) for path in paths]
     for rows in read:
         say("\n".join(rows.report))
     mixed = read[0].sources() == frozenset(SOURCES)
@@ -53,7 +54,8 @@ def train(config: MainTrainConfig) -> None:
     else:
         say(f"all rows are {next(iter(read[0].sources()))}: plain cross-entropy, without alpha")
     data = [Data([(segment,) for segment in rows.segments], rows.name) for rows in read]
-    trainer.begin("main_train", _method(config, mixed), [own.examples for own in data])
+    faults = [rows.faults for rows in read]
+    trainer.begin("main_train", _method(config, mixed), faults, [own.examples for own in data])
     trainer.fit(
         objective_of(config, model, mixed),
         data[0],

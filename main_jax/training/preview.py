@@ -18,8 +18,10 @@ def preview(config: MainTrainConfig, number: int) -> None:
       UserError: as `train`, as far as it concerns settings and these rows.
     """
     trainer = Trainer(config)
-    rows = load_supervised(config.input, trainer.encoder, config.train_on, config.response_column, number)
+    options = config.train_on, config.response_column, number, config.columns
+    rows = load_supervised(config.input, trainer.encoder, *options, max_dropped_share=1.0)
     say("\n".join(rows.report))
+    rows.faults.say()
     if jax.process_index() == 0:
         print_examples(
             [

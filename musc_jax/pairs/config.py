@@ -3,6 +3,7 @@
 import dataclasses
 
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.data.columns import RowKeys
 from lm_jax.errors import UserError
 from lm_jax.generation.generator import EndpointConfig, check_one_model
 from lm_jax.generation.requests import SamplingConfig
@@ -23,7 +24,7 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsConfig:
+class PairsConfig(RowKeys):
     """`configs/musc_pairs.py` says what each key is for and why it has its value."""
 
     method: str
@@ -61,6 +62,7 @@ class PairsConfig:
     compute: ComputeConfig
 
     def __post_init__(self):
+        super().__post_init__()
         for name, fits, must in (
             ("method", self.method in PLANS, ", ".join(PLANS)),
             ("seed", 0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),

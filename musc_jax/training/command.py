@@ -47,26 +47,24 @@ def train(config: MuscTrainConfig) -> None:
     """
     trainer = Trainer(config)
     reference = open_reference(config, trainer)
-    pairs = load_pairs(config.input, trainer.encoder, config.weights)
-    rule = pairs.rule
-    eval_pairs = load_pairs(config.eval_input, trainer.encoder, rule) if config.eval_input else None
-    read = [pairs, *([eval_pairs] if eval_pairs else [])]
-    for own in read:
-        say("\n".join(own.report))
-    online = online_rule(rule)
-    auxiliary = [auxiliary_responses(own, online, trainer) if online else None for own in read]
-    whole = [_all_read(own, along) for own, along in zip(read, auxiliary, strict=True)]
-    trainer.begin("musc_train", _method(config, rule), whole, reference if _needs_scores(config, rule) else None)
-    examples = _examples(config, rule, trainer, reference, read)
+    pairs, auxiliary = _load(config.input, config, trainer, config.weights)
+    read, rule = [(pairs, auxiliary)], pairs.rule
+    if config.eval_input:
+        read.append(_load(config.eval_input, config, trainer, rule))
+    whole = [_all_read(*own) for own in read]
+    faults = [own.faults for own, _ in read]
+    scored_by = reference if _needs_scores(config, rule) else None
+    trainer.begin("musc_train", _method(config, rule), faults, whole, scored_by)
+    examples = _examples(config, rule, trainer, reference, [own for own, _ in read])
     say(f"weights: {rule}")
     data = [
-        Data(own, pairs.name, along, (CHOSEN, REJECTED))
-        for own, pairs, along in zip(examples, read, auxiliary, strict=True)
+        Data(own, pairs.name, auxiliary, (CHOSEN, REJECTED))
+        for own, (pairs, auxiliary) in zip(examples, read, strict=True)
     ]
     trainer.fit(
         objective_of(config, trainer.policy.config, rule),
         data[0],
-        data[1] if eval_pairs else None,
+        data[1] if config.eval_input else None,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
     )
 
@@ -83,6 +81,17 @@ def _all_read(pairs: Pairs, auxiliary: AuxiliaryBatch | None) -> list[Example]:
 def _needs_scores(config: MuscTrainConfig, rule: str) -> bool:
     """Whether the reference has to score the responses."""
     return config.loss.needs_reference or rule in RULES_ON_SCORES
+
+
+def _load(path: str, config: MuscTrainConfig, trainer: Trainer, weights: str) -> tuple[Pairs, AuxiliaryBatch | None]:
+    """The pairs of a file, and what travels with the batches for weights that the policy computes."""
+    online, auxiliary = online_rule(weights), None
+    limits = config.columns, config.max_dropped_share
+    pairs = load_pairs(path, trainer.encoder, weights, None, *limits, last=not online)
+    if online:
+        pairs, auxiliary = auxiliary_responses(pairs, online, trainer)
+    say("\n".join(pairs.report))
+    return pairs, auxiliary
 
 
 def _method(config: MuscTrainConfig, rule: str) -> Method:

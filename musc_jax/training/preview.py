@@ -25,8 +25,10 @@ def preview(config: MuscTrainConfig, number: int) -> None:
     """
     trainer = Trainer(config)
     reference = open_reference(config, trainer)
-    pairs = load_pairs(config.input, trainer.encoder, config.weights, lambda pairs: range(min(number, pairs)))
+    options = lambda n: range(min(number, n)), config.columns, 1.0  # noqa: E731
+    pairs = load_pairs(config.input, trainer.encoder, config.weights, *options)
     say("\n".join(pairs.report))
+    pairs.faults.say()
     if online_rule(pairs.rule):
         say(f"weights: {pairs.rule}; the policy computes them in every step, so they are not shown")
         values: tuple[str, ...] = ()

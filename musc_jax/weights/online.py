@@ -13,37 +13,43 @@ import jax.numpy as jnp
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.data.batches import AuxiliaryBatch
 from lm_jax.data.packing import Example, example_lengths
-from lm_jax.errors import UserError
 from lm_jax.models.lora import without_dropout
 from lm_jax.scoring.contexts import packed_contrast
 from lm_jax.training.objective import Batch
 from lm_jax.training.trainer import Trainer
 from musc_jax.training.examples import Pairs
 from musc_jax.training.losses import segment_sums
-from musc_jax.weights.command import perturbed_prompts, response_examples
-from musc_jax.weights.rules import PERTURBED, WEIGHING_RULES, ResponseScores
+from musc_jax.weights.command import in_contexts
+from musc_jax.weights.rules import WEIGHING_RULES, ResponseScores
 
 _NAME = "weigh"
 
 
-def auxiliary_responses(pairs: Pairs, rule: str, trainer: Trainer) -> AuxiliaryBatch:
-    """What the batches carry so that `online_weights` can weigh them.
+def auxiliary_responses(pairs: Pairs, rule: str, trainer: Trainer) -> tuple[Pairs, AuxiliaryBatch]:
+    """The pairs without those that have a fault, and what the batches carry so that `online_weights` can weigh them.
+
+    A fault is a missing perturbed prompt where the rule needs it, or one so long that the contexts fit no row.
+
+    Args:
+      pairs: as `load_pairs` gives them while more is looked at.
 
     Raises:
-      UserError: no perturbed prompt where the rule needs it, or one so long that the responses' contexts fit no row.
+      UserError: as `PairRows.check`.
     """
-    contexts = WEIGHING_RULES[rule].contexts
-    perturbed = perturbed_prompts(pairs, (rule,)) if PERTURBED in contexts else None
-    examples = response_examples(pairs, contexts, perturbed, trainer.encoder, trainer.tokenizer)
-    auxiliary, most = auxiliary_rows(rule, examples), len(contexts) * trainer.config.row_length
-    lengths = example_lengths(examples).reshape(-1, 2).sum(axis=1)
-    if lengths.max() > most:
-        worst = int(lengths.argmax())
-        raise UserError(
-            f"{pairs.name(worst)}: both responses under {len(contexts)} prompts take {lengths[worst]} tokens and "
-            f"{len(contexts)} rows hold {most}; shorten its perturbed_prompt or raise config.max_length"
+    number = len(WEIGHING_RULES[rule].contexts)
+    most = number * trainer.config.row_length
+
+    def too_long(two: Sequence[Example]) -> str | None:
+        length = int(example_lengths(two).sum())
+        if length <= most:
+            return None
+        return (
+            f"both responses under {number} prompts take {length} tokens and {number} rows hold {most}; shorten its "
+            "perturbed_prompt or raise config.max_length"
         )
-    return auxiliary
+
+    pairs, _, examples = in_contexts(pairs, (rule,), trainer.encoder, trainer.tokenizer, too_long)
+    return pairs, auxiliary_rows(rule, examples)
 
 
 def auxiliary_rows(rule: str, examples: Sequence[Example] = ()) -> AuxiliaryBatch:

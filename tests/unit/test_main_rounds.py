@@ -293,7 +293,7 @@ def test_other_settings_are_refused(run, changed, part):
         ({"prompts": {"format": "text", "reverse_text": "x"}}, "config.prompts.reverse_text"),
         ({"seeds": []}, "seeds.jsonl: the file is empty"),
         ({"unlabelled": []}, "responses.jsonl: the file is empty"),
-        ({"seeds": [{"question": "a"}]}, "seeds.jsonl row 0: none of the columns"),
+        ({"seeds": [{"question": "a"}]}, "seeds.jsonl row 0: column 'response' is missing"),
         ({"seeds": [{"instruction": "Say."}]}, "seeds.jsonl row 0: column 'output' is missing"),
         ({"seeds": [{"instruction": "", "output": "a"}]}, "seeds.jsonl row 0: instruction and input are both empty"),
         ({"seeds": [*SEEDS, {"instruction": "Say.", "output": " "}]}, "seeds.jsonl row 6: its response is empty"),
@@ -340,7 +340,7 @@ def test_nothing_that_could_be_used(run, tmp_path):
 )
 def test_layouts_of_seeds(tmp_path, row):
     write_jsonl(f"{tmp_path}/seeds.jsonl", [row])
-    (pair,) = read_seeds(f"{tmp_path}/seeds.jsonl")
+    (pair,), _ = read_seeds(f"{tmp_path}/seeds.jsonl")
     assert (pair.instruction, pair.response, pair.weight) == ("Q", "A", row.get("weight", 1.0))
 
 

@@ -31,7 +31,7 @@ class Parts:
 
     def make_pairs(self, config, generator):
         self.record("pairs", config)
-        count = len(read_tasks(config.input)) if config.input else config.num_instructions
+        count = len(read_tasks(config.input)[0]) if config.input else config.num_instructions
         stages = [{"stage": "decompose", "rows": count, "dropped": 1, "reasons": {"refusal": 1}}]
         counts = {"input": count, "pairs": count - 1, "dropped": 1, "stages": stages, "left_out": {}}
         write_jsonl(f"{config.output}.counts.json", [counts])

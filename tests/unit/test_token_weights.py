@@ -10,11 +10,12 @@ import pytest
 
 from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.score_store import ScoreStore
+from lm_jax.data.text import checked
 from lm_jax.errors import UserError
 from lm_jax.scoring.contexts import contrast_head
-from musc_jax.training.examples import Pairs, rule_for
+from musc_jax.training.examples import rule_for
 from musc_jax.weights import rules as token_weights
-from musc_jax.weights.command import perturbed_prompts
+from musc_jax.weights.command import perturbed_of
 from musc_jax.weights.rules import CHOSEN, REJECTED, WEIGHING_RULES, ResponseScores, contexts_of, parse_rules
 from musc_jax.weights.stored import COLUMN, key_digest, pair_fingerprint, store_as_written, stored_fields
 
@@ -285,7 +286,7 @@ def read(tmp_path, rows, order=(0, 1), weights="store", lengths=((3, 2), (4, 1))
         str(tmp_path / "weighed.jsonl"),
         weights,
     )
-    return [next(iter(found.values())) for found in fields]
+    return [next(iter(found.values())) for found in checked(fields)]
 
 
 def test_weights_are_found_whatever_the_rows_order(store, tmp_path):
@@ -367,7 +368,7 @@ def user(text):
 def perturbed(prompt, value, rules=("calibrated_entropy",)):
     row = PreferenceRow(7, "7", prompt, "c", "r", None, None)
     columns = {} if value is None else {"perturbed_prompt": value}
-    return perturbed_prompts(Pairs([row], [columns], [], [], "uniform", "pairs.jsonl", []), rules)[0]
+    return perturbed_of(row, columns, rules, "pairs.jsonl row 7")
 
 
 def test_perturbed_prompts():
