@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 
+from lm_jax.data.messages import split_arguments
 from lm_jax.errors import UserError
 from lm_jax.generation.requests import Completion, Sample
 from musc_jax.pairs.prompts import DEFAULT, SEPARATOR
@@ -194,8 +195,9 @@ class Scripted:
     def _answer(self, request, sampling) -> Completion:
         self.requests.append(request)
         name = "prompt" if isinstance(request.prompt, str) else "messages"
+        given = request.prompt if name == "prompt" else split_arguments(request.prompt)[1]
         seed = int.from_bytes(hashlib.sha256(f"{sampling.seed} {request.id}".encode()).digest()[:4], "big")
-        asked = Asked(len(self.requests), "", {}, {name: request.prompt, "seed": seed}, 0.0, 1)
+        asked = Asked(len(self.requests), "", {}, {name: given, "seed": seed}, 0.0, 1)
         changed = self.change(answer(asked), asked)
         if isinstance(changed, str):
             return Completion(request.id, (Sample(changed, "stop", 3),))

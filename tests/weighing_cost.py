@@ -105,7 +105,8 @@ def measure(model: Path, pairs_file: Path, number: int | None, max_length: int, 
     encoder = TextEncoder(tokenizer, max_length)
     pairs = load_pairs(str(pairs_file), encoder, "uniform")
     full = pairs.segments[: 2 * number if number else None]
-    nothing = {form: no_prompt(encoder, tokenizer, form) for form in {type(row.prompt) for row in pairs.rows}}
+    empty = {str: "", list: [{"role": "user", "content": ""}]}
+    nothing = {form: no_prompt(encoder, tokenizer, text) for form, text in empty.items()}
 
     def under(context, i):
         segment = full[i]

@@ -83,9 +83,7 @@ def _needs_scores(config: MuscTrainConfig, rule: str) -> bool:
     return config.loss.needs_reference or rule in RULES_ON_SCORES
 
 
-def _load(
-    path: str, config: MuscTrainConfig, trainer: Trainer, weights: str
-) -> tuple[Pairs, AuxiliaryBatch | None]:
+def _load(path: str, config: MuscTrainConfig, trainer: Trainer, weights: str) -> tuple[Pairs, AuxiliaryBatch | None]:
     """The pairs of a file, and what travels with the batches for weights that the policy computes."""
     online, auxiliary = online_rule(weights), None
     limits = config.columns, config.max_dropped_share

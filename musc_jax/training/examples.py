@@ -98,7 +98,7 @@ class Pairs(PairRows):
         sides = list(zip(self.segments[::2], self.segments[1::2], strict=True))
         return stored_fields(
             self.columns,
-            [pair_fingerprint(r.prompt, c.response, j.response) for r, (c, j) in zip(self.rows, sides, strict=True)],
+            [pair_fingerprint(c.prompt, c.response, j.response) for c, j in sides],
             [(len(c.response), len(j.response)) for c, j in sides],
             [self.name(i) for i in range(len(self))],
             self.path,

@@ -16,7 +16,7 @@ from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress, say
 from lm_jax.data.columns import RowKeys
 from lm_jax.data.faults import write_faults
-from lm_jax.data.messages import Text
+from lm_jax.data.messages import TOOLS, Text, split_arguments, with_arguments
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
@@ -164,8 +164,9 @@ def in_contexts(
         pairs, (perturbed, prompts[PERTURBED]) = pairs.sound(perturbed, ids)
     prompts[FULL] = [s.prompt for s in pairs.segments[::2]]
     if NONE in contexts:
-        empty = {form: no_prompt(encoder, tokenizer, form) for form in {type(row.prompt) for row in pairs.rows}}
-        prompts[NONE] = [empty[type(row.prompt)] for row in pairs.rows]
+        empty = [_without_instruction(row.prompt) for row in pairs.rows]
+        found = {repr(text): no_prompt(encoder, tokenizer, text) for text in empty}
+        prompts[NONE] = [found[repr(text)] for text in empty]
     examples = [
         tuple(Segment(prompts[context][i // 2], segment.response) for context in contexts)
         for i, segment in enumerate(pairs.segments)
@@ -200,18 +201,25 @@ def perturbed_of(row: PreferenceRow, columns: Mapping[str, Any], rules: Sequence
     return perturbed_prompt(row.prompt, value, name)
 
 
-def no_prompt(encoder: TextEncoder, tokenizer: Any, form: type) -> np.ndarray:
+def _without_instruction(prompt: Text) -> Text:
+    """An empty one in the prompt's form, with what its chat template takes besides; not the functions to call."""
+    if isinstance(prompt, str):
+        return ""
+    arguments = {name: value for name, value in split_arguments(prompt)[0].items() if name != TOOLS}
+    return with_arguments([{"role": "user", "content": ""}], arguments)
+
+
+def no_prompt(encoder: TextEncoder, tokenizer: Any, empty: Text) -> np.ndarray:
     """Token ids of no instruction: int32 [P], P >= 1.
 
-    Messages: the chat template around one empty user message. Raw text: the tokenizer's leading special tokens; where
-    it has none, its end token, which is what stands between texts in pretraining.
+    Args:
+      empty: messages: one empty user message, for the chat template. Raw text: the tokenizer's leading special tokens
+        stand for it; where it has none, its end token, which is what stands between texts in pretraining.
     """
-    if form is not str:
-        return encoder.encode_prompt([{"role": "user", "content": ""}], "the empty instruction")
     lead = tokenizer("", add_special_tokens=True)["input_ids"]
-    if not [i for i in lead if i != tokenizer.eos_token_id]:
+    if isinstance(empty, str) and not [i for i in lead if i != tokenizer.eos_token_id]:
         return np.array([tokenizer.eos_token_id], np.int32)
-    return encoder.encode_prompt("", "the empty instruction")
+    return encoder.encode_prompt(empty, "the empty instruction")
 
 
 def store_key(
@@ -222,11 +230,10 @@ def store_key(
     source: ModelSource,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """What the weights depend on. Of prompts texts and tokenizer (its template with it), which settle the ids."""
+    """What the weights depend on. Of perturbed prompts text and tokenizer, with its template: they settle the ids."""
     digest = hashlib.sha256()
-    for i, row in enumerate(pairs.rows):
-        chosen, rejected = (s.response for s in pairs.segments[2 * i : 2 * i + 2])
-        digest.update(pair_fingerprint(row.prompt, chosen, rejected).encode())
+    for i in range(len(pairs)):
+        digest.update(_fingerprint(pairs, i).encode())
     key: dict[str, Any] = {
         "rules": list(rules),
         "tokens": digest.hexdigest(),
@@ -311,9 +318,13 @@ def _raw_scores(scores: Contrast, contexts: Sequence[str]) -> dict[str, np.ndarr
 def _rows(pairs: Pairs, store: ScoreStore, rule: str, output: str) -> Iterator[Mapping[str, Any]]:
     """The input's rows with a pointer each."""
     common = {"store": store_as_written(store.path, output), "key": key_digest(store.key), "rule": rule}
-    for i, (row, columns) in enumerate(zip(pairs.rows, pairs.columns, strict=True)):
-        chosen, rejected = (s.response for s in pairs.segments[2 * i : 2 * i + 2])
-        yield {**columns, COLUMN: common | {"row": i, "tokens": pair_fingerprint(row.prompt, chosen, rejected)}}
+    for i, columns in enumerate(pairs.columns):
+        yield {**columns, COLUMN: common | {"row": i, "tokens": _fingerprint(pairs, i)}}
+
+
+def _fingerprint(pairs: Pairs, i: int) -> str:
+    chosen, rejected = pairs.segments[2 * i : 2 * i + 2]
+    return pair_fingerprint(chosen.prompt, chosen.response, rejected.response)
 
 
 def _summary(store: ScoreStore, rules: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.data.messages import Text
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.text import attempt
 from lm_jax.errors import UserError
@@ -23,13 +22,10 @@ COLUMN = "token_weights"
 _KINDS = {"store": str, "key": str, "row": int, "rule": str, "tokens": str}
 
 
-def pair_fingerprint(prompt: Text, chosen: np.ndarray, rejected: np.ndarray) -> str:
-    """Of what weights are made for: the prompt's text and the token ids of both responses. 16 hex digits.
-
-    The prompt's text and not its ids: what matters of the template is in the store's own key.
-    """
-    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode())
-    for ids in (chosen, rejected):
+def pair_fingerprint(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> str:
+    """Of what weights are made for: the token ids of the prompt and of both responses. 16 hex digits."""
+    digest = hashlib.sha256()
+    for ids in (prompt, chosen, rejected):
         digest.update(np.array([len(ids), *ids], "<i4").tobytes())
     return digest.hexdigest()[:16]
 
@@ -108,9 +104,9 @@ def _pointer_fault(
     there = tuple(int(n) for n in store.lengths[2 * pointer["row"] : 2 * pointer["row"] + 2])
     if pointer["tokens"] != tokens or there != lengths:
         return (
-            f"its weights in {store.path} were made for other texts, another tokenizer or another config.max_length "
-            f"({there[0]} and {there[1]} tokens there, {lengths[0]} and {lengths[1]} here); run "
-            "launch.musc_token_weights again on these rows with this model and max_length"
+            f"its weights in {store.path} were made for other texts, another tokenizer, config.max_length or "
+            f"config.chat_template_kwargs ({there[0]} and {there[1]} tokens there, {lengths[0]} and {lengths[1]} "
+            "here); run launch.musc_token_weights again on these rows with this model and these settings"
         )
     return None
 

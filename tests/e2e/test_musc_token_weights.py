@@ -284,7 +284,7 @@ def test_weights_for_something_else_are_refused(place, weighed, tmp_path):
     }
     for flags, where in cases.values():
         line = fork("musc_train", *flags).error()
-        assert where in line and "were made for other texts, another tokenizer or another config.max_length" in line
+        assert where in line and "were made for other texts, another tokenizer, config.max_length" in line
         assert "run launch.musc_token_weights again" in line and not (place.path / "t").exists()
 
 

@@ -77,6 +77,7 @@ def settings(path, rows, **changes):
         "input": write_rows(path / "pairs.jsonl", rows),
         "output": str(path / "weighed.jsonl"),
         "store": None,
+        "chat_template_kwargs": "",
         "rules": "all",
         "keep_scores": True,
         "seed": SEED,

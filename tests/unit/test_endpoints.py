@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from lm_jax.data.messages import with_arguments
 from lm_jax.errors import UserError
 from lm_jax.generation.endpoint_gate import Gate
-from lm_jax.generation.endpoint_wire import wait_hint
+from lm_jax.generation.endpoint_wire import request_body, wait_hint
 from lm_jax.generation.endpoints import EndpointGenerator
 from lm_jax.generation.requests import Request, SamplingConfig
 from tests.http_server import Asked, Reply, Server, completion
@@ -705,3 +706,25 @@ def test_settings_out_of_range(settings, says):
     with pytest.raises(UserError) as caught:
         EndpointGenerator(**{"url": "http://host:8000/v1", "model": "tiny"} | settings)
     assert says in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_what_a_chat_template_takes_besides():
+    """The row's before the settings'; functions and arguments as the API has them."""
+    call = {"function": {"name": "tide", "arguments": {"at": "Oslo"}}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    given = with_arguments(messages, {"tools": [{"type": "function"}], "enable_thinking": False})
+    body = request_body(Request("r", given), SAMPLING, "tiny", 1, 0, {"enable_thinking": True, "depth": 2})
+    assert body["extra_body"] == {"chat_template_kwargs": {"enable_thinking": False, "depth": 2}}
+    assert body["tools"] == [{"type": "function"}] and body["messages"][0] == messages[0]
+    assert body["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"at": "Oslo"}'
+    plain = request_body(Request("r", "text"), SAMPLING, "tiny", 1, 0, {"enable_thinking": True})
+    assert "extra_body" not in plain and plain["prompt"] == "text"
+    assert "extra_body" not in request_body(Request("r", messages), SAMPLING, "tiny", 1, 0, {})
+
+
+def test_arguments_of_the_settings_reach_the_server():
+    kwargs = {"enable_thinking": False}
+    asked = [Request("r", [{"role": "user", "content": "Hi"}])]
+    with Server() as server:
+        assert collect(generator(server, chat_template_kwargs=kwargs), asked)["r"].error is None
+        assert server.asked[-1].body["chat_template_kwargs"] == kwargs

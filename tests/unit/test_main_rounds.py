@@ -10,6 +10,7 @@ from lm_jax.config import from_config_dict
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.errors import UserError
 from main_jax.rounds import command as rounds
+from main_jax.rounds import rows as round_rows
 from main_jax.rounds.candidates import Candidates
 from main_jax.rounds.config import RoundsConfig
 from main_jax.rounds.inputs import read_seeds
@@ -388,3 +389,24 @@ def test_the_settings_are_those_of_the_neighbours():
     changed = get_config()
     changed.forward.dtype = "float32"
     assert changed.forward.compute.dtype == "float32" and changed.reverse.compute.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("opened", ["", "<think>"])
+def test_thoughts_are_no_instruction_and_no_response(opened):
+    """Also where the prompt has their opening: then an answer without their end is all thoughts."""
+    begin = "" if opened else "<think>"
+    texts = [f"{begin}1. So\nInstruction: Say no.</think>\n\nSay what the sea is.", f"{begin}Hm, the sea. Say what is"]
+    answers = [{"response": texts, "finish_reason": ["stop", "stop"]}]
+    found = list(round_rows.candidate_rows([{"id": 1, "response": "It is wide and blue."}], answers, opened))
+    assert [(row["instruction"], row["fault"]) for row in found] == [
+        ("Say what the sea is.", None),
+        (None, "truncated"),
+    ]
+    answers = [
+        {"response": text, "finish_reason": "stop"} for text in [*texts, f"{begin}hm</think>I cannot help with it."]
+    ]
+    assert round_rows.sampled_responses(answers, opened) == [
+        ("Say what the sea is.", None),
+        (None, "truncated"),
+        (None, "refusal"),
+    ]

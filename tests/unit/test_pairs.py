@@ -3,18 +3,23 @@
 import hashlib
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from configs.musc_pairs import get_config
 from lm_jax.config import from_config_dict
+from lm_jax.data.messages import split_arguments
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
+from lm_jax.generation.generator import Local
+from musc_jax.pairs import command
 from musc_jax.pairs.command import PairsConfig, make_pairs
 from musc_jax.pairs.demonstrations import own_demonstrations
 from musc_jax.pairs.prompts import SEPARATOR, STOP
 from musc_jax.pairs.tasks import Task, read_tasks
 from tests.strong_model import POINT, TASK, Scripted, core, cut, failed, manners, stage_of
+from tests.unit.test_templates import encoder_of, published
 
 MIXED = {"drop": 0.4, "substitute": 0.3, "negate": 0.3}
 ORDER = ("decompose", "negate", "recombine", "check", "respond")
@@ -56,7 +61,8 @@ def pairs(tmp_path, capsys):
         output = tmp_path / name / "out.jsonl"
         config = get_config()
         config.update({"output": str(output), "seed": 3, **settings})
-        make_pairs(from_config_dict(PairsConfig, config.to_dict()), model or Scripted())
+        given = None if model == "config's" else model or Scripted()
+        make_pairs(from_config_dict(PairsConfig, config.to_dict()), given)
         return (*(_lines(f"{output}{end}") for end in ("", ".dropped.jsonl")), counts_of(output))
 
     return call
@@ -571,3 +577,64 @@ def test_the_table(pairs, capsys):
         "decompose     4        1  1 too_few_constraints\n"
         "pairs         3        3  of 6 rows\n"
     )
+
+
+# --- chat templates and thoughts -------------------------------------------------------------------------------------
+
+
+def test_a_rows_template_arguments_go_with_all_that_is_asked_about_it(pairs):
+    rows, kwargs = instructions(6), {"enable_thinking": False}
+    rows[2]["chat_template_kwargs"] = kwargs
+    rows[3]["chat_template_kwargs"] = json.dumps(kwargs)
+    model = Scripted()
+    made, _, _ = pairs(rows, model, verify=True)
+    found = {row["id"]: row.get("chat_template_kwargs") for row in made}
+    assert found == {f"r{i}": kwargs if i in (2, 3) else None for i in range(6)}
+    for request in model.requests:
+        own, _ = split_arguments(request.prompt)
+        assert own == (found[request.id.split("/")[0]] or {})
+    assert len({request.id.split("/")[1] for request in model.requests}) == 4
+    with pytest.raises(UserError, match="in.jsonl row 0: chat_template_kwargs: must be a JSON object"):
+        pairs([{"instruction": "Write.", "chat_template_kwargs": "no"}], name="other")
+
+
+@pytest.fixture
+def thinker(monkeypatch):
+    """A model here whose generation prompt opens thoughts, which its answers go on with."""
+    tokenizer = encoder_of(published("deepseek_r1_distill"))[1]
+    local = Local(SimpleNamespace(fingerprint=lambda: "weights"), tokenizer, (1,), None)
+    monkeypatch.setattr(command, "local_mesh", lambda config: "a mesh")
+    monkeypatch.setattr(command, "open_local", lambda config, mesh: local)
+
+    def answers_with(change):
+        model = Scripted(change)
+        monkeypatch.setattr(command, "load_local", lambda config, local: model)
+        return model
+
+    return answers_with
+
+
+def test_thoughts_are_no_part_of_any_answer(pairs, thinker):
+    """Lists, scores and verdicts in thoughts are none; what ends in the middle of them is no answer."""
+    musing = (
+        "1. Is it about tulips?\n2. Is it short?\nScore: 1\nI'm sorry, but I can't help with that.\n1: NO\n</think>\n\n"
+    )
+    thinker(lambda text, asked: musing + text)
+    made, dropped, _ = pairs(model="config's")
+    plain, *_ = pairs(name="plain")
+    texts = [[row[k] for k in ("prompt", "chosen", "rejected", "constraints")] for row in made]
+    assert texts == [[row[k] for k in ("prompt", "chosen", "rejected", "constraints")] for row in plain] and not dropped
+
+
+@pytest.mark.parametrize("stage", ["decompose", "recombine", "respond"])
+def test_thoughts_that_do_not_end(pairs, thinker, stage):
+    """Though the answer shows no `<think>`, which stands in its prompt, and ends by itself."""
+
+    def change(text, asked):
+        broken = stage_of(asked) == stage and "letter 4" in json.dumps(asked.body["messages"])
+        return text if broken else f"hm</think>\n\n{text}"
+
+    thinker(change)
+    made, dropped, _ = pairs(model="config's")
+    assert [(row["id"], row["stage"], row["reason"]) for row in dropped] == [("r4", stage, "truncated")]
+    assert len(made) == 11

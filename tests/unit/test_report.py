@@ -59,8 +59,8 @@ def config(path, **settings):
         "model": None,
         "input": str(path),
         "output": str(path.parent / "page.html"),
-        "counts": None,
         "chat_template_kwargs": "",
+        "counts": None,
         "weights": "auto",
         "max_pairs": 200,
         "seed": None,
@@ -195,8 +195,9 @@ def test_tokens_and_numbers_are_those_of_training(tmp_path, model):
     common = {"store": "pairs.weights", "key": key_digest(store.key), "rule": "kl"}
     made = rows()
     for i, row in enumerate(made):
-        chosen, rejected = (s.response for s in pairs.segments[2 * i : 2 * i + 2])
-        row[COLUMN] = common | {"row": i, "tokens": pair_fingerprint(row["prompt"], chosen, rejected)}
+        chosen, rejected = pairs.segments[2 * i : 2 * i + 2]
+        tokens = pair_fingerprint(chosen.prompt, chosen.response, rejected.response)
+        row[COLUMN] = common | {"row": i, "tokens": tokens}
     data = report_data(config(written(tmp_path, made), model=model))
     assert data["rules"] == ["kl", "calibrated_entropy"]
     assert data["scores"] == ["logprob_full", "logprob_none", "entropy_full"]

@@ -3,7 +3,7 @@
 import pytest
 
 from lm_jax.evaluation.judged import Question, read_verdict
-from lm_jax.generation.verdicts import read_points, read_preference
+from lm_jax.generation.verdicts import read_points, read_preference, read_score
 
 POINTS = [
     ("1: YES\n2: NO\n3: YES", (True, False, True)),
@@ -75,3 +75,9 @@ def test_faults():
     assert read_verdict(question, "1: YES", "stop").fault == "unparsable"
     assert read_verdict(question, "1: YES\n2: NO", "stop").value == (True, False)
     assert read_verdict(Question("0", 0, "?", 0), "Verdict: A", "stop").value == "A"
+
+
+def test_thoughts_are_no_verdict():
+    thoughts = "<think>Score: 2\n1: NO\nVerdict: A</think>\n"
+    assert read_score(f"{thoughts}Score: 4") == 4 and read_score("<think>Score: 4") is None
+    assert read_points(f"{thoughts}1: YES", 1) == (True,) and read_preference(f"{thoughts}Verdict: B") == "B"
