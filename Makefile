@@ -34,10 +34,10 @@ test-all: lint
 test-real: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m real -rs tests/real
 
-# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults lists: TIMES of each
-TIMES ?= 3
+# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults lists: TIMES of each, or as many as stand there
+
 faults: $(VENV)/.installed-test
-	$(BIN)/python -m tests.faults --times=$(TIMES)
+	$(BIN)/python -m tests.faults $(TIMES:%=--times=%)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

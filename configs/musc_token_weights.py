@@ -30,8 +30,6 @@ def get_config(preset: str = "") -> ConfigDict:
     c.batch = ConfigDict()
     c.batch.rows = 8  # a forward pass, over all devices
     c.batch.row_length = 6144  # 3 x max_length: a response under three prompts; long rows also leave little padding
-    c.batch.microbatches = 1  # nothing to accumulate
-    c.batch.max_examples_per_row = 64  # responses in a row
 
     c.mesh = ConfigDict()
     c.mesh.data = 1

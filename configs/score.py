@@ -22,8 +22,6 @@ def get_config() -> ConfigDict:
     c.batch = ConfigDict()
     c.batch.rows = 8  # a forward pass, over all devices
     c.batch.row_length = 2048  # at least max_length
-    c.batch.microbatches = 1  # nothing to accumulate
-    c.batch.max_examples_per_row = 64  # responses in a row
 
     c.mesh = ConfigDict()
     c.mesh.data = 1

@@ -10,7 +10,8 @@ from lm_jax.checkpoints.directories import check_output
 from lm_jax.checkpoints.hub import check_push, push
 from lm_jax.checkpoints.model_card import model_card
 from lm_jax.checkpoints.peft import export_peft
-from lm_jax.checkpoints.runs import ModelSource, open_model, read_settings, training_records
+from lm_jax.checkpoints.runs import ModelSource, open_model
+from lm_jax.checkpoints.settings import read_settings, training_records
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh

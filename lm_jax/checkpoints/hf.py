@@ -5,7 +5,6 @@ Loading reads for every device only its slice, one stacked tensor at a time. Exp
 
 import contextlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,12 +28,12 @@ from lm_jax.checkpoints.weight_files import (
 )
 from lm_jax.checkpoints.weight_names import model_tensors
 from lm_jax.config import ModelConfig
-from lm_jax.distributed.processes import barrier, everywhere, reached
+from lm_jax.distributed.processes import barrier, everywhere, moving, reached
 from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from lm_jax.sharding import padded_shape
-from lm_jax.strict_json import read_json_object
+from lm_jax.strict_json import dumps, read_json_object
 
 DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
 _ALIGNED = 64  # bytes
@@ -100,7 +99,8 @@ def _load(
     def fill(layer: int) -> None:  # read once, for all devices
         whole = spec.to_ours(tensors[names[layer]].array, config)
         for place, out in slices.items():
-            target, *rest = (out[layer - place[0].start], *place[1:]) if spec.stacked else (out, *place)
+            cut: tuple[Any, ...] = (out[layer - place[0].start], *place[1:]) if spec.stacked else (out, *place)
+            target, *rest = cut
             part = whole[tuple(slice(r.start, r.stop) for r in rest)]
             if part.shape != target.shape:  # the rest is padding
                 target[...] = 0
@@ -194,7 +194,8 @@ def export_hf(
                 if writer:
                     shard[name] = _cast(spec.to_hf(host, config), dtype, name)
             if partial is not None:
-                save_file(shard, partial / file, metadata={"format": "pt"})
+                with moving(str(output_dir)):
+                    save_file(shard, partial / file, metadata={"format": "pt"})
         if partial is not None:
             if split.is_sharded:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
@@ -252,4 +253,4 @@ def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """Adapters in PEFT's format: what `peft.PeftModel.from_pretrained` loads onto the model that they were trained on."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lm_jax.config import LoraConfig, ModelConfig
 from lm_jax.distributed.processes import barrier
 from lm_jax.models.lora import peft_config, peft_tensors
 from lm_jax.sharding import to_host
+from lm_jax.strict_json import dumps
 
 
 def export_peft(
@@ -42,7 +42,7 @@ def export_peft(
         with appears_whole(output_dir) as partial:
             tensors = peft_tensors(host, config, lora)
             save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-            settings = json.dumps(peft_config(config, lora, base), indent=2) + "\n"
+            settings = dumps(peft_config(config, lora, base), indent=2) + "\n"
             (partial / "adapter_config.json").write_text(settings, encoding="utf-8")
             copy_side_files(source_dir, partial)
             write_card(card, partial)

@@ -6,10 +6,11 @@ where asked for, `profile/` and `loggers.json` (what the run is called in other 
 """
 
 import dataclasses
+import functools
 import hashlib
-import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,13 +20,17 @@ from jax.sharding import NamedSharding
 from lm_jax.checkpoints import hf as hf_io
 from lm_jax.checkpoints import mirror
 from lm_jax.checkpoints.buckets import is_remote
+from lm_jax.checkpoints.checksums import item_fingerprint
 from lm_jax.checkpoints.directories import copy_side_files, resolve_model_dir
+from lm_jax.checkpoints.fingerprints import config_told, weights_fingerprint
 from lm_jax.checkpoints.lock import NAME, lock
 from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.checkpoints.provenance import Method, made_with, origin
+from lm_jax.checkpoints.settings import Contents, check_same_settings, read_settings, write_settings
+from lm_jax.checkpoints.weight_files import open_checkpoint
 from lm_jax.config import FULL, NF4, LoraConfig, ModelConfig, from_config_dict
 from lm_jax.console import say
-from lm_jax.distributed.processes import at_work, everywhere
+from lm_jax.distributed.processes import at_work, everywhere, moving, reached
 from lm_jax.errors import UserError
 from lm_jax.models.lora import abstract_adapters, merge
 from lm_jax.models.quantized import is_quantized, leaf_specs, leaves, quantize_params, replacement
@@ -74,7 +79,10 @@ class ModelSource:
         if self.run is None:
             replace = replacement(self.config, mesh, dtype) if self.precision == NF4 else None
             shardings = param_shardings(self.config, mesh)
-            return hf_io.load_params(self.directory, self.config, shardings, dtype, replace)
+            with moving(self.directory):
+                params = hf_io.load_params(self.directory, self.config, shardings, dtype, replace)
+            reached("the end of loading the model")
+            return params
         if self.precision == NF4:
             whole = dataclasses.replace(self, precision=FULL).load_params(mesh, "float32")
             return quantize_params(whole, self.config, mesh, dtype)
@@ -94,36 +102,25 @@ class ModelSource:
         with Checkpoints(f"{self.run}/checkpoints", keep=None) as checkpoints:
             return checkpoints.restore({"params": abstract}, self.step)["params"]
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) that changes when the weights do, as `load_params` gives them, without reading all of them.
+        """Hex digits that change when the model does, and do not with its place, its files' times or its precision.
 
-        Of a Hugging Face directory: config.json, and each weight file's name, size, time of change and samples of its
-        bytes. Of a run: its settings and step.
+        Of a Hugging Face directory: what of config.json is computed with, and its tensors. Of a run: the same of
+        config.json, the content of the checkpoint's parameters and, of adapters, their base.
         """
-        files = self._digest(lambda stat: f" {stat.mtime}", str(self.run))
-        return files if self.precision == FULL else f"{files} {self.precision}"
+        digest = hashlib.sha256(config_told(self.config).encode())
+        if self.run is None:
+            digest.update(weights_fingerprint(open_checkpoint(Path(self.directory))).encode())
+        else:
+            digest.update(item_fingerprint(epath.Path(self.run) / "checkpoints" / str(self.step), "params").encode())
+        if self.base is not None and self.lora is not None:
+            digest.update(f"{self.base.fingerprint} {self.lora.scale}".encode())
+        return digest.hexdigest()[:32]
 
-    def identity(self) -> str:
-        """As `fingerprint`, and the same for a copy elsewhere and in any precision."""
-        return self._digest(lambda stat: "", "")
-
-    def _digest(self, time_of: Callable[[Any], str], place: str) -> str:
-        digest = hashlib.sha256((epath.Path(self.directory) / "config.json").read_bytes())
-        if self.run is not None:
-            digest.update((epath.Path(self.run) / "config.json").read_bytes())
-            digest.update(f"{place} {self.step}".encode())
-            return digest.hexdigest()
-        for path in sorted(epath.Path(self.directory).glob("*.safetensors")):
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.length}{time_of(stat)}".encode())
-            with path.open("rb") as f:
-                for i in range(_SAMPLES):
-                    f.seek(i * stat.length // _SAMPLES)
-                    digest.update(f.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
-
-
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+    def content(self) -> dict[str, Any]:
+        """As the settings of a run keep it, see `lm_jax.checkpoints.settings`."""
+        return {"fingerprint": self.fingerprint, "step": self.step}
 
 
 def open_model(model: str, step: int | None = None) -> ModelSource:
@@ -161,7 +158,7 @@ def _base_of(root: epath.Path) -> tuple[ModelSource | None, LoraConfig | None]:
         source = open_model(base["model"], base["step"])
     except UserError as e:
         raise UserError(f"{root}: its adapters need the model that they were trained on: {e}") from e
-    if source.identity() != base["identity"]:
+    if base.get("fingerprint", source.fingerprint) != source.fingerprint:  # older runs did not note it
         raise UserError(
             f"{root}: its adapters belong to other weights than {base['model']} holds now; put the model back that "
             "they were trained on"
@@ -203,6 +200,7 @@ def begin_run(
     config: dict[str, Any],
     source: ModelSource,
     method: Method,
+    made_from: Callable[[], Contents],
     trains_adapters: bool = False,
 ) -> None:
     """Makes the run directory, or finds the same run in it to continue.
@@ -210,24 +208,32 @@ def begin_run(
     Args:
       source: where training starts; adapters will always need it.
       method: what the run will have done.
+      made_from: the content of the rows and models that the settings name; called in process 0 alone.
 
     Raises:
-      UserError: the directory holds something else, a run with other settings, or one that another process is at.
+      UserError: the directory holds something else, a run with other settings, rows or weights, or one that another
+        process is at.
     """
-    root = epath.Path(output)
-    description = {"command": command, "config": config}
-    if trains_adapters:
-        name = config["model"] if is_remote(config["model"]) else source.run or config["model"]
-        name = str(epath.Path(name).absolute()) if not is_remote(name) and epath.Path(name).exists() else name
-        description["base"] = {"model": name, "step": source.step, "identity": source.identity()}
-    before = read_settings(source.run).get("origin") if source.run else None
-    description |= {
-        "method": dataclasses.asdict(method),
-        "origin": origin(config["model"], source.directory, config["input"], before),
-        "made_with": made_with(),
-    }
-    remote = config.get("checkpoints", {}).get("remote")
-    everywhere(lambda: _begin_mirrored(root, description, source, remote), "the run directory")
+
+    def begin() -> None:
+        description: dict[str, Any] = {"command": command, "config": config, "made_from": made_from()}
+        if trains_adapters:
+            description["base"] = {"model": _lasting_name(config["model"], source), **source.content()}
+        before = read_settings(source.run).get("origin") if source.run else None
+        description |= {
+            "method": dataclasses.asdict(method),
+            "origin": origin(config["model"], source.directory, config["input"], before),
+            "made_with": made_with(),
+        }
+        _begin_mirrored(epath.Path(output), description, source, config.get("checkpoints", {}).get("remote"))
+
+    everywhere(begin, "the run directory")
+
+
+def _lasting_name(model: str, source: ModelSource) -> str:
+    """How adapters name their base: found from every working directory."""
+    name = model if is_remote(model) else source.run or model
+    return str(epath.Path(name).absolute()) if not is_remote(name) and epath.Path(name).exists() else name
 
 
 def _begin_mirrored(root: epath.Path, description: dict[str, Any], source: ModelSource, remote: str | None) -> None:
@@ -269,78 +275,3 @@ def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSourc
     copy_side_files(source.directory, root / "model")
     (root / "model" / "config.json").write_text((epath.Path(source.directory) / "config.json").read_text())
     write_settings(path, description)  # last: a directory without config.json is no run
-
-
-def write_settings(path: epath.Path, description: dict[str, Any]) -> None:
-    """Writes what a run was begun with, whole or not at all.
-
-    Args:
-      description: the `command`, its `config` as nested plain values, and what is only told.
-    """
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def check_same_settings(path: epath.Path, description: dict[str, Any], may_change: Collection[str]) -> None:
-    """Compares with what `write_settings` wrote.
-
-    Args:
-      may_change: dotted names of settings, or of groups of them.
-
-    Raises:
-      UserError: of another command, or a setting that differs and may not.
-    """
-    found = _read_settings(path)
-    before, now = flat_settings(found["config"]), flat_settings(description["config"])
-    if found.get("command") != description["command"]:
-        raise UserError(f"{path}: belongs to {found.get('command')}; give another config.output")
-    if found.get("base") != description.get("base"):
-        raise UserError(
-            f"{path}: this run's adapters were begun on other weights (checkpoint {_base_name(found)}, now "
-            f"{_base_name(description)}); put those back or give another config.output"
-        )
-    for key in sorted({*before, *now}):
-        may = any(f"{key}.".startswith(f"{name}.") for name in may_change)
-        if not may and before.get(key) != now.get(key):
-            raise UserError(
-                f"{path}: this run was begun with config.{key}={before.get(key)!r}, now {now.get(key)!r}; "
-                f"continue with the same settings or give another config.output"
-            )
-
-
-def _base_name(settings: dict[str, Any]) -> str:
-    base = settings.get("base") or {}
-    return f"{base.get('model')} step {base.get('step')}" if base.get("step") is not None else str(base.get("model"))
-
-
-def read_settings(run: str | epath.Path) -> dict[str, Any]:
-    """What `begin_run` wrote into a run directory.
-
-    Raises:
-      UserError: nothing of the kind there.
-    """
-    return _read_settings(epath.Path(run) / "config.json")
-
-
-def _read_settings(path: epath.Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text())
-    except (ValueError, OSError):
-        settings = None
-    if not isinstance(settings, dict) or not isinstance(settings.get("config"), dict):
-        raise UserError(f"{path}: not the settings of a run; give another directory")
-    return settings
-
-
-def flat_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def training_records(run: str) -> list[dict[str, Any]]:
-    """A run directory's metrics, those of the evaluations too, in the order of the steps."""
-    return [json.loads(line) for line in (epath.Path(run) / "metrics.jsonl").read_text().splitlines()]

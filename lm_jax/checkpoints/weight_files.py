@@ -33,6 +33,10 @@ class Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     @property
+    def data(self) -> np.ndarray:
+        """[bytes] uint8, as they are stored."""
+
+    @property
     def array(self) -> np.ndarray: ...
 
 

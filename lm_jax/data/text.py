@@ -7,10 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lm_jax.data.chat import render_chat
-from lm_jax.data.messages import TOOLS, Message, Text, messages_fault, split_arguments, tidy_message
-from lm_jax.data.tokenizers import first_line
-from lm_jax.data.turns import Rewritten, write_turn
+from lm_jax.data.messages import Text
+from lm_jax.data.rendering import Rendered, Renderer
 from lm_jax.errors import UserError
 
 T = TypeVar("T")
@@ -33,12 +31,6 @@ class EncodedResponse:
         return len(self.response_ids) < self.full_length
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rendered:
-    lead: tuple[int, ...]  # the tokenizer's own leading special tokens
-    texts: tuple[str, ...]  # the prompt, it with its response, all before the next response, all with it, ...
-
-
 class TextEncoder:
     """Encodes rows as the model sees them in training, in scoring and, for prompts, in generation.
 
@@ -53,7 +45,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any, max_length: int, end_ids: Sequence[int] = ()):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._renderer = tokenizer, Renderer(tokenizer)
         self._max_length = max_length
         self._eos_text = tokenizer.eos_token
         self._end_ids = frozenset({tokenizer.eos_token_id, *end_ids})
@@ -81,7 +73,7 @@ class TextEncoder:
           template or one that fails or shows the prompt otherwise below several messages, doubled BOS or EOS, no end
           token, no room for the response. `checked` raises such an error.
         """
-        rows = self._encode(prompts, responses, wheres, self._render)
+        rows = self._encode(prompts, responses, wheres, self._renderer.row)
         return [row if isinstance(row, UserError) else row[0] for row in rows]
 
     def encode_conversations(
@@ -94,14 +86,14 @@ class TextEncoder:
         template shows earlier turns otherwise once later ones follow, as those do that drop thoughts. A turn whose
         context does not fit `max_length` is left out, and the example before it counts as truncated.
         """
-        return self._encode(prompts, responses, wheres, self._render_turns)
+        return self._encode(prompts, responses, wheres, self._renderer.turns)
 
     def _encode(
         self,
         prompts: Sequence[Text],
         responses: Sequence[Text],
         wheres: Sequence[str],
-        render: Callable[[Text, Text, str], list[_Rendered]],
+        render: Callable[[Text, Text, str], list[Rendered]],
     ) -> list[list[EncodedResponse] | UserError]:
         encoded: list[list[EncodedResponse] | UserError] = []
         for batch in _batches(list(zip(prompts, responses, wheres, strict=True))):
@@ -117,11 +109,11 @@ class TextEncoder:
         return encoded
 
     def _examples(
-        self, rendered: list[_Rendered], tokenized: list[list[list[int]]], where: str
+        self, rendered: list[Rendered], tokenized: list[list[list[int]]], where: str
     ) -> list[EncodedResponse]:
         found: list[EncodedResponse] = []
         for r, ids in zip(rendered, tokenized, strict=True):
-            if found and len(r.lead) + len(ids[0]) >= self._max_length:
+            if found and len(ids[0]) >= self._max_length:
                 lost = found[-1].full_length + len(ids[-1]) - len(ids[0])
                 found[-1] = dataclasses.replace(found[-1], full_length=lost)
             else:
@@ -139,11 +131,11 @@ class TextEncoder:
         """
         encoded: list[np.ndarray | UserError] = []
         for batch in _batches(list(zip(prompts, wheres, strict=True))):
-            rendered = [_attempt(self._render_prompt, *row) for row in batch]
-            tokenized = iter(self._tokenize([r[1] for r in rendered if isinstance(r, tuple)]))
+            rendered = [_attempt(self._renderer.prompt, *row) for row in batch]
+            tokenized = iter(self._tokenize([r.texts[0] for r in rendered if isinstance(r, Rendered)]))
             for r, (_, where) in zip(rendered, batch, strict=True):
-                if isinstance(r, tuple):
-                    encoded.append(_attempt(self._check_prompt, [*r[0], *next(tokenized)], where))
+                if isinstance(r, Rendered):
+                    encoded.append(_attempt(self._prompt_ids, r, next(tokenized), where))
                 else:
                     encoded.append(r)
         return encoded
@@ -178,102 +170,8 @@ class TextEncoder:
                 break
         return whole[len(head) :]
 
-    def _render_prompt(self, prompt: Text, where: str) -> tuple[tuple[int, ...], str]:
-        if isinstance(prompt, str):
-            return self._lead, _valid(prompt, where)
-        _check_messages(prompt, "prompt", where)
-        return (), _valid(self._apply_template(prompt, where, add_generation_prompt=True), where)
-
-    def _render(self, prompt: Text, response: Text, where: str) -> list[_Rendered]:
-        response = self._response(prompt, response, where, each=False)
-        lead, start = self._render_prompt(prompt, where)
-        if isinstance(prompt, str) or isinstance(response, str):
-            return [_Rendered(lead, (start, _valid(f"{start}{response}", where)))]
-        messages = [*prompt, *response]
-        if messages[-1]["role"] == "assistant":
-            whole = "".join(self._write_turn(messages[:-1], messages[-1], where))
-        else:
-            whole = self._apply_template(messages, where, add_generation_prompt=False)
-        if not whole.startswith(start):
-            raise UserError(
-                f"{where}: {_difference(start, whole)}; give the last turn alone as the response, with those before it "
-                "in the prompt, or use a chat template that leaves earlier turns as they are"
-            )
-        return [_Rendered(lead, (start, _valid(whole, where)))]
-
-    def _render_turns(self, prompt: Text, response: Text, where: str) -> list[_Rendered]:
-        if isinstance(prompt, str) or isinstance(response, str):
-            return self._render(prompt, response, where)
-        _check_messages(prompt, "prompt", where)
-        messages, examples = [*prompt, *self._response(prompt, response, where, each=True)], list[list[str]]()
-        for i in range(len(prompt), len(messages)):
-            if messages[i]["role"] == "assistant":
-                start, written = self._write_turn(messages[:i], messages[i], where)
-                if not examples or not start.startswith(examples[-1][-1]):
-                    examples.append([])
-                examples[-1] += [start, start + written]
-        return [_Rendered((), (*texts[:-1], _valid(texts[-1], where))) for texts in examples]
-
-    def _response(self, prompt: Text, response: Text, where: str, each: bool) -> Any:
-        """The response in the prompt's form, a string with its end token.
-
-        Args:
-          each: every turn of the assistant must say something, else one.
-
-        Raises:
-          UserError: it is no response, or empty.
-        """
-        if isinstance(response, str):
-            contents = [response]
-        else:
-            _check_messages(response, "response", where)
-            said = [m for m in response if m["role"] == "assistant" or not each]
-            contents = [m.get("content") or str(m.get("tool_calls") or "") for m in said]
-        if not (all if each and contents else any)(content.strip() for content in contents):
-            raise UserError(f"{where}: the response is empty, so its mask would be; drop the row")
-        if isinstance(prompt, str):
-            if not isinstance(response, str):
-                raise UserError(f"{where}: the prompt is a string but the response is messages; make them alike")
-            return response if response.endswith(self._eos_text) else response + self._eos_text
-        return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-
-    def _write_turn(self, before: Sequence[Message], turn: Message, where: str) -> tuple[str, str]:
-        """See `turns.write_turn`."""
-        try:
-            return write_turn(lambda messages, start: self._apply_template(messages, where, start), before, turn)
-        except Rewritten as error:
-            raise UserError(
-                f"{where}: the chat template does not show the assistant's turn, or not once; mend it"
-            ) from error
-
-    def _apply_template(self, messages: Sequence[Message], where: str, add_generation_prompt: bool) -> str:
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                f"{where}: messages were given but the tokenizer has no chat template; give strings, or set "
-                "chat_template in tokenizer_config.json"
-            )
-        arguments, messages = split_arguments(messages)
-        if arguments.get(TOOLS) and TOOLS not in str(self._tokenizer.chat_template):
-            raise UserError(
-                f"{where}: has tools, which the chat template does not show; use a tokenizer whose template does, or "
-                "leave the column out"
-            )
-        try:
-            return render_chat(
-                self._tokenizer,
-                [tidy_message(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **arguments,
-            )
-        except Exception as error:  # a template can raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
-                f"{where}: the chat template refuses the messages with roles {roles} ({first_line(error)}); mend the "
-                "row's roles and order, or the template"
-            ) from error
-
-    def _split(self, rendered: _Rendered, tokenized: list[list[int]], where: str) -> EncodedResponse:
-        prompt_ids = self._check_prompt([*rendered.lead, *tokenized[0]], where)
+    def _split(self, rendered: Rendered, tokenized: list[list[int]], where: str) -> EncodedResponse:
+        prompt_ids = self._prompt_ids(rendered, tokenized[0], where)
         ids, boundary_split = tokenized[0], False
         after: list[int] = []
         mask: list[bool] = []
@@ -294,9 +192,9 @@ class TextEncoder:
         loss_mask = None if all(mask) else np.array(mask[:learnt])
         return EncodedResponse(prompt_ids, response_ids[:learnt], len(response_ids), boundary_split, loss_mask)
 
-    def _check_prompt(self, ids: list[int], where: str) -> np.ndarray:
-        """The prompt's ids as an array."""
+    def _prompt_ids(self, rendered: Rendered, ids: list[int], where: str) -> np.ndarray:
         lead, bos = list(self._lead), self._tokenizer.bos_token_id
+        ids = [*(lead if rendered.raw else ()), *ids]
         if (lead and ids[: 2 * len(lead)] == 2 * lead) or (bos is not None and ids[:2] == [bos, bos]):
             raise UserError(
                 f"{where}: doubled BOS: the prompt begins with {self._tokenizer.decode(ids[: len(lead) or 1])!r}, "
@@ -338,19 +236,6 @@ class TextEncoder:
         return ids[:end]
 
 
-def _check_messages(value: Any, name: str, where: str) -> None:
-    if fault := messages_fault(value):
-        raise UserError(f"{where}: {name} {fault}; give a string or a list of {{'role': ..., 'content': ...}}")
-
-
-def _difference(shorter: str, longer: str) -> str:
-    common = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
-    return (
-        "the chat template shows the prompt otherwise once several turns follow: alone it goes on with "
-        f"{shorter[common : common + 40]!r}, then with {longer[common : common + 40]!r}"
-    )
-
-
 def _attempt(do: Callable[..., T], *args: Any) -> T | UserError:
     try:
         return do(*args)
@@ -367,14 +252,3 @@ def checked(encoded: Sequence[T | UserError]) -> list[T]:
 
 def _batches(rows: list[Any]) -> Iterator[list[Any]]:
     return (rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH))
-
-
-def _valid(text: str, where: str) -> str:
-    """`text`, if the tokenizer can take it: JSON can carry half of a surrogate pair, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half a surrogate pair at character {error.start}; remove it from the text"
-        ) from error
-    return text

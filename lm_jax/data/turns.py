@@ -21,8 +21,8 @@ _OPENED = re.compile(r"[<\[](?:think|thought|reason)\w*[>\]]\s*\Z", re.IGNORECAS
 _KEPT_APART = ("reasoning_content", "thinking", "reasoning")  # a message's thoughts, as transformers knows them
 
 
-class Rewritten(Exception):
-    """A template by which a turn cannot be told from what stands before it."""
+class NotShown(Exception):
+    """What of a turn a template leaves out."""
 
 
 def write_turn(render: Render, before: Sequence[Message], turn: Message) -> tuple[str, str]:
@@ -33,13 +33,16 @@ def write_turn(render: Render, before: Sequence[Message], turn: Message) -> tupl
     and thoughts without a word, which a template adds, are left out.
 
     Raises:
-      Rewritten: the template leaves the turn out, or nothing tells where it begins.
+      NotShown: the template leaves the turn out, or its calls.
     """
     start, whole = render(before, True), render([*before, turn], False)
     own = _own_text(turn, start)
     written = whole[len(start) :] if whole.startswith(start) else None
-    if written is None or not (turn.get("tool_calls") or _has(start[-_REACH:] + written, own)):
+    if written is None or not _has(start[-_REACH:] + written, own):
         written = _framed(render, before, turn, start, own, whole)
+    calls = (call.get("function", call) for call in turn.get("tool_calls") or () if isinstance(call, dict))
+    if not all(str(call.get("name", "")) in written for call in calls if isinstance(call, dict)):
+        raise NotShown("the tool calls")
     added = _NO_THOUGHTS.match(written)
     if added and not own.lstrip().startswith(added[2]):
         written = added[1] + written[added.end() :]
@@ -58,17 +61,18 @@ def _own_text(turn: Message, start: str) -> str:
 
 def _framed(render: Render, before: Sequence[Message], turn: Message, start: str, own: str, whole: str) -> str:
     """The turn where the conversation with it, `whole`, does not go on from `start`, or lacks a part of its text."""
-    head, mark, end = render([*before, {"role": turn["role"], "content": _MARK}], False).partition(_MARK)
+    frame = {name: value for name, value in turn.items() if name not in _KEPT_APART} | {"content": _MARK}
+    head, mark, end = render([*before, frame], False).partition(_MARK)
+    if not mark and turn.get("tool_calls"):  # the template shows calls alone, whatever was said with them
+        own = ""
+        head, mark, end = render([*before, {"role": turn["role"], "content": _MARK}], False).partition(_MARK)
     if not mark or _MARK in end:
-        raise Rewritten
+        raise NotShown("the text")
     lead, opened = _lead(start, head)
     begin = head.removesuffix(lead)
-    if whole.startswith(begin):
-        written = whole[len(begin) :]
-        if turn.get("tool_calls") or _has(opened + written, own):
-            return _without_opening(written, opened)
-    if turn.get("tool_calls"):
-        raise Rewritten
+    written = whole[len(begin) :]
+    if whole.startswith(begin) and _has(opened + written, own):
+        return _without_opening(written, opened)
     return lead + _without_opening(own, opened) + end
 
 

@@ -14,7 +14,6 @@ import jax
 from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, split_names
 from lm_jax.console import say
-from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, write_jsonl, write_text
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
@@ -25,6 +24,7 @@ from lm_jax.evaluation.responses import answers_of, read_responses
 from lm_jax.evaluation.tasks import Tasks, markdown, table, task_file
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
+from lm_jax.strict_json import dumps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +121,9 @@ def evaluate_ifeval(config: IfevalConfig) -> None:
             "short list of abbreviations instead"
         )
     scores |= {"num_edited": len(responses.edited), "num_thinking": answers.thinking, "num_unended": answers.unended}
-    _write(Path(config.output), json.dumps(scores, indent=2) + "\n")
+    _write(Path(config.output), dumps(scores, indent=2) + "\n")
     if jax.process_index() == 0:
-        print(json.dumps({k: round(v, 4) for k, v in scores.items() if k.endswith("_acc")} | {"output": config.output}))
+        print(dumps({k: round(v, 4) for k, v in scores.items() if k.endswith("_acc")} | {"output": config.output}))
 
 
 def evaluate_tasks(config: HarnessConfig) -> None:
@@ -132,7 +132,6 @@ def evaluate_tasks(config: HarnessConfig) -> None:
     A (model, task) that is done, with these settings, is not run again.
     """
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     models = split_names(config.models)
     sources = {name: open_model(name) for name in models}
@@ -153,7 +152,7 @@ def evaluate_tasks(config: HarnessConfig) -> None:
     rows = table(models, results)
     text = markdown(models, rows)
     output = Path(config.output)
-    _write(output / "table.json", json.dumps({"models": models, "rows": rows}, indent=2) + "\n")
+    _write(output / "table.json", dumps({"models": models, "rows": rows}, indent=2) + "\n")
     _write(output / "table.md", text)
     if jax.process_index() == 0:
         print(text, end="")
@@ -191,7 +190,7 @@ def _run(
             rows = [{"task": key, **row} for key, own in samples.items() for row in own]
             write_jsonl(str(path.with_suffix(".samples.jsonl")), rows)
         settings = _settings(config, task, source)
-        _write(path, json.dumps({"settings": settings, "truncated": truncated, **found}, indent=2) + "\n")
+        _write(path, dumps({"settings": settings, "truncated": truncated, **found}, indent=2) + "\n")
 
 
 def _results(config: HarnessConfig, name: str, source: ModelSource) -> dict[str, Mapping[str, Any]]:
@@ -208,7 +207,7 @@ def _settings(config: HarnessConfig, task: str, source: ModelSource) -> dict[str
         **{f"config.{name}": getattr(config, name) for name in (*names, "dtype", "max_length")},
         "config.compute.dtype": config.compute.dtype,
         "version of lm-eval": importlib.metadata.version("lm_eval"),
-        "fingerprint of the model": source.identity(),
+        "fingerprint of the model": source.fingerprint,
         "fingerprint of the task's file": hashlib.sha256(file.read_bytes()).hexdigest() if file else None,
     }
 

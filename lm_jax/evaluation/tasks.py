@@ -11,6 +11,7 @@ from typing import Any
 from lm_jax.data.tokenizers import first_line
 from lm_jax.errors import UserError
 from lm_jax.evaluation.lm_eval_setup import prepare_ifeval, require_lm_eval
+from lm_jax.strict_json import finite
 
 _BOOTSTRAPS = 1000  # of the standard error of metrics that are no means
 _USE_IFEVAL = ("ifeval", "leaderboard")  # tasks, and groups of them
@@ -103,17 +104,17 @@ def table(models: Sequence[str], results: Sequence[Mapping[str, Mapping[str, Any
 
     Returns:
       Rows with `task`, `metric`, `values` and `stderrs` (one a model, None where lm-eval gives none), and
-      `difference` (the last model's value minus the first's) where there are several models.
+      `difference` (the last model's value minus the first's) where there are several models. None: not finite.
     """
     rows = []
     for task, first in results[0].items():
-        for key, value in first.items():
+        for key in first:
             metric, _, filter_name = key.partition(",")
-            if metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            if metric.endswith("_stderr") or not filter_name:  # an alias, the number of samples
                 continue
-            if not filter_name:  # an alias, the number of samples
+            values = [own[task][key] for own in results]  # None where it is not finite
+            if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in values):
                 continue
-            values = [own[task][key] for own in results]
             stderrs = [own[task].get(f"{metric}_stderr,{filter_name}") for own in results]
             row = {
                 "task": task,
@@ -121,7 +122,8 @@ def table(models: Sequence[str], results: Sequence[Mapping[str, Mapping[str, Any
                 "values": values,
                 "stderrs": [s if isinstance(s, int | float) else None for s in stderrs],
             }
-            rows.append(row | ({"difference": values[-1] - values[0]} if len(models) > 1 else {}))
+            both = None not in (values[0], values[-1])
+            rows.append(row | ({"difference": values[-1] - values[0] if both else None} if len(models) > 1 else {}))
     return rows
 
 
@@ -132,10 +134,11 @@ def markdown(models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     lines.append(["---", "---", *["---:"] * (len(lines[0]) - 2)])
     for row in rows:
         told = [
-            f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
+            "not finite" if value is None else f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
             for value, stderr in zip(row["values"], row["stderrs"], strict=True)
         ]
-        lines.append([row["task"], row["metric"], *told, *([f"{row['difference']:+.4f}"] if several else [])])
+        difference = [] if not several else [""] if row["difference"] is None else [f"{row['difference']:+.4f}"]
+        lines.append([row["task"], row["metric"], *told, *difference])
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
@@ -172,7 +175,7 @@ def _in_one_process() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; lm-eval's rows may hold what it does not."""
+    """As JSON has it; lm-eval's rows may hold what it does not. What is not finite is None."""
     from lm_eval.utils import handle_non_serializable
 
-    return json.loads(json.dumps(value, default=handle_non_serializable))
+    return finite(json.loads(json.dumps(value, default=handle_non_serializable)))

@@ -1,7 +1,6 @@
 """`launch.generate`: rows with a prompt -> the same rows with responses, kept as they finish."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ from lm_jax.generation.generator import (
     open_local,
 )
 from lm_jax.generation.requests import Generator, Request, SamplingConfig
+from lm_jax.strict_json import dumps
 
 _SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 _ADDED = ("response", "finish_reason", "error")
@@ -121,7 +121,7 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
 
 def _report(config: GenerateConfig, rows: int, failed: int, tokens: int, begin: float) -> None:
     seconds = round(time.monotonic() - begin, 1)
-    print(json.dumps({"rows": rows, "failed": failed, "tokens": tokens, "seconds": seconds, "output": config.output}))
+    print(dumps({"rows": rows, "failed": failed, "tokens": tokens, "seconds": seconds, "output": config.output}))
 
 
 def _request(row: dict[str, Any], at: str) -> Request:

@@ -203,6 +203,7 @@ def decode(
     slots: Slots,
     keep: jax.Array,
     end_ids: jax.Array,
+    known: jax.Array | None,
     strengths: Strengths,
     steps: int,
     config: ModelConfig,
@@ -214,6 +215,7 @@ def decode(
     Args:
       keep: [B] bool, False for sequences to give up.
       end_ids: [Z] int32, tokens after which a sequence is done.
+      known: [V] bool, tokens that may be chosen; None: all.
 
     Returns:
       (slots, tokens [M, B] int32, log-probs [M, B] fp32), M = steps. A slot's tokens are the first ones of its column,
@@ -231,7 +233,7 @@ def decode(
         step, slots, tokens, logprobs = carry
         logits = constrain(contract_rows(slots.hidden, embedding, jnp.float32), "batch", "vocab")
         uniform = _uniform(slots.keys, slots.produced)
-        token, logprob = choose_tokens(logits, slots.seen, uniform, filters, strengths)
+        token, logprob = choose_tokens(logits, slots.seen, known, uniform, filters, strengths)
         produced = slots.produced + slots.active
         ended = jnp.any(token[:, None] == end_ids, axis=1) | (produced >= slots.budget)
         active = slots.active & ~ended

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from lm_jax.config import ComputeConfig, DecodeConfig, ModelConfig
 from lm_jax.data.text import TextEncoder
+from lm_jax.data.tokenizers import token_ids
 from lm_jax.errors import UserError
 from lm_jax.generation.decoding import Placement, Prompts, decode, make_slots, place, prefill
 from lm_jax.generation.requests import Completion, Request, Sample, SamplingConfig
@@ -90,6 +91,8 @@ class LocalGenerator:
         self._parts = batch_divisor(mesh)
         self._num_slots, self._prefill_rows = decode_rows(decode, mesh)
         self._max_length, self._context = decode.max_length, min(decode.max_length, config.max_position)
+        known = np.isin(np.arange(config.vocab_size), token_ids(tokenizer))
+        self._known = None if known.all() else known  # a padded vocabulary has rows without a token
         self._encoder = TextEncoder(tokenizer, sys.maxsize, end_ids)  # prompts that are too long are told so here
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[list[Completion]]:
@@ -245,8 +248,8 @@ class _Run:
         g = self._generator
         before = [len(sequence.ids) if sequence else 0 for sequence in self._in_slot]
         self._slots, *out = decode(
-            g._params, self._slots, self._keep.copy(), np.asarray(self._end_ids, np.int32), self._strengths,
-            g._chunk, g._config, g._compute, self._filters,
+            g._params, self._slots, self._keep.copy(), np.asarray(self._end_ids, np.int32), g._known,
+            self._strengths, g._chunk, g._config, g._compute, self._filters,
         )  # fmt: skip
         tokens, logprobs, produced, active = to_host((*out, self._slots.produced, self._slots.active))
         done = []

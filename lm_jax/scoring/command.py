@@ -1,18 +1,17 @@
 """`launch.score`: rows with a prompt and a response -> the same rows with per-token log-probs and entropies."""
 
 import dataclasses
-import json
 import os
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress
 from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.layouts import prompt_with_tools
-from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Segment
 from lm_jax.data.rows import check_file_output, read_rows, write_jsonl
 from lm_jax.data.shares import encode_rows
@@ -22,6 +21,7 @@ from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.scoring.scoring import TokenScores, score
 from lm_jax.sharding import make_mesh
+from lm_jax.strict_json import dumps, finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +59,13 @@ def score_rows(config: ScoreConfig) -> None:
     Adds `prompt_token_ids`, `token_ids` (the response, its end token included), `logprob` (their sum, nats),
     `num_tokens`, `token_logprobs`, `token_entropies`; other columns stay. Where `response` is a list of texts, as
     `launch.generate` writes several samples, each is a response of its own and what is added are lists.
-    A row of that command without an answer, or with an empty one, gets nulls and is counted.
+    A row of that command without an answer, or with an empty one, gets nulls and is counted. So does a number that is
+    not finite: of a token that the model rules out, or one that overflowed.
 
     Raises:
       UserError: anything the user can mend, naming file or row.
     """
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     check_file_output(config.output)
     source = open_model(config.model)
@@ -90,11 +90,12 @@ def score_rows(config: ScoreConfig) -> None:
     segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
     params = source.load_params(mesh, "float32")
     progress = Progress(len(items), 0, "response")
-    done = 0
+    done = nonfinite = 0
     columns: list[dict[str, Any]] = [_NOTHING] * len(responses)
     for batch in score(params, segments, source.config, config.compute, config.batch, mesh):
         for scores in batch:
             columns[wanted[scores.row]] = _columns(segments[scores.row], scores)
+            nonfinite += sum(int((~np.isfinite(x)).sum()) for x in (scores.logprobs, scores.entropies) if x is not None)
         done += len(batch)
         progress.update(done, {})
     progress.close()
@@ -110,7 +111,8 @@ def score_rows(config: ScoreConfig) -> None:
         write_jsonl(config.output, rows)
         truncated = sum(e.truncated for e in encoded)
         report = {"rows": len(rows), "truncated": truncated, "without_response": len(responses) - len(items)}
-        print(json.dumps(report | {"output": config.output}))
+        report |= {"num_nonfinite": nonfinite} if nonfinite else {}
+        print(dumps(report | {"output": config.output}))
 
 
 def _is_several(response: Any, where: str) -> bool:
@@ -123,8 +125,8 @@ def _columns(segment: Segment, scores: TokenScores) -> dict[str, Any]:
     return {
         "prompt_token_ids": segment.prompt.tolist(),
         "token_ids": segment.response.tolist(),
-        "logprob": float(scores.logprobs.sum(dtype="float64")),
+        "logprob": finite(scores.logprobs.sum(dtype="float64")),
         "num_tokens": len(segment.response),
-        "token_logprobs": [round(float(x), 6) for x in scores.logprobs],
-        "token_entropies": [] if scores.entropies is None else [round(float(x), 6) for x in scores.entropies],
+        "token_logprobs": finite(scores.logprobs.astype("float64").round(6)),
+        "token_entropies": [] if scores.entropies is None else finite(scores.entropies.astype("float64").round(6)),
     }

@@ -5,7 +5,6 @@ An example is one response under its C prompts, C segments of one row; so the st
 are on one device, and distributions are compared chunk by chunk without ever being kept.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.data.batches import BatchIterator
 from lm_jax.data.packing import Example, example_lengths
+from lm_jax.data.plans import plan_passes
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows
-from lm_jax.sharding import constrain, to_host
+from lm_jax.scoring.scoring import ARRAYS, scoring_compute
+from lm_jax.sharding import batch_divisor, constrain, to_host
 
 
 class Contrast(NamedTuple):
@@ -55,7 +56,7 @@ def contrast(
       params: parameters on `mesh`.
       examples: each the same number C of segments, whose responses are equal.
       wanted: [N] bool; batches without a wanted example are left out. Others of a batch are yielded all the same.
-      batch: a forward pass takes the rows of one microbatch.
+      batch: the shape of a pass.
       divergences: whether to compare the first two prompts' distributions.
 
     Raises:
@@ -67,18 +68,18 @@ def contrast(
         for example in examples
     ):
         raise ValueError("every example must be one response under the same number of prompts")
-    batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
-    compute = dataclasses.replace(compute, scan_unroll=1)
-    plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None).with_any(wanted)
+    compute = scoring_compute(compute)
+    plan = plan_passes(example_lengths(examples), batch, batch_divisor(mesh)).with_any(wanted)
     iterator = BatchIterator(plan, examples, mesh)
     pending = None
     for step in range(len(plan)):
-        arrays = {k: v[0] for k, v in next(iterator).items()}
+        (stack,) = next(iterator)
+        arrays = {name: stack[name][0] for name in ARRAYS}
         with jax.set_mesh(mesh):
             scores = packed_contrast(params, arrays, config, compute, num_prompts, divergences)
         if pending is not None:
             yield _unpack(*pending, examples)
-        pending = plan[step], scores
+        pending = plan.steps[step][0][1], scores
     if pending is not None:
         yield _unpack(*pending, examples)
 

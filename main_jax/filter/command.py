@@ -11,7 +11,6 @@ import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, to_dict
 from lm_jax.console import say
-from lm_jax.data.order import check_batch
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
@@ -90,13 +89,12 @@ def filter_candidates(config: FilterConfig) -> None:
     """
     _check_output(config)
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     models = {
         name: FrozenModel(name, path, mesh, config.dtype, config.chat_template_kwargs)
         for name, path in (("forward", config.forward), ("reverse", config.reverse))
     }
-    tokenizers = [model.identity["fingerprint of its tokenizer"] for model in models.values()]
+    tokenizers = [model.read_with["fingerprint of its tokenizer"] for model in models.values()]
     if tokenizers[0] != tokenizers[1]:
         raise UserError(
             f"config.forward={config.forward} and config.reverse={config.reverse}: their tokenizers or chat templates "

@@ -59,11 +59,12 @@ class FrozenModel:
         self.tokenizer = load_tokenizer(self.source.directory, self.source.config.vocab_size, chat_template_kwargs)
         end_ids = end_token_ids(self.source.directory, self.tokenizer)
         self.encoder = TextEncoder(self.tokenizer, _NO_LIMIT, end_ids)
-        self.identity = {
-            "fingerprint of its weights": self.source.fingerprint(),
-            "fingerprint of its tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "end tokens": end_ids,
-        }
+        self.read_with = {"fingerprint of its tokenizer": tokenizer_fingerprint(self.tokenizer), "end tokens": end_ids}
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What its numbers depend on."""
+        return {"fingerprint of its weights": self.source.fingerprint, **self.read_with}
 
     @functools.cached_property
     def params(self) -> dict:

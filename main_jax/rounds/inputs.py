@@ -65,6 +65,14 @@ def read_unlabelled(path: str) -> list[dict[str, Any]]:
     return rows
 
 
+def given_rows(seeds: str, unlabelled: str) -> dict[str, list[dict[str, Any]]]:
+    """What is used of both files, by the setting that names it; columns that go along come in one order."""
+    return {
+        "seeds": [dataclasses.asdict(pair) for pair in read_seeds(seeds)],
+        "unlabelled": [dict(sorted(row.items())) for row in read_unlabelled(unlabelled)],
+    }
+
+
 def _single(text: Text, role: str, at: str) -> str:
     if isinstance(text, str):
         return text

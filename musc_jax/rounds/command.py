@@ -23,12 +23,19 @@ import jax
 
 from lm_jax.config import from_config_dict, to_dict
 from lm_jax.console import say
-from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import write_jsonl
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.generation.requests import Generator
-from lm_jax.generation.rounds import NO_ENDPOINT, begin_directory, do_parts, do_rounds, naming, round_directory
+from lm_jax.generation.rounds import (
+    NO_ENDPOINT,
+    begin_directory,
+    do_parts,
+    do_rounds,
+    made_from,
+    naming,
+    round_directory,
+)
 from musc_jax.draws import shuffled
 from musc_jax.pairs.command import make_pairs
 from musc_jax.pairs.config import PairsConfig
@@ -232,10 +239,10 @@ def _shares(config: RoundsConfig) -> list[list[Task]] | None:
 
 def _begin(config: RoundsConfig, shares: Sequence[Sequence[Task]] | None) -> None:
     """Makes the directory, or finds the same rounds in it to continue."""
-    settings = to_dict(config)
+    rows, derived = {}, {}
     if shares is not None and config.input is not None:
+        rows["input"] = [dataclasses.asdict(task) for task in read_tasks(config.input)]
         if config.instructions_per_round is None:
-            settings["instructions_per_round"] = len(shares[0])
-        rows = [dataclasses.asdict(task) for task in read_tasks(config.input)]  # of others the shares would overlap
-        settings["input"] = {"path": config.input, "fingerprint": rows_fingerprint(rows, config.input)}
-    begin_directory(config.output, "musc_rounds", settings, _MAY_CHANGE)
+            derived["instructions_per_round"] = len(shares[0])
+    contents = made_from({"model": config.model}, rows)  # of other instructions the shares would overlap
+    begin_directory(config.output, "musc_rounds", to_dict(config), _MAY_CHANGE, made_from=contents, derived=derived)

@@ -15,7 +15,6 @@ from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress, say
 from lm_jax.data.messages import Text
-from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
@@ -27,6 +26,7 @@ from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.scoring.contexts import Contrast, contrast
 from lm_jax.sharding import make_mesh
+from lm_jax.strict_json import dumps
 from musc_jax.training.examples import Pairs, load_pairs, perturbed_prompt
 from musc_jax.weights.rules import (
     CHOSEN,
@@ -82,7 +82,6 @@ def weigh_rows(config: WeighConfig) -> None:
     """
     rules = parse_rules(config.rules)
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     check_file_output(config.output)
     check_not_input(config.output, config.input)
@@ -116,7 +115,7 @@ def weigh_rows(config: WeighConfig) -> None:
         report |= {"output": config.output, "weights": _summary(store, rules)}
         if not is_remote(store.path):
             report["store_bytes_per_token"] = round(_bytes(store.path) / max(tokens, 1) / len(fields), 3)
-        print(json.dumps(report))
+        print(dumps(report))
 
 
 def perturbed_prompts(pairs: Pairs, rules: Sequence[str]) -> list[Text]:
@@ -191,7 +190,7 @@ def store_key(
         "rules": list(rules),
         "tokens": digest.hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": source.fingerprint(),
+        "model": everywhere(lambda: source.fingerprint, "the model's fingerprint"),
         "dtype": config.compute.dtype,
     }
     if perturbed is not None:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import Beside
+from lm_jax.config import ComputeConfig, ModelConfig
+from lm_jax.data.batches import AuxiliaryBatch
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.errors import UserError
 from lm_jax.models.lora import without_dropout
 from lm_jax.scoring.contexts import packed_contrast
-from lm_jax.training.job import Job
-from lm_jax.training.step import Batch
+from lm_jax.training.objective import Batch
+from lm_jax.training.trainer import Trainer
 from musc_jax.training.examples import Pairs
 from musc_jax.training.losses import segment_sums
 from musc_jax.weights.command import perturbed_prompts, response_examples
@@ -26,7 +26,7 @@ from musc_jax.weights.rules import PERTURBED, WEIGHING_RULES, ResponseScores
 _NAME = "weigh"
 
 
-def responses_beside(pairs: Pairs, rule: str, job: Job) -> Beside:
+def auxiliary_responses(pairs: Pairs, rule: str, trainer: Trainer) -> AuxiliaryBatch:
     """What the batches carry so that `online_weights` can weigh them.
 
     Raises:
@@ -34,22 +34,21 @@ def responses_beside(pairs: Pairs, rule: str, job: Job) -> Beside:
     """
     contexts = WEIGHING_RULES[rule].contexts
     perturbed = perturbed_prompts(pairs, (rule,)) if PERTURBED in contexts else None
-    examples = response_examples(pairs, contexts, perturbed, job.encoder, job.tokenizer)
-    beside = rows_beside(rule, job.config.batch, examples)
-    row_length = beside.row_length
+    examples = response_examples(pairs, contexts, perturbed, trainer.encoder, trainer.tokenizer)
+    auxiliary, most = auxiliary_rows(rule, examples), len(contexts) * trainer.config.row_length
     lengths = example_lengths(examples).reshape(-1, 2).sum(axis=1)
-    if lengths.max() > row_length:
+    if lengths.max() > most:
         worst = int(lengths.argmax())
         raise UserError(
             f"{pairs.name(worst)}: both responses under {len(contexts)} prompts take {lengths[worst]} tokens and "
-            f"{len(contexts)} rows hold {row_length}; raise config.batch.row_length or lower config.max_length"
+            f"{len(contexts)} rows hold {most}; shorten its perturbed_prompt or raise config.max_length"
         )
-    return beside
+    return auxiliary
 
 
-def rows_beside(rule: str, batch: BatchConfig, examples: Sequence[Example] = ()) -> Beside:
-    """The rows that go along with those of `batch`: of both responses of a pair under every context of the rule."""
-    return Beside(_NAME, examples, 2, len(WEIGHING_RULES[rule].contexts) * batch.row_length)
+def auxiliary_rows(rule: str, examples: Sequence[Example] = ()) -> AuxiliaryBatch:
+    """The rows that travel with a batch's: both responses of each pair under every context of the rule."""
+    return AuxiliaryBatch(_NAME, examples, 2, len(WEIGHING_RULES[rule].contexts))
 
 
 def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Callable[[dict, Batch], jax.Array]:
@@ -57,9 +56,9 @@ def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Cal
     weighing = WEIGHING_RULES[rule]
 
     def weigh(params: dict, batch: Batch) -> jax.Array:
-        beside = {k.removeprefix(f"{_NAME}/"): v for k, v in batch.items() if k.startswith(f"{_NAME}/")}
+        auxiliary = {k.removeprefix(f"{_NAME}/"): v for k, v in batch.items() if k.startswith(f"{_NAME}/")}
         params = jax.lax.stop_gradient(without_dropout(params))
-        scores = packed_contrast(params, beside, model, compute, len(weighing.contexts), weighing.divergences)
+        scores = packed_contrast(params, auxiliary, model, compute, len(weighing.contexts), weighing.divergences)
         mask, segment_ids = batch["loss_mask"] > 0, batch["segment_ids"]
         at = jnp.cumsum(mask, axis=1) - 1
 

@@ -1,6 +1,5 @@
 """Eight devices compute what one does, hold only their share, and a checkpoint moves between meshes."""
 
-import dataclasses
 import json
 import sys
 
@@ -8,8 +7,9 @@ import pytest
 
 pytestmark = pytest.mark.multi_device
 
-# (data, fsdp, tensor): microbatches. Accumulation is exact, so what it gives is compared with one microbatch too.
-MESHES = {(1, 1, 8): 1, (2, 2, 2): 2, (8, 1, 1): 1, (1, 8, 1): 1}
+# (data, fsdp, tensor): rows of a microbatch. A step of 11 pairs takes several of them or one, of which 8x1x1 leaves
+# rows empty; one device works on all pairs at a time.
+MESHES = {(1, 1, 8): 1, (2, 2, 2): 4, (8, 1, 1): 16, (1, 8, 1): 8}
 ONE = (1, 1, 1)
 RTOL = 1e-5
 
@@ -28,13 +28,14 @@ def computed(directory):
     from lm_jax.checkpoints.orbax import Checkpoints, abstract_like
     from lm_jax.checkpoints.runs import param_specs
     from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
-    from lm_jax.data.order import BatchIterator, plan_batches
+    from lm_jax.data.batches import BatchIterator
     from lm_jax.data.packing import Segment, example_lengths
+    from lm_jax.data.plans import plan_steps
     from lm_jax.models.decoder import Decoder
     from lm_jax.models.weights import flatten
     from lm_jax.scoring.scoring import score
     from lm_jax.sharding import make_mesh, state_shardings
-    from lm_jax.training.loop import checkpoint_items, resume
+    from lm_jax.training.checkpointing import checkpoint_items, resume
     from lm_jax.training.optim import make_optimizer, make_schedule
     from lm_jax.training.step import TrainState, make_train_step
     from musc_jax.training.losses import LossConfig
@@ -45,7 +46,7 @@ def computed(directory):
         "qwen2", 64, 2, 32, 48, 8, 4, 4, RopeConfig(1e4), 1e-5, 64, qkv_bias=True, layer_windows=(None, 7)
     )
     compute = ComputeConfig("float32", logprob_chunk=16)
-    batch = BatchConfig(rows=8, row_length=32, microbatches=1, max_examples_per_row=3)
+    batch = BatchConfig(rows=8, row_length=32)
     # A large epsilon: AdamW would make as much of a gradient that is nothing but rounding as of any other.
     optim = OptimConfig(1e-2, "constant", 0.0, 0.0, 0.9, 0.99, eps=1e-3, weight_decay=0.1, clip_norm=0.5)
     schedule = make_schedule(optim, 1)
@@ -66,7 +67,7 @@ def computed(directory):
 
     skipped = {}
 
-    def on_mesh(sizes, microbatches):
+    def on_mesh(sizes, rows):
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
         shardings = state_shardings(abstract, param_specs(model, mesh), mesh)
@@ -75,18 +76,21 @@ def computed(directory):
             segments = [s for pair in pairs for s in pair]
             scores = sorted(s for part in score(placed, segments, model, compute, batch, mesh) for s in part)
             state = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=shardings)(placed)
-            layout = dataclasses.replace(batch, microbatches=microbatches)
-            plan = plan_batches(example_lengths(pairs), layout, 1, seed=0)
+            plan = plan_steps(example_lengths(pairs), len(pairs), 1, seed=0, rows=rows, row_length=32)
             assert len(plan) == 1 and len(scores) == len(segments)
-            arrays = next(BatchIterator(plan, pairs, mesh, ("weights", "ref_logprobs")))
+            (shape,) = plan.shapes
+            assert (sum(stack.microbatches for stack in shape) > 1) == (rows < 8)
+            stacks = next(BatchIterator(plan, pairs, mesh, ("weights", "ref_logprobs")))
             step = jax.jit(
                 make_train_step(objective, optimizer, schedule), donate_argnums=0, out_shardings=(shardings, None)
             )
-            state, metrics = step(state, arrays)
+            state, metrics = step(state, stacks)
             # One row, on one part of the mesh, that is not finite: nowhere does anything change
             kept = jax.device_get(jax.tree.map(jnp.copy, (state.params, state.opt_state)))
+            arrays, *others = stacks
             ids = arrays["example_ids"][..., :1]
-            state, told = step(state, {**arrays, "weights": jnp.where(ids == ids[0, 0, 0], 3e38, arrays["weights"])})
+            spoiled = {**arrays, "weights": jnp.where(ids == ids[0, 0, 0], 3e38, arrays["weights"])}
+            state, told = step(state, (spoiled, *others))
             now = jax.device_get(jax.tree.map(jnp.copy, (state.params, state.opt_state)))
             skipped[name_of(sizes)] = {
                 "loss": str(told["loss"]),
@@ -108,10 +112,10 @@ def computed(directory):
     def moment(state, name):
         return optax.tree_utils.tree_get(state.opt_state, name)
 
-    _, expected, expected_metrics, expected_scores = on_mesh(ONE, 1)
+    _, expected, expected_metrics, expected_scores = on_mesh(ONE, 11)
     found = {}
-    for sizes, microbatches in MESHES.items():
-        abstract, state, metrics, scores = on_mesh(sizes, microbatches)
+    for sizes, rows in MESHES.items():
+        abstract, state, metrics, scores = on_mesh(sizes, rows)
         found[name_of(sizes)] = {
             "scores": max(
                 float(np.abs(getattr(a, f) - getattr(b, f)).max())

@@ -107,7 +107,7 @@ def computed():
     step = jax.jit(make_train_step(objective, optimizer, schedule), donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(mesh):
         programs = {
-            "train": step.lower(placed(state, shardings), batch(1, ROWS)),
+            "train": step.lower(placed(state, shardings), [batch(1, ROWS)]),
             "score": packed_statistics.lower(
                 placed(shapes, param_shardings(model, mesh)), batch(ROWS), model, compute, ("logprobs", "entropies")
             ),
@@ -121,6 +121,7 @@ def computed():
     def given(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
+    known = given(bool, model.vocab_size)
     filters, strengths = filters_of(SamplingConfig(1, temperature=0.7, top_k=50, top_p=0.9, min_p=0.05))
     tokens, lengths, first = given(jnp.int32, PROMPTS, PROMPT_LENGTH), given(jnp.int32, PROMPTS), given(jnp.int32)
     to = decoding.Placement(*(given(jnp.int32, 8),) * 3, given(jnp.uint32, 8, 2))
@@ -131,7 +132,7 @@ def computed():
             "prefill": prefill,
             "place": decoding.place.lower(slots, prompts, tokens, lengths, to, exchange=True),
             "decode": decoding.decode.lower(
-                params, slots, given(bool, SLOTS), given(jnp.int32, 2), strengths, 16, model, compute, filters
+                params, slots, given(bool, SLOTS), given(jnp.int32, 2), known, strengths, 16, model, compute, filters
             ),
             "attention": attention_gradient(mesh).lower(*attention_shapes(mesh)),
         }

@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.conftest import ROOT
 
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A model's directory, as it was made."""

@@ -25,7 +25,8 @@ def pytest_generate_tests(metafunc):
     if "model" in metafunc.fixturenames:
         why = f"{VARIABLE} names no folder that holds model directories"
         found = _directories() or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=why))]
-        metafunc.parametrize("model", found, ids=lambda path: path.name if path else None, indirect=True, scope="module")
+        name = lambda path: path.name if path else None  # noqa: E731
+        metafunc.parametrize("model", found, ids=name, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")

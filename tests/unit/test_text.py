@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from lm_jax.data.text import TextEncoder, checked
-from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
+from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, token_ids, tokenizer_fingerprint
 from lm_jax.errors import UserError
 
 CORPUS = ["\n\nWrite a poem about the sea.\n\nThe sea is wide and the sea is blue.\nuser assistant system think\n"] * 4
@@ -237,7 +237,7 @@ def raised(call, *args):
         (CHATML, user("Write"), assistant(""), "response is empty", "drop the row"),
         (THINK, user("Write"), assistant(" "), "response is empty", "drop the row"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-         user("Write"), assistant("a"), "the chat template does not show the assistant's turn", "mend it"),
+         user("Write"), assistant("a"), "does not show the text of the assistant's turn", "mend it"),
         (None, "", "a poem", "prompt has no tokens", "give a prompt"),
         (None, "Write", "a poem</s></s>", "doubled EOS: the response ends with '</s></s>'", "remove the end token"),
         (CHATML, user("Write"), assistant("a<|im_end|>"), "doubled EOS", "remove the end token"),
@@ -317,6 +317,13 @@ def test_a_tokenizer_without_a_fast_form_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: SimpleNamespace(is_fast=False))
     with pytest.raises(UserError, match="org/slow: its tokenizer has no fast form; save one with a tokenizer.json"):
         load_tokenizer("org/slow")
+
+
+def test_token_ids_with_holes_and_added_tokens():
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 5, "<e>": 6}, unk_token="a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    tokenizer.add_tokens(["c"])
+    assert token_ids(tokenizer) == [0, 5, 6, tokenizer.convert_tokens_to_ids("c")]
 
 
 def test_end_token_ids(tmp_path):

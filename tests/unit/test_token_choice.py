@@ -24,10 +24,10 @@ def sampling(**fields):
     return SamplingConfig(max_new_tokens=1, **fields)
 
 
-def chosen(logits, uniform, seen=None, **fields):
+def chosen(logits, uniform, seen=None, known=None, **fields):
     """(tokens, log-probs) of `choose_tokens` under sampling settings, as arrays of numpy."""
     filters, strengths = filters_of(sampling(**fields))
-    out = choose(jnp.asarray(logits, jnp.float32), seen, jnp.asarray(uniform, jnp.float32), filters, strengths)
+    out = choose(jnp.asarray(logits, jnp.float32), seen, known, jnp.asarray(uniform, jnp.float32), filters, strengths)
     return [np.asarray(x) for x in out]
 
 
@@ -282,19 +282,71 @@ def test_ends_of_the_interval(size):
         np.testing.assert_array_equal(chosen(logits, [0.0, JUST_UNDER_ONE])[0], [kept[0], kept[-1]])
 
 
-def test_rounding_never_draws_a_token_that_is_left_out():
-    """Random numbers at the borders of groups, where sums over groups and within them round differently."""
-    draw = jax.jit(token_choice._draw)
-    rng = np.random.default_rng(0)
-    rows = 4096
-    weights = np.zeros((rows, 512), np.float32)
-    weights[:, [5, 200, 300, 500]] = rng.random((rows, 4), np.float32) ** 4  # no group begins or ends with one
-    sums = np.cumsum(weights, axis=1, dtype=np.float64)
-    for border in (128, 256, 384):
-        at = (sums[:, border - 1] / sums[:, -1]).astype(np.float32)
-        for uniform in (at, np.nextafter(at, np.float32(0)), np.nextafter(at, np.float32(1)), at + np.float32(6e-8)):
-            tokens = np.asarray(draw(jnp.asarray(weights), jnp.asarray(np.clip(uniform, 0, JUST_UNDER_ONE))))
-            assert (weights[np.arange(rows), tokens] > 0).all()
+REAL_SIZES = (32_000, 49_152, 128_256, 151_936, 262_144)
+draw = jax.jit(
+    lambda weights, uniform: token_choice._draw(jnp.broadcast_to(weights, (len(uniform), len(weights))), uniform)
+)
+
+
+@pytest.mark.parametrize("size", REAL_SIZES)
+@pytest.mark.parametrize("kept", [2, 50, 3000])
+def test_rounding_never_draws_a_token_that_is_left_out(size, kept):
+    """Random numbers right before and behind groups without a weight, where a parallel prefix sum can fall or rise."""
+    rng = np.random.default_rng(size + kept)
+    exposed = 0
+    for _ in range(3):
+        weights = np.zeros(size, np.float32)
+        weights[rng.choice(size, kept, replace=False)] = np.exp(-rng.exponential(3, kept))
+        sums = np.pad(weights, (0, -size % 128)).reshape(-1, 128).sum(1)
+        running = np.asarray(jnp.cumsum(jnp.broadcast_to(sums, (2, len(sums))), axis=-1))[0]
+        exposed += (np.diff(running)[sums[1:] == 0] != 0).any()
+        borders = rng.permutation(np.unique(running / running[-1]).astype(np.float32))[:20]
+        ulps = np.arange(-3, 4, dtype=np.float32)[:, None] * np.spacing(borders)
+        uniform = np.clip(borders + ulps, 0, JUST_UNDER_ONE).ravel()
+        uniform = np.pad(uniform, (0, 7 * 20 - len(uniform)))
+        tokens = np.asarray(draw(jnp.asarray(weights), jnp.asarray(uniform)))
+        assert (weights[tokens] > 0).all()
+    assert exposed or kept != 50 or size < 100_000, "this prefix sum does not show what is tested"
+
+
+@pytest.mark.parametrize("size", REAL_SIZES[::2])
+@pytest.mark.parametrize("fields", [{}, {"top_k": 50, "top_p": 0.9}], ids=["plain", "filtered"])
+def test_draws_of_real_vocabularies(size, fields):
+    """Each draw lies where its random number falls in the exact cumulative distribution: its frequencies follow."""
+    logits = random_logits(size, seed=size, spread=3.0)
+    probs = exact(logits, **fields)
+    uniform = np.random.default_rng(1).random(32 if fields else 256, np.float32)
+    tokens = np.concatenate([
+        chosen(np.broadcast_to(logits, (32, size)), part, **fields)[0] for part in uniform.reshape(-1, 32)
+    ])  # fmt: skip
+    ends = np.cumsum(probs)
+    assert (probs[tokens] > 0).all()
+    assert ((ends - probs)[tokens] < uniform + 2e-6).all() and (uniform < ends[tokens] + 2e-6).all()
+    sixteenth = np.minimum((ends - probs / 2) * 16, 15).astype(int)
+    places = np.bincount(sixteenth[tokens], minlength=16)
+    expected = np.bincount(sixteenth, weights=probs, minlength=16) * len(uniform)
+    likely = expected > 0
+    statistic = ((places - expected)[likely] ** 2 / expected[likely]).sum()
+    assert statistic < chi_squared_limit(likely.sum() - 1)
+
+
+UNKNOWN = {"greedy": {"temperature": 0.0}, "top-k-all": {"top_k": 10_000}} | SETTINGS
+
+
+@pytest.mark.parametrize("setting", UNKNOWN)
+def test_tokens_that_are_not_known_are_never_chosen(setting):
+    """As though the vocabulary had none of them, however likely they are; log-probs are those of the whole."""
+    size, fields = 300, UNKNOWN[setting]
+    known = np.random.default_rng(5).random(size) < 0.6
+    logits = random_logits(size) + np.where(known, 0, 200).astype(np.float32)
+    uniform = np.append(np.random.default_rng(6).random(500), [0.0, JUST_UNDER_ONE]).astype(np.float32)
+    rows = np.broadcast_to(logits, (len(uniform), size))
+    tokens, logprobs = chosen(rows, uniform, known=known, **fields)
+    alone, _ = chosen(rows[:, known], uniform, **fields)
+    np.testing.assert_array_equal(tokens, np.flatnonzero(known)[alone])
+    np.testing.assert_allclose(logprobs, torch.log_softmax(torch.tensor(logits), -1).numpy()[tokens], atol=1e-4)
+    nowhere, _ = chosen(np.full((1, size), np.nan), [0.5], known=known, **fields)
+    assert known[nowhere].all()
 
 
 def test_ties_are_kept():
