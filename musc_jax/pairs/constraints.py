@@ -47,17 +47,20 @@ def parse_decomposition(
     instruction: str | None = None,
     finish_reason: str = "stop",
     examples: Sequence[Demonstration] = (),
+    material: bool = True,
 ) -> Decomposition | Drop:
     """Reads the answer to `prompts.decompose`.
 
     Any manner of numbering and markdown passes, see `lists.list_items`; so do text around the list, JSON, and an
-    answer that goes on with a further example, which is cut. Repeated items are merged.
+    answer that goes on with a further example, which is cut. Repeated items are merged. A list that ran into the limit
+    of tokens is kept up to its last whole item, unless an input may have been lost with the rest.
 
     Args:
       answer: the model's text, with or without the label that raw text ends with.
       instruction: what was asked about. With it an input must stand in it, and is returned as it stands there.
       finish_reason: `length` where the answer ran into the limit of tokens.
       examples: the in-context examples, whose constraints are no answer to another instruction.
+      material: whether the input is wanted; False where it is known, or nobody needs it.
 
     Returns:
       The decomposition, or why there is none: EMPTY, TRUNCATED, REFUSAL, UNPARSABLE, TOO_FEW_CONSTRAINTS (fewer than
@@ -74,13 +77,16 @@ def parse_decomposition(
         at, items = _list_section(parts)
         given, tail, ran_on = _input_section(parts, at, text) if items else (None, None, False)
     if finish_reason == "length" and not ran_on:
-        return Drop.TRUNCATED
+        # An instruction of one line holds no material that a list which never came to the input could have lost
+        if not items or (material and (given is not None or "\n" in (instruction or "").strip())):
+            return Drop.TRUNCATED
+        items = items if given is not None else _whole(items)
     found = merged(item for item in items if not re.fullmatch(r"(?i)input\s*[:：]\s*none\W*", item))
     if drop := _count_fault(found):
         return drop
     if any(found == merged(e.constraints) and instruction not in (e.instruction, e.task) for e in examples):
         return Drop.ECHO
-    source = _source(given, tail, instruction)
+    source = _source(given, tail, instruction) if material else None
     return source if isinstance(source, Drop) else Decomposition(found, source)
 
 
@@ -154,6 +160,12 @@ def _list_section(parts: list[Section]) -> tuple[int, list[str]]:
                 # A response with a list in it: the task was carried out instead
                 return (0, []) if around > max(written, MAX_AROUND) else (i, items)
     return 0, []
+
+
+def _whole(items: list[str]) -> list[str]:
+    """The items of a list that was cut: without the last one where it does not end as the first does."""
+    end = items[0][-1]
+    return items if not end.isalnum() and items[-1].endswith(end) else items[:-1]
 
 
 def _input_section(parts: list[Section], at: int, text: str) -> tuple[str | None, str | None, bool]:

@@ -67,14 +67,14 @@ class Source:
             constraint holds, so invented tasks of several lines are taken apart once more, for that alone.
         """
         asked = [row for row in left(rows) if row.decomposition is None or (material and "\n" in row.task.text)]
-        for row, found in self._decomposed(asked):
+        for row, found in self._decomposed(asked, material):
             known = row.decomposition
             row.decomposition = found if known is None else dataclasses.replace(known, input=found.input)
 
-    def _decomposed(self, rows: list[Row]) -> Iterator[tuple[Row, Decomposition]]:
+    def _decomposed(self, rows: list[Row], material: bool) -> Iterator[tuple[Row, Decomposition]]:
         """Each row with its decomposition, but for those that are dropped for it."""
         answers = self.ask("decompose", {(r.id, ""): prompts.decompose(r.task.text, self.examples) for r in rows})
         for row in rows:
-            answer = answers[row.id, ""]
-            if found := read(row, "decompose", answer, parse_decomposition, row.task.text, examples=self.examples):
+            options = {"examples": self.examples, "material": material and not row.task.input}
+            if found := read(row, "decompose", answers[row.id, ""], parse_decomposition, row.task.text, **options):
                 yield row, found
