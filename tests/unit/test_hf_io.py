@@ -514,7 +514,7 @@ def test_resolve_model_dir(source, tmp_path, monkeypatch):
     assert resolve_model_dir("Qwen/Qwen3-0.6B") == source
     assert seen["model"] == "Qwen/Qwen3-0.6B" and "*.safetensors" in seen["allow_patterns"]
     for bad in (str(tmp_path / "absent"), "../up", "a/b/c", "", "name with space"):
-        with pytest.raises(UserError, match="no such directory; give one, or a hub id"):
+        with pytest.raises(UserError, match="no such directory or .gguf file; give one, or a hub id"):
             resolve_model_dir(bad)
 
     def offline(model, **kwargs):
