@@ -11,8 +11,10 @@ from lm_jax.errors import UserError
 
 T = TypeVar("T")
 _SHOWN, _ROWS = 8, 5  # kinds of fault that a message tells apart, and rows that it names of each
+_LENGTH = 60  # characters of a kind in an error, which is one line
 _NAME = re.compile(r"^.*? row \d+( \([\w ]+\))?: ", re.DOTALL)
-_OWN = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d[\d.,]*")  # what two rows of one kind may differ in
+# What two rows of one kind may differ in
+_OWN = re.compile(r"\(it has [^)]*\)|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d[\d.,]*")
 
 
 class Faults:
@@ -65,7 +67,11 @@ class Faults:
         if few == 1:
             (fault,) = self.rows.values()
             raise UserError(fault + (f" ({few} of {total} rows){cure}" if cure else ""))
-        kinds = "; ".join(self._kinds())
+        kinds = "; ".join(
+            f"{len(rows)} like row {rows[0]} ({self._words(rows[0])[:_LENGTH]})" for rows in self._kinds()
+        )
+        if cure:
+            say("\n  ".join([f"{self.where}: {few} of {total} rows are faulty", *self._lines()]))
         raise UserError(f"{self.where}: {few} of {total} rows are faulty: {kinds}; mend or drop them{cure}")
 
     def say(self, output: str | None = None) -> None:
@@ -76,19 +82,28 @@ class Faults:
         """
         if self.rows:
             listed = f"; all of them are in {output}" if output else ""
-            lines = [f"{self.where}: {len(self.rows)} of {self._total} rows are faulty and left out{listed}"]
-            say("\n  ".join([*lines, *self._kinds()]))
+            head = f"{self.where}: {len(self.rows)} of {self._total} rows are faulty and left out{listed}"
+            say("\n  ".join([head, *self._lines()]))
 
-    def _kinds(self) -> list[str]:
-        """Kinds of fault, the commonest first: how many rows have it, the first of them, and its first words."""
+    def _kinds(self) -> list[list[int]]:
+        """The rows of each kind of fault, the commonest first; of many the rest together."""
         kinds: dict[str, list[int]] = {}
         for row in sorted(self.rows):
-            kinds.setdefault(_OWN.sub("*", _words(self.rows[row])), []).append(row)
+            kinds.setdefault(_OWN.sub("*", self._words(row)), []).append(row)
+        found = sorted(kinds.values(), key=len, reverse=True)
+        return [*found[:_SHOWN], *([sorted(row for rows in found[_SHOWN:] for row in rows)] if found[_SHOWN:] else [])]
+
+    def _lines(self) -> list[str]:
+        """Of each kind: how many rows have it, the first of them, and what is wrong with the very first."""
         told = []
-        for rows in sorted(kinds.values(), key=len, reverse=True):
-            named = ", ".join(map(str, rows[:_ROWS])) + (", ..." if len(rows) > _ROWS else "")
-            told.append(f"{len(rows)} (row {named}) {_words(self.rows[rows[0]])}")
-        return [*told[:_SHOWN], *([f"{len(told) - _SHOWN} more kinds"] if len(told) > _SHOWN else [])]
+        for rows in self._kinds():
+            named = ", ".join(map(str, rows[:_ROWS])) + ", ..." * (len(rows) > _ROWS)
+            told.append(f"{len(rows)}: row {named}: {self._words(rows[0])}")
+        return told
+
+    def _words(self, row: int) -> str:
+        """What is wrong with a row, without its name and the cure."""
+        return _NAME.sub("", self.rows[row]).split(";")[0]
 
 
 class RowIds:
@@ -125,8 +140,3 @@ def write_faults(path: str, inputs: Iterable[Faults]) -> None:
     """Lists them as JSON Lines; no file where there are none."""
     if found := fault_rows(inputs):
         write_jsonl(path, found)
-
-
-def _words(fault: str) -> str:
-    """What is wrong, without the row's name and the cure."""
-    return _NAME.sub("", fault).split(";")[0]

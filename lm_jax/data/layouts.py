@@ -167,8 +167,8 @@ def read_layout(
     if layout is None:
         as_in = ",".join(f"{name}=..." for name in layouts[0].needed)
         raise UserError(
-            f"{faults.where} row 0: {columns_of(rows[0])}, no layout that is known; name yours, as in --config.columns="
-            f'"{as_in}", or rename them to {"; or ".join(map(str, layouts))}'
+            f"{faults.where} row 0: {columns_of(rows[0])}, no layout that is known (they are in docs/data.md); name "
+            f'yours as in --config.columns="{as_in}"'
         )
     chat = any(not _blank(columns.get(name)) for columns in present for name in (*_SYSTEM, "history", TOOLS))
     read = []
@@ -254,8 +254,8 @@ def _read(columns: Row, layout: Layout, chat: bool, at: str) -> tuple[Text | Non
     before = _before(columns, layout, at)
     turns = [[message("assistant", a)] if isinstance(a, str) else a for a in answers]
     if isinstance(question, list):
-        repeated = len(question) if all(t[: len(question)] == question for t in turns) else 0
-        return _behind(before, question, at), [t[repeated:] for t in turns]
+        whole = all(len(t) > len(question) and t[: len(question)] == question for t in turns)
+        return _behind(before, question, at), [t[len(question) * whole :] for t in turns]
     if question is not None and all(t[0]["role"] == "assistant" for t in turns):
         return _behind(before, [message("user", question)], at), list(turns)
     for t in turns:
