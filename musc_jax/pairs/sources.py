@@ -6,6 +6,7 @@ MuSC, arXiv 2502.11541, section 3.2; every method of making pairs begins here.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from musc_jax.pairs import prompts
 from musc_jax.pairs.constraints import Decomposition, parse_decomposition, parse_self_instructed
@@ -75,6 +76,6 @@ class Source:
         """Each row with its decomposition, but for those that are dropped for it."""
         answers = self.ask("decompose", {(r.id, ""): prompts.decompose(r.task.text, self.examples) for r in rows})
         for row in rows:
-            options = {"examples": self.examples, "material": material and not row.task.input}
+            options: dict[str, Any] = {"examples": self.examples, "material": material and not row.task.input}
             if found := read(row, "decompose", answers[row.id, ""], parse_decomposition, row.task.text, **options):
                 yield row, found

@@ -165,8 +165,8 @@ def in_contexts(
     prompts[FULL] = [s.prompt for s in pairs.segments[::2]]
     if NONE in contexts:
         empty = [_without_instruction(row.prompt) for row in pairs.rows]
-        found = {repr(text): no_prompt(encoder, tokenizer, text) for text in empty}
-        prompts[NONE] = [found[repr(text)] for text in empty]
+        each = {repr(text): no_prompt(encoder, tokenizer, text) for text in empty}
+        prompts[NONE] = [each[repr(text)] for text in empty]
     examples = [
         tuple(Segment(prompts[context][i // 2], segment.response) for context in contexts)
         for i, segment in enumerate(pairs.segments)
