@@ -76,7 +76,7 @@ class _Controls:
         seeds, faults = read_seeds(config.seeds, config.columns, config.max_dropped_share)
         faults.say()
         unlabelled, _ = read_unlabelled(config.unlabelled, config.unlabelled_columns, config.max_dropped_share)
-        self._given = given_rows(self._seeds, unlabelled)
+        self._given = given_rows(seeds, unlabelled)
         out = controls.held_out([seed.row for seed in seeds], config.held_out, config.seed)
         source = open_model(config.model)
         reverse = open_model(config.rounds["reverse_model"] or config.model)

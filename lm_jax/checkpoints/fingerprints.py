@@ -2,12 +2,15 @@
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import jax
 import xxhash
 
 from lm_jax.checkpoints.weight_files import Checkpoint
 from lm_jax.config import ModelConfig
+from lm_jax.distributed.processes import check_alike
 
 WHOLE = 1 << 32  # bytes of a model that are read, in a second or two; more would be slow where a process loads a share
 _BLOCK = 1 << 16  # bytes read at a place
@@ -39,6 +42,13 @@ def weights_fingerprint(checkpoint: Checkpoint, whole: int = WHOLE) -> str:
             digest.update(part)
             checkpoint.forget()
     return digest.hexdigest()
+
+
+def check_copies(checkpoint: Checkpoint, name: str | Path) -> None:
+    """Raises UserError where the processes of a run hold different models there; the ends of each tensor are read."""
+    if jax.process_count() > 1:
+        digest = bytes.fromhex(weights_fingerprint(checkpoint, whole=1))
+        check_alike(digest, f"weights in {name}", "give every process the same model")
 
 
 def config_told(config: ModelConfig) -> str:

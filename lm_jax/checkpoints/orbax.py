@@ -217,6 +217,8 @@ class Checkpoints:
     def restore(self, abstract_items: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         """The named items of a step, the newest by default.
 
+        Rows of padding, which `sharding.padded_shape` has on another mesh than the one that saved, come and go.
+
         Args:
           abstract_items: name -> pytree of ShapeDtypeStructs whose shardings the arrays are born with; None takes an
             item as it was saved, for those without arrays.
@@ -235,6 +237,12 @@ class Checkpoints:
         alone = v1.options.MultiprocessingOptions(primary_host=me, active_processes={me})
         try:
             with moving(str(path)), v1.Context(multiprocessing_options=alone):
+                saved = v1.checkpointables_metadata(path).metadata
+            loading = v1.options.ArrayOptions.Loading(
+                enable_padding_and_truncation=_differ_in_padding(saved, abstract_items)
+            )
+            arrays = v1.options.ArrayOptions(loading=loading)
+            with moving(str(path)), v1.Context(multiprocessing_options=alone, array_options=arrays):
                 items = v1.load_checkpointables(path, abstract_items)
         except Exception as e:
             raise UserError(
@@ -244,6 +252,28 @@ class Checkpoints:
             ) from e
         reached(f"the end of reading checkpoint {step}")
         return items
+
+
+def _differ_in_padding(saved: Any, wanted: Any) -> bool:
+    """Whether arrays differ from those on disk, and all that do in rows of padding at the end alone.
+
+    Padding is less than the parts that a first axis is cut into, so that one number of true rows must fit both.
+    """
+    there, here = _by_path(saved), _by_path(wanted)
+    differ = [(there[path], x) for path, x in here.items() if path in there and there[path].shape != x.shape]
+    return bool(differ) and all(
+        len(a.shape) == len(b.shape) > 0
+        and a.shape[1:] == b.shape[1:]
+        and a.shape[0] - a.shape[0] // a.storage_metadata.write_shape[0] < b.shape[0]
+        and b.shape[0] - b.shape[0] // b.sharding.shard_shape(b.shape)[0] < a.shape[0]
+        for a, b in differ
+    )
+
+
+def _by_path(items: Any) -> dict[str, Any]:
+    found, _ = jax.tree_util.tree_flatten_with_path(items)
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in found)
+    return {path: leaf for path, leaf in named if hasattr(leaf, "shape")}
 
 
 def _damage(path: epath.Path, items: Collection[str] | None = None) -> str | None:

@@ -140,6 +140,16 @@ def gather(part: np.ndarray, what: str) -> list[np.ndarray]:
     return [np.concatenate(pieces) for pieces in found]
 
 
+def check_alike(digest: bytes, what: str, cure: str) -> None:
+    """Raises UserError, in every process, where one of them has another digest (4 n bytes) of `what` than process 0."""
+    if link is None:
+        return
+    digests = gather(np.frombuffer(digest, np.int32), what)
+    for process, its in enumerate(digests):
+        if not np.array_equal(its, digests[0]):
+            raise UserError(f"process {process} reads other {what} than process 0; {cure}")
+
+
 def process_0_first(make: Callable[[], T], what: str) -> T:
     """What `make` gives in each process, made in process 0 before the others: of a file that the first one makes."""
     made = make() if jax.process_index() == 0 else None

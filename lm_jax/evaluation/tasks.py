@@ -1,6 +1,7 @@
 """lm-eval's tasks by name or file: found, run, and their results side by side."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -142,13 +143,33 @@ def markdown(models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
-def task_file(name: str, include_path: str | None) -> Path | None:
-    """The user's own file of a task: the one that `name` is, or the one below `include_path` that has this name."""
+def task_fingerprint(name: str, include_path: str | None) -> str | None:
+    """sha256 (hex) over the user's own file of a task and those that it names: rows, code, what it includes.
+
+    None: the task is lm-eval's. Its file is the one that `name` is, or the one below `include_path` that has this name.
+    """
     if Path(name).is_file():
-        return Path(name)
-    given = re.compile(rf"^(?:task|group):[ \t]*['\"]?{re.escape(name)}['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
-    files = sorted(Path(include_path).rglob("*.y*ml")) if include_path is not None else []
-    return next((file for file in files if given.search(file.read_text(encoding="utf-8", errors="replace"))), None)
+        files = [Path(name)]
+    else:
+        given = re.compile(rf"^(?:task|group):[ \t]*['\"]?{re.escape(name)}['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
+        below = sorted(Path(include_path).rglob("*.y*ml")) if include_path is not None else []
+        files = [file for file in below if given.search(_text(file))][:1]
+    for file in files:  # which grows
+        if file.suffix in (".yaml", ".yml"):
+            words = (word for word in re.findall(r"[^\s'\"\[\]{},]+", _text(file)) if re.search("[./]", word))
+            places = (place for word in words for place in (Path(word), file.parent / word, _code(file, word)))
+            files += [place for place in dict.fromkeys(places) if place not in files and os.path.isfile(place)]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashlib.sha256(" ".join(contents).encode()).hexdigest() if files else None
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _code(file: Path, word: str) -> Path:
+    """Of `!function module.name`."""
+    return file.parent / f"{word.rpartition('.')[0]}.py"
 
 
 def _file_of(name: str) -> Path | None:

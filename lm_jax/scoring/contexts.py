@@ -19,6 +19,7 @@ from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.plans import plan_passes
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows
+from lm_jax.models.logprobs import without_padding
 from lm_jax.scoring.scoring import ARRAYS, scoring_compute
 from lm_jax.sharding import batch_divisor, constrain, to_host
 
@@ -109,6 +110,7 @@ def packed_contrast(
         num_prompts,
         compute.logprob_chunk,
         divergences,
+        config.vocab_size,
     )
 
 
@@ -121,6 +123,7 @@ def contrast_head(
     num_prompts: int,
     chunk: int,
     divergences: bool,
+    vocab_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """See `packed_contrast`. No gradient is meant to go through it.
 
@@ -129,6 +132,7 @@ def contrast_head(
       embedding: [V, D], the output embedding.
       targets, mask, segment_ids: [B, T] as `fill_rows` makes them; segment s is a response under prompt (s - 1) % C.
       chunk: tokens of a row whose logits exist at one time, all prompts counted.
+      vocab_size: as `token_statistics` has it.
     """
     rows, length, width = hidden.shape
     slots = length // num_prompts
@@ -146,7 +150,8 @@ def contrast_head(
     def compute(at_chunk):
         states = jnp.take_along_axis(hidden, at_chunk[..., None], axis=1)
         target_chunk = jnp.take_along_axis(targets, at_chunk, axis=1)
-        return _chunk_contrast(states, embedding, target_chunk, num_prompts, divergences)
+        logits = without_padding(contract_rows(states, embedding, jnp.float32), vocab_size or len(embedding))
+        return _chunk_contrast(logits, target_chunk, num_prompts, divergences)
 
     def nothing(_):
         zeros = jnp.zeros((rows, step, num_prompts), jnp.float32)
@@ -166,9 +171,8 @@ def contrast_head(
     return in_rows(logprobs), in_rows(entropies), None if kl is None else in_rows(kl)
 
 
-def _chunk_contrast(hidden, embedding, targets, num_prompts, divergences):
-    """[B, c * C, D], [V, D], [B, c * C] -> log-probs, entropies [B, c, C] and divergences [B, c, 2] or None."""
-    logits = contract_rows(hidden, embedding, jnp.float32)
+def _chunk_contrast(logits, targets, num_prompts, divergences):
+    """[B, c * C, V], [B, c * C] -> log-probs, entropies [B, c, C] and divergences [B, c, 2] or None."""
     logits = constrain(logits, "batch", "length", "vocab")
     # Shifted by the largest before anything is summed: the entropy of a token that is all but certain would drown in
     # the rounding of a large normaliser, and a ratio of two such entropies would be noise.

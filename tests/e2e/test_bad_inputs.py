@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite(train, tmp_path):
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert step == 7 and saved == [1], (line, saved)  # six after the one that broke it, none of them saved
     for record in common.read_rows(tmp_path / "run" / "metrics.jsonl"):
-        assert np.isfinite(list(record.values())).all(), record
+        assert record.get("num_nonfinite", 0) == [*record.values()].count(None), record
     from lm_jax.checkpoints.orbax import Checkpoints
 
     with Checkpoints(f"{tmp_path}/run/checkpoints", keep=None) as checkpoints:

@@ -203,6 +203,16 @@ def test_the_head_equals_numpy(name, chunk):
             assert found[2] is None
 
 
+def test_rows_of_padding_count_for_nothing():
+    targets, mask, segment_ids, where = layout(2, [[((1, 1), 19)]])
+    hidden, embedding = head_inputs(1)
+    padded = np.concatenate([embedding, 9 * embedding[:3]])
+    expected = contrast_head(hidden, embedding, targets, mask, segment_ids, 2, 8, True)
+    found = contrast_head(hidden, padded, targets, mask, segment_ids, 2, 8, True, len(embedding))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a[0, : len(where[0])], b[0, : len(where[0])], rtol=0, atol=1e-5)
+
+
 def test_the_entropy_of_a_token_that_is_all_but_certain():
     """Large logits, entropies of 1e-4 and below: right to a few 1e-7, where a large normaliser would drown them."""
     targets, mask, segment_ids, where = layout(2, [[((1, 1), 19)]])
