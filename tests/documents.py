@@ -6,7 +6,8 @@ import shlex
 
 from tests.conftest import ROOT
 
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+# Results are of their day: what was run then stays as it was run
+PAGES = ("README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md") if p.name != "results.md"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,13 @@ def commands(text: str, where: str = "") -> list[Command]:
     """The commands of a text, in their order; lines that end with a backslash go on in the next one."""
     joined = re.sub(r"\\\n\s*", "", text)
     found = re.finditer(r"python -m launch\.(\w+)([^`#\n]*)", joined)
-    return [Command(f"{where}-{i}-{m[1]}", m[1], tuple(shlex.split(m[2]))) for i, m in enumerate(found)]
+    return [Command(f"{where}-{i}-{m[1]}", m[1], _flags(m[1], shlex.split(m[2]))) for i, m in enumerate(found)]
+
+
+def _flags(name: str, given: list[str]) -> tuple[str, ...]:
+    """Where no config file is given it is the command's own."""
+    own = [] if any(flag.startswith("--config=") for flag in given) else [f"--config=configs/{name}.py"]
+    return (*own, *given)
 
 
 def all_commands() -> list[Command]:
