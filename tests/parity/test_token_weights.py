@@ -266,8 +266,8 @@ def test_only_the_first_tokens_weight_differs(family, tmp_path):
         kl = ScoreStore.open(str(tmp_path / "weighed.weights")).read([number])["kl"][0]
         assert kl[0] == 2 and (kl[1:] < 1e-3).all()  # all of the divergence
     examples = weighted_pairs(pairs.segments, no_scores(pairs.segments), pairs.rule)
-    packed = pack(example_lengths(examples), 160, 4)
-    batch = fill_rows(packed, examples, 160, 4, ("weights", "ref_logprobs"))
+    packed = pack(example_lengths(examples), 160)
+    batch = fill_rows(packed, examples, 160, max(map(len, packed)), ("weights", "ref_logprobs"))
     special = (batch["loss_mask"] > 0) & (np.abs(batch["weights"] - 1.2) > 0.01)
     firsts = sorted(int(segment.response[0]) for segment in pairs.segments)
     assert sorted(batch["targets"][special].tolist()) == firsts

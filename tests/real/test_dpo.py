@@ -60,8 +60,7 @@ def ours(model, pairs, tmp_path_factory):
     given, run, output = write(directory / "pairs.jsonl", pairs), directory / "run", directory / "exported"
     launch(
         "musc_train", f"model={model.directory}", f"input={given}", f"output={run}", "weights=uniform",
-        "max_length=512", "batch.row_length=1024", f"batch.rows={PAIRS}", f"batch.microbatches={PAIRS}",
-        "batch.max_examples_per_row=1", "epochs=1", f"loss.beta={BETA}", f"optim.learning_rate={RATE}",
+        "max_length=512", f"batch.pairs={PAIRS}", "epochs=1", f"loss.beta={BETA}", f"optim.learning_rate={RATE}",
         f"optim.eps={EPS}", f"optim.clip_norm={CLIP}", "optim.warmup_ratio=0.0", "optim.schedule=constant",
         preset="tiny",
     )  # fmt: skip

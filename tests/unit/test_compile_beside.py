@@ -40,24 +40,24 @@ def endless():
 
 def test_both(mesh):
     compiled = []
-    found = compile_beside(program(lambda: compiled.append(jax.sharding.get_abstract_mesh())), mesh, None, lambda: 3)
+    found = compile_beside(program(lambda: compiled.append(jax.sharding.get_abstract_mesh())), mesh, [None], lambda: 3)
     assert found == 3 and compiled == [mesh.abstract_mesh]
 
 
 def test_a_failed_compilation_ends_the_loading(mesh, endless):
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 40G of 16G")
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
-        compile_beside(program(fails(error)), mesh, None, endless)
+        compile_beside(program(fails(error)), mesh, [None], endless)
     assert raised.value is error
 
 
 def test_a_failed_loading_ends_the_compilation(mesh, endless):
     with pytest.raises(OSError, match="no such tensor"):
-        compile_beside(program(endless), mesh, None, fails(OSError("no such tensor")))
+        compile_beside(program(endless), mesh, [None], fails(OSError("no such tensor")))
 
 
 def test_what_does_not_compile(mesh):
     step = jax.jit(lambda state, batch, frozen: state @ batch)
     made = types.SimpleNamespace(step=step, state=jax.ShapeDtypeStruct((2, 3), jnp.float32), frozen=None)
     with pytest.raises(TypeError, match="contracting dim"):
-        compile_beside(made, mesh, jax.ShapeDtypeStruct((2, 3), jnp.float32), lambda: None)
+        compile_beside(made, mesh, [jax.ShapeDtypeStruct((2, 3), jnp.float32)], lambda: None)
