@@ -10,10 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import common
-from tests.e2e.common import SMALL_TRAIN, TIMING, arguments, fork
+from tests.e2e.common import SMALL_TRAIN, SMALL_TUNE, TIMING, arguments, fork
 from tests.e2e.test_main_train import make_rows
 
 STEPS = ("epochs=30", "max_steps=12", "checkpoints.every=2", "eval_every=100", "seed=7")
+SIZES = {
+    "musc_train": SMALL_TRAIN,
+    "main_train": SMALL_TUNE,
+    "generate": ("max_new_tokens=4", "decode.max_length=64"),
+    "musc_token_weights": ("max_length=64", "batch.row_length=192", "batch.rows=2"),
+}
 MAKE = {"musc_train": common.make_pairs, "main_train": make_rows}
 
 
@@ -30,7 +36,7 @@ def test_stopped_after_four_steps_of_twelve(tmp_path, command):
 
     def flags(name: str, **places: Path) -> list[str]:
         given = {"model": model, "input": rows, "output": tmp_path / name} | places
-        return arguments(command, *(f"{k}={v}" for k, v in given.items()), *SMALL_TRAIN, *STEPS, preset="tiny")
+        return arguments(command, *(f"{k}={v}" for k, v in given.items()), *SIZES[command], *STEPS, preset="tiny")
 
     fork(command, *flags("whole")).ok()
     script = (f"--command={command}", "--stop_after=4")
@@ -56,12 +62,11 @@ def test_stopped_after_four_steps_of_twelve(tmp_path, command):
 def test_kept_rows_belong_to_a_model_wherever_it_lies(tmp_path, command):
     common.make_model(tmp_path / "model")
     common.make_pairs(tmp_path / "in.jsonl", 4, perturbed_prompt=lambda i: f"say that {i} sat")
-    sizes = {"generate": ("max_new_tokens=4", "decode.max_length=64"), "musc_token_weights": SMALL_TRAIN}
 
     def flags(model: str) -> list[str]:
         output = f"output={tmp_path / 'out.jsonl'}"
         return arguments(
-            command, f"model={tmp_path / model}", f"input={tmp_path / 'in.jsonl'}", output, *sizes[command]
+            command, f"model={tmp_path / model}", f"input={tmp_path / 'in.jsonl'}", output, *SIZES[command]
         )
 
     fork(command, *flags("model")).ok()

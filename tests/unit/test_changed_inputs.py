@@ -55,7 +55,7 @@ def begin(place, monkeypatch):
         module, kind, file = COMMANDS[command]
         config = file.get_config("tiny")
         given = {"model": f"{place}/model", "input": f"{place}/{command}.jsonl", "output": f"{place}/out"}
-        config.update(given | {"max_length": 96, "batch": {"row_length": 192, "rows": 2}} | settings)
+        config.update(given | {"max_length": 96} | settings)
         module.train(from_config_dict(kind, config.to_dict()))
 
     return call
