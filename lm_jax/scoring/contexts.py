@@ -18,7 +18,7 @@ from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
 from lm_jax.data.order import BatchIterator, plan_batches
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.models.decoder import Decoder, output_embedding
-from lm_jax.models.linear import contract_rows
+from lm_jax.models.linear import contract_rows, in_compute_dtype
 from lm_jax.sharding import constrain, to_host
 
 
@@ -84,6 +84,7 @@ def contrast(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "num_prompts", "divergences"))
+@in_compute_dtype
 def packed_contrast(
     params: dict,
     batch: dict[str, jax.Array],

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm_jax.models.linear import matmul_precision
+
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
 
@@ -44,11 +46,13 @@ class Objective:
       loss: (params, microbatch, totals) -> (loss, metrics, bad_example): the microbatch's *contributions*, sums
         already divided by the totals of the whole step, so that adding contributions gives the mean. `bad_example` is
         the largest id of an example whose loss is not finite, or -1. A metric that is not defined in a step is NaN.
+      dtype: that `loss` computes in; see `lm_jax.models.linear.matmul_precision`.
       carry: in training alone; `totals` lack what it reads in an evaluation.
     """
 
     count: Callable[[Batch], Sums]
     loss: Callable[[Any, Batch, Sums], tuple[jax.Array, Sums, jax.Array]]
+    dtype: str
     carry: Carry = Carry()
 
 
@@ -101,7 +105,8 @@ def make_train_step(
         return loss, ({**metrics, "loss": loss}, bad)
 
     def gradients(trained, frozen, at, micro, totals):
-        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, at, micro, totals)
+        with matmul_precision(objective.dtype):
+            (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, at, micro, totals)
         return grads, *aux
 
     def train_step(state: TrainState, batch: Batch, frozen: Any = None):

@@ -62,4 +62,4 @@ def supervised_objective(
         bad = jnp.max(jnp.where(jnp.isfinite(found["logprobs"]), -1, example))
         return metrics.pop("loss"), metrics, bad
 
-    return Objective(count, contributions, carry)
+    return Objective(count, contributions, compute.dtype, carry)

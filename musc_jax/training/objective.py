@@ -78,4 +78,4 @@ def preference_objective(
         bad = jnp.max(jnp.where(jnp.isfinite(losses), -1, ids.reshape(-1)))
         return total, metrics, bad
 
-    return Objective(count, contributions)
+    return Objective(count, contributions, compute.dtype)

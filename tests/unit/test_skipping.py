@@ -153,7 +153,7 @@ def test_by_hand(bad, start, not_finite):
         return jax.lax.cond(micro["bad"][0], bad, lambda p: p, params["kernel"][0]), {}, jnp.int32(-1)
 
     optimizer = optax.sgd(lambda step: 0.1 + step, momentum=0.5)
-    step = jax.jit(make_train_step(Objective(lambda micro: {}, loss), optimizer, lambda step: 0.1 + step))
+    step = jax.jit(make_train_step(Objective(lambda micro: {}, loss, "float32"), optimizer, lambda step: 0.1 + step))
     state = TrainState.create({"kernel": jnp.array([start, 5.0])}, optimizer)
     state, metrics = step(state, {"bad": jnp.array([[True]])})
     assert {name for name in ("loss", "grad_norm") if not np.isfinite(metrics[name])} == not_finite

@@ -281,7 +281,7 @@ def test_clipping_and_what_is_reported():
         total = jnp.sum(micro["x"] * params["kernel"] ** 2) / totals["rows"]
         return total, {"squares": total}, jnp.int32(-1)
 
-    objective = Objective(lambda micro: {"rows": jnp.float32(micro["x"].shape[0])}, loss)
+    objective = Objective(lambda micro: {"rows": jnp.float32(micro["x"].shape[0])}, loss, "float32")
     batch = {"x": jnp.array([[[3.0, 0.0]], [[0.0, 12.0]], [[6.0, 0.0]]])}
     optimizer = make_optimizer(dataclasses.replace(OPTIM, eps=1e-8, weight_decay=0.0), lambda step: 0.25)
     state = TrainState.create({"kernel": jnp.array([1.0, 1.0])}, optimizer)
