@@ -1,4 +1,4 @@
-"""config.json of published models, sizes shrunk: read as it is, with transformers' log-probs; others refused by name."""
+"""config.json of published models, sizes shrunk: read, with transformers' log-probs; others are refused by name."""
 
 import json
 import re
