@@ -4,6 +4,7 @@
 #   make test         ruff, mypy and the tests that are quick: fifteen to twenty minutes on two cores
 #   make test-all     every test: kills, pods, TPU compilations, rounds and benches besides, the better part of an hour
 #   make coverage     every test with coverage, a line for each file that is not whole; TESTS=tests/unit for some of them
+#   make test-real    the tests on real checkpoints: every model directory in the folder LM_JAX_REAL_MODELS
 #   make faults       breaks real runs on purpose and counts what held
 # Choose the interpreter with PYTHON=python3.12. Both share .venv and install only when pyproject.toml changed.
 
@@ -12,7 +13,7 @@ TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all lint coverage faults
+.PHONY: quickstart test test-all test-real lint coverage faults
 .NOTPARALLEL:  # two installations into one environment would break each other
 
 # The environment holds no accelerator's JAX, and with the tests' libtpu in it JAX would look for a TPU first
@@ -24,15 +25,19 @@ quickstart: $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: lint
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not real'
 
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) -m 'not real'
 
-# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults lists: TIMES of each
-TIMES ?= 3
+# One process: two models beside each other need more memory than many a machine has
+test-real: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m real -rs tests/real
+
+# Runs that are killed, stopped, starved and damaged, in the ways that tests/faults lists: each as often as it says there
+# (ten seeds where two processes are involved: hours), or TIMES=3 of each
 faults: $(VENV)/.installed-test
-	$(BIN)/python -m tests.faults --times=$(TIMES)
+	$(BIN)/python -m tests.faults $(TIMES:%=--times=%)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

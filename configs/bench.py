@@ -22,6 +22,7 @@ def get_config(preset: str = "") -> ConfigDict:
     c.dtype = "float32"  # of ours, and of the peer but in `train`, where TRL runs in both
     c.num_pairs = placeholder(int)  # the first ones alone; none: all
     c.max_length = 1024  # tokens of prompt + response
+    c.batch_pairs = 8  # a training step, on both sides
     c.prompts = 256  # to generate from, pieces of 20 to 200 tokens of the responses' text
     c.new_tokens = 128  # of each; in `generate_ends` at most, about a quarter on average
     c.layers = 6  # of the random model

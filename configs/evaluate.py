@@ -69,8 +69,6 @@ def get_config(preset: str = "") -> ConfigDict:
     c.batch = ConfigDict()
     c.batch.rows = 4  # a scoring pass, over all devices
     c.batch.row_length = 4096  # more than max_length; several questions share a row
-    c.batch.microbatches = 1  # nothing to accumulate
-    c.batch.max_examples_per_row = 256  # answers to multiple-choice questions are short
 
     _here(c, c.get_ref("max_length"))
     c.compute.logprob_chunk = 256  # tokens of a device whose logits exist at once (by 8,192 words of the vocabulary)

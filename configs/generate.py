@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory; none with an endpoint
     c.input = placeholder(str)  # rows with `prompt`: raw text, or messages for the chat template
+    c.columns = ""  # ours=yours: "instruction=question" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # a local .jsonl; appears when it is whole
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # with a row's id it decides every random draw

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.seed = 0  # of the rows, the model's start and the order
     c.rows = 60000  # in all three stages, 3.6M tokens; of 50,000 decompositions are less exact
     c.learning_rate = 3e-3  # the peak; a model this small takes it
-    c.batch_rows = 2  # of three times max_length tokens, a step
+    c.batch_examples = 28  # rows a step; about 1,900 tokens in the last two stages
     c.max_length = 320  # the longest row, a decomposition with one in-context example, has fewer tokens
     # What prompts of your own say beside the world's words, so that the tokenizer knows it; these are MAIN's
     c.words = (

@@ -28,6 +28,9 @@ def get_config(preset: str = "") -> ConfigDict:
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory: what every training begins as
     c.seeds = placeholder(str)  # real pairs: `instruction` + `output`, `prompt` + `response`, or `messages`
     c.unlabelled = placeholder(str)  # rows with `id`, `response`, as launch.main_prepare writes them
+    c.columns = ""  # of `seeds`, ours=yours: "instruction=ask,output=answer" (docs/data.md)
+    c.unlabelled_columns = ""  # the same of `unlabelled`: "response=text"
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # directory
     c.chat_template_kwargs = ""  # JSON for every chat template: {"enable_thinking": false}
     c.seed = 0  # of every draw, every sampling and every training

@@ -20,6 +20,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.forward = placeholder(str)  # instruction -> response: run directory, Hugging Face directory or hub id
     c.reverse = placeholder(str)  # response -> instruction, likewise, with the same tokenizer
     c.input = placeholder(str)  # rows with `id` (the response's), `response`, `instruction`; a candidate a row
+    c.columns = ""  # ours=yours: "id=key,response=text" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # a local .jsonl; the kept pairs
     c.chat_template_kwargs = ""  # JSON for the chat template of both: {"enable_thinking": false}
     c.scores = placeholder(str)  # directory of what the models said; none: beside the output. Runs may share it
@@ -48,8 +50,6 @@ def get_config(preset: str = "") -> ConfigDict:
     c.batch = ConfigDict()
     c.batch.rows = 8  # a forward pass, over all devices
     c.batch.row_length = 2048  # at least max_length
-    c.batch.microbatches = 1  # nothing to accumulate
-    c.batch.max_examples_per_row = 64  # texts in a row
 
     c.mesh = ConfigDict()
     c.mesh.data = 1

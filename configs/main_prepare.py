@@ -16,6 +16,8 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.input = placeholder(str)  # .jsonl .json .parquet, a saved dataset, a hub id, a .txt file, or a directory of those
+    c.columns = ""  # ours=yours: "id=key" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # a local .jsonl; appears when it is whole
     c.column = "text"  # where the rows have their document
     c.near_duplicate = 0.7  # segments that share this part of their word trigrams are one (Jaccard); 0: off

@@ -33,6 +33,9 @@ def get_config(preset: str = "") -> ConfigDict:
     c.reverse_model = placeholder(str)  # the reverse model begins as this one instead; with the same tokenizer
     c.seeds = placeholder(str)  # real pairs: `instruction` + `output`, `prompt` + `response`, or `messages`
     c.unlabelled = placeholder(str)  # rows with `id`, `response`, as launch.main_prepare writes them
+    c.columns = ""  # of `seeds`, ours=yours: "instruction=ask,output=answer" (docs/data.md)
+    c.unlabelled_columns = ""  # the same of `unlabelled`: "response=text"
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # directory
     c.chat_template_kwargs = ""  # JSON for the chat template of both: {"enable_thinking": false}
     c.seed = 0  # of round 0; each round adds 1, so that none repeats the draws of another

@@ -28,6 +28,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory: where training starts
     c.input = placeholder(str)  # supervised rows: .jsonl .json .parquet, a saved dataset, or a hub id
     c.eval_input = placeholder(str)  # held-out supervised rows; none: no evaluation
+    c.columns = ""  # ours=yours: "instruction=ask,output=answer" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # run directory
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # of the data order
@@ -47,10 +49,11 @@ def get_config(preset: str = "") -> ConfigDict:
     c.alpha.decay = 0.9  # moving averages of the losses over some ten steps: a step's own is noisy
 
     c.batch = ConfigDict()
-    c.batch.rows = 32  # a step, over all devices; packed, so a row holds many short sequences
-    c.batch.row_length = 2048  # at least max_length
-    c.batch.microbatches = 1  # raise when memory is short; exact
-    c.batch.max_examples_per_row = 64  # sequences in a row; more would be tiny
+    c.batch.examples = 32  # rows of the input a step, as instruction backtranslation has it (arXiv 2308.06259)
+    # Packed rows of up to 2 x max_length tokens that a device works on at one time; a step takes as many microbatches
+    # of them as it needs, with the same result. More are faster for small models, as far as memory allows
+    c.batch.rows_per_device = 1
+    c.batch.row_lengths = 3  # different lengths of rows, at most: each leaves less padding and takes a compilation
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-5  # full fine-tuning of a 7B-class model; adapters take ten times as much
@@ -99,8 +102,6 @@ def get_config(preset: str = "") -> ConfigDict:
         c.dtype = "float32"  # CPUs are no faster in bfloat16
         c.max_length = 1024
         c.epochs = 1
-        c.batch.rows = 4
-        c.batch.row_length = 1024
         c.optim.learning_rate = 1e-3
         c.compute.remat = "none"
         c.compute.scan_unroll = 64  # all layers
@@ -108,7 +109,7 @@ def get_config(preset: str = "") -> ConfigDict:
     elif preset in _PODS:
         c.model, c.mesh.tensor, c.lora.rank, c.compute.remat = _PODS[preset]
         c.compute.logprob_chunk = 1024  # a block of the embedding is read from memory once for so many tokens
-        c.batch.rows = 128  # two for each of fsdp's 64 parts
+        c.batch.examples = 512  # eight for each of fsdp's 64 parts: with fewer they would wait for each other
         if c.lora.rank:
             c.optim.learning_rate = 1e-4  # adapters take ten times as much
     elif preset:

@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory; none with an endpoint
     c.input = placeholder(str)  # rows with `prompt` or `instruction` (and `input`); none: the model invents them
     c.num_instructions = placeholder(int)  # how many it invents; only without input
+    c.columns = ""  # ours=yours: "instruction=question" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # a local .jsonl; appears when it is whole
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # with a row's id it decides every random draw
@@ -58,33 +60,17 @@ def get_config() -> ConfigDict:
     c.perturb.negate = 0.0  # by one that contradicts it, which the model writes; the paper's shares: 0.5, 0.25, 0.25
 
     # Low temperatures where there is one right answer, the authors' 0.5 where there are many
-    c.decompose = ConfigDict()
-    c.decompose.temperature = 0.1
-    c.decompose.max_new_tokens = 1024  # the constraints, and the instruction's input once more
-    c.self_instruct = ConfigDict()
-    c.self_instruct.temperature = 0.5
-    c.self_instruct.max_new_tokens = 1024
-    c.negate = ConfigDict()
-    c.negate.temperature = 0.1
-    c.negate.max_new_tokens = 128  # one sentence
-    c.recombine = ConfigDict()
-    c.recombine.temperature = 0.1
-    c.recombine.max_new_tokens = 512  # an instruction without its input
-    c.check = ConfigDict()
-    c.check.temperature = 0.0  # yes or no
-    c.check.max_new_tokens = 256
-    c.respond = ConfigDict()
-    c.respond.temperature = 0.5
-    c.respond.max_new_tokens = 1024  # a longer response is cut, and its pair dropped
-    c.judge = ConfigDict()
-    c.judge.temperature = 0.7  # the Self-Rewarding paper's; verdicts that are averaged must be able to differ
-    c.judge.max_new_tokens = 512  # a few sentences and a number, or yes and no for every constraint
-    c.critique = ConfigDict()
-    c.critique.temperature = 0.1
-    c.critique.max_new_tokens = 512  # a list of faults
-    c.revise = ConfigDict()
-    c.revise.temperature = 0.5  # as the response that it replaces
-    c.revise.max_new_tokens = 1024
+    c.decompose = _stage(0.1, 1024)  # the constraints, and the instruction's input once more
+    c.self_instruct = _stage(0.5, 1024)
+    c.negate = _stage(0.1, 128)  # one sentence
+    c.recombine = _stage(0.1, 512)  # an instruction without its input
+    c.check = _stage(0.0, 256)  # yes or no
+    c.respond = _stage(0.5, 1024)  # a longer response is cut, and its pair dropped
+    # The Self-Rewarding paper's temperature; verdicts that are averaged must be able to differ. A few sentences and a
+    # number, or yes and no for every constraint
+    c.judge = _stage(0.7, 512)
+    c.critique = _stage(0.1, 512)  # a list of faults
+    c.revise = _stage(0.5, 1024)  # as the response that it replaces
 
     c.decode = ConfigDict()
     c.decode.slots = 8  # answers written at once; more is faster until memory ends
@@ -109,3 +95,9 @@ def get_config() -> ConfigDict:
     c.compute.logprob_chunk = 256  # not read here
     c.compute.scan_unroll = 1  # layers compiled together
     return c
+
+
+def _stage(temperature: float, max_new_tokens: int, repetition_penalty: float = 1.0) -> ConfigDict:
+    return ConfigDict(
+        {"temperature": temperature, "max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+    )

@@ -26,6 +26,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory: what round 1 begins with
     c.input = placeholder(str)  # rows with `prompt` or `instruction` (and `input`); none: the model invents them
     c.num_instructions = placeholder(int)  # how many it invents in every round; only without input
+    c.columns = ""  # ours=yours: "instruction=question" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # directory
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # of round 1; each round adds 1, so that none repeats the draws of another

@@ -16,6 +16,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c = ConfigDict()
     c.model = placeholder(str)  # the seed model: Hugging Face directory, hub id or run directory
     c.input = placeholder(str)  # preference rows with `perturbed_prompt`
+    c.columns = ""  # ours=yours: "prompt=question,chosen=best" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # JSONL, local, gs:// or s3://; appears when the store is whole
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.store = placeholder(str)  # local, gs:// or s3://; none: beside the output, as NAME.weights
@@ -30,8 +32,6 @@ def get_config(preset: str = "") -> ConfigDict:
     c.batch = ConfigDict()
     c.batch.rows = 8  # a forward pass, over all devices
     c.batch.row_length = 6144  # 3 x max_length: a response under three prompts; long rows also leave little padding
-    c.batch.microbatches = 1  # nothing to accumulate
-    c.batch.max_examples_per_row = 64  # responses in a row
 
     c.mesh = ConfigDict()
     c.mesh.data = 1

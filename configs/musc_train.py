@@ -28,6 +28,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c.reference = placeholder(str)  # the frozen model; none: the starting point itself
     c.input = placeholder(str)  # preference rows: .jsonl .json .parquet, a saved dataset, or a hub id
     c.eval_input = placeholder(str)  # held-out preference rows; none: no evaluation
+    c.columns = ""  # ours=yours: "prompt=question,chosen=best" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # run directory
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.seed = 0  # of the data order
@@ -50,10 +52,11 @@ def get_config(preset: str = "") -> ConfigDict:
     c.loss.nll_weight = 0.0  # raise (0.1 to 1) where the chosen log-probs must not fall
 
     c.batch = ConfigDict()
-    c.batch.rows = 8  # a step, over all devices; a row of two max_length sequences holds one or more pairs
-    c.batch.row_length = 4096  # 2 x max_length, so that every pair fits one row
-    c.batch.microbatches = 1  # raise when memory is short; exact
-    c.batch.max_examples_per_row = 16  # pairs in a row; more would be tiny
+    c.batch.pairs = 8  # a step, whatever their lengths; the authors' setting
+    # Packed rows of up to 2 x max_length tokens that a device works on at one time; a step takes as many microbatches
+    # of them as it needs, with the same result. More are faster for small models, as far as memory allows
+    c.batch.rows_per_device = 1
+    c.batch.row_lengths = 3  # different lengths of rows, at most: each leaves less padding and takes a compilation
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 5e-7  # full fine-tuning of a 7B-class model; 5e-6 is the authors' for adapters
@@ -102,8 +105,6 @@ def get_config(preset: str = "") -> ConfigDict:
         c.dtype = "float32"  # CPUs are no faster in bfloat16
         c.max_length = 1024
         c.epochs = 1
-        c.batch.rows = 4
-        c.batch.row_length = 2048
         c.optim.learning_rate = 5e-6
         c.compute.remat = "none"
         c.compute.scan_unroll = 64  # all layers
@@ -111,7 +112,7 @@ def get_config(preset: str = "") -> ConfigDict:
     elif preset in _PODS:
         c.model, c.mesh.tensor, c.lora.rank, c.compute.remat = _PODS[preset]
         c.compute.logprob_chunk = 1024  # a block of the embedding is read from memory once for so many tokens
-        c.batch.rows = 64  # one for each of fsdp's 64 parts
+        c.batch.pairs = 128  # two for each of fsdp's 64 parts; as Zephyr trains (arXiv 2310.16944)
         if c.lora.rank:
             c.optim.learning_rate = 5e-6  # the authors' for adapters
     elif preset:

@@ -16,6 +16,8 @@ def get_config(preset: str = "") -> ConfigDict:
     c = ConfigDict()
     c.model = placeholder(str)  # whose tokenizer cuts the responses; its weights are not read
     c.input = placeholder(str)  # preference rows, with columns of launch.musc_pairs or launch.musc_token_weights or not
+    c.columns = ""  # ours=yours: "prompt=question,chosen=best" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # HTML, local, gs:// or s3://; appears when it is whole
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.counts = placeholder(str)  # the tally of launch.musc_pairs; none: INPUT.counts.json where there is one

@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = placeholder(str)  # Hugging Face directory, hub id or run directory
     c.input = placeholder(str)  # rows with `prompt` and `response`, or a list of responses as launch.generate writes
+    c.columns = ""  # ours=yours: "prompt=question,response=answer" (docs/data.md); none: by their own names
+    c.max_dropped_share = 0.01  # of a file's rows that may be faulty and are left out; with more nothing is written
     c.output = placeholder(str)  # JSONL, local, gs:// or s3://; appears when it is whole
     c.chat_template_kwargs = ""  # JSON for the chat template: {"enable_thinking": false}; a row's own column goes first
     c.dtype = "float32"  # exact; bfloat16 is faster on accelerators
@@ -22,8 +24,6 @@ def get_config() -> ConfigDict:
     c.batch = ConfigDict()
     c.batch.rows = 8  # a forward pass, over all devices
     c.batch.row_length = 2048  # at least max_length
-    c.batch.microbatches = 1  # nothing to accumulate
-    c.batch.max_examples_per_row = 64  # responses in a row
 
     c.mesh = ConfigDict()
     c.mesh.data = 1

@@ -33,7 +33,7 @@ class LabSeedConfig:
     seed: int
     rows: int
     learning_rate: float
-    batch_rows: int
+    batch_examples: int
     max_length: int
     words: str
     gate: float
@@ -42,7 +42,7 @@ class LabSeedConfig:
     def __post_init__(self):
         if self.world not in WORLDS:
             raise UserError(f"config.world={self.world!r}: unknown world; choose {' or '.join(WORLDS)}")
-        for name in ("rows", "batch_rows", "max_length", "gate_rows"):
+        for name in ("rows", "batch_examples", "max_length", "gate_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.gate <= 1:
@@ -137,8 +137,8 @@ def _fit(config: LabSeedConfig, model: Path, rows: Path, output: Path, last: boo
         f"--config.seed={config.seed}",
         "--config.optim.warmup_ratio=0.1",  # every stage begins with a new optimiser state
         f"--config.max_length={config.max_length}",
-        f"--config.batch.rows={config.batch_rows}",
-        f"--config.batch.row_length={3 * config.max_length}",
+        f"--config.batch.examples={config.batch_examples}",
+        "--config.batch.row_lengths=1",
         f"--config.optim.learning_rate={config.learning_rate}",
         f"--config.optim.schedule={'cosine' if last else 'constant'}",
         "--config.optim.beta2=0.98",

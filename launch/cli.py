@@ -1,14 +1,15 @@
 """What every entry point shares: `--config=FILE.py[:preset] --config.key=value`, and errors as one line."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
 import sys
-import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -17,7 +18,6 @@ from ml_collections import config_flags
 from lm_jax.config import from_config_dict
 from lm_jax.distributed import stopping
 from lm_jax.distributed.start import Processes, start
-from lm_jax.distributed.wire import PERIOD
 from lm_jax.errors import UserError, without_passwords
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as shells have it
@@ -26,6 +26,7 @@ TERMINATED = 143  # that of one that SIGTERM ended before there was anything to 
 _SHOWN = 900  # characters of an error
 _SECRET_LENGTH = 8  # characters; what is shorter is no secret, and a word that errors use
 _GIVE = "give --config=configs/NAME.py[:preset]"
+_HOME = Path(__file__).resolve().parents[1]  # holds configs/, in a checkout and where the wheel is installed
 _on_end: list[Callable[[str | None], None]] = []  # what lets the run's other processes know
 
 
@@ -48,6 +49,7 @@ def run(
         signal.signal(signal.SIGINT, _interrupted)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupted)
+    sys.argv = _with_config_file(sys.argv)
     flag = config_flags.DEFINE_config_file("config", None, "settings file, with an optional :preset", lock_config=True)
     _define_processes()
     if preview is not None:
@@ -97,6 +99,27 @@ def run(
     app.run(call, flags_parser=parse)
 
 
+def console() -> None:
+    """Runs the command that a console script is named after: `musc-train` is `python -m launch.musc_train`."""
+    name = Path(sys.argv[0]).stem.removeprefix("lm-").replace("-", "_")
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec(f"launch.{name}")
+    module = importlib.import_module(f"launch.{name}")
+    run(module.command, getattr(module, "preview", None))
+
+
+def _with_config_file(argv: list[str]) -> list[str]:
+    """The arguments with the command's own config file where none is given; configs/ may lie beside the packages."""
+    given = next((i for i, word in enumerate(argv) if re.match("--?config(=|$)", word)), None)
+    if given is None:
+        spec = sys.modules["__main__"].__spec__
+        own = _HOME / "configs" / f"{spec.name.removeprefix('launch.') if spec else ''}.py"
+        return [argv[0], f"--config={own}", *argv[1:]] if own.is_file() else argv
+    place = re.match(r"--?config=(configs/\w+\.py)(:.*)?$", argv[given])
+    if place is None or Path(place[1]).exists() or not (_HOME / place[1]).is_file():
+        return argv
+    return [*argv[:given], f"--config={_HOME / place[1]}{place[2] or ''}", *argv[given + 1 :]]
+
+
 def _define_processes() -> None:
     """The flags of a run of many processes; their defaults are the environment's."""
 
@@ -127,10 +150,13 @@ def _processes() -> Iterator[None]:
     if done is None:
         yield
         return
+    from lm_jax.distributed.processes import outlast
+
     _on_end.append(done)
     try:
         yield
-    except (UserError, OSError):
+    except (UserError, OSError) as e:
+        outlast(e)
         raise
     except stopping.Stopped:
         done(None)
@@ -138,16 +164,10 @@ def _processes() -> Iterator[None]:
     except Exception as e:
         if _of_memory(e):
             raise UserError(_memory_fault(e)) from e
-        if _of_another(e):  # then the line that names it comes
-            time.sleep(given.process_timeout + 4 * PERIOD)
+        outlast(e)
         traceback.print_exc()
         raise UserError(f"{type(e).__name__}: {str(e)[:300]}; its traceback is above") from e
     done(None)
-
-
-def _of_another(error: Exception) -> bool:
-    """Whether it may come of another process's end or halt: a collective breaks then, or gives up waiting."""
-    return bool(re.search(r"Gloo|NCCL|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ", str(error)))
 
 
 def _lost(line: str) -> NoReturn:
@@ -168,8 +188,8 @@ def _of_memory(error: Exception) -> bool:
 def _memory_fault(error: Exception) -> str:
     said = (str(error).splitlines() or ["of the host"])[0]
     return (
-        f"out of memory ({said[:200]}); in training raise config.batch.microbatches or set compute.remat=full, "
-        "elsewhere lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
+        f"out of memory ({said[:200]}); in training set compute.remat=full, lower config.batch.rows_per_device or "
+        "config.max_length; elsewhere lower config.batch.rows or config.decode.slots; docs/troubleshooting.md has more"
     )
 
 
@@ -201,7 +221,8 @@ def _flag_fault(error: Exception, argv: list[str]) -> str:
 
 def _fail(line: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
     _end(line, 1)
 
 
@@ -227,7 +248,9 @@ def _end(line: str, status: int) -> NoReturn:
     # No shutdown of the interpreter: threads of XLA and of the checkpointing may be at work, and at times crash under
     # it. What is on disk survives a SIGKILL, so it survives this.
     line = _printable(line)
-    for done in _on_end:
-        done(line)
-    os.write(2, f"error: {line}\n".encode())
-    os._exit(status)
+    try:
+        for done in _on_end:
+            done(line)
+        os.write(2, f"error: {line}\n".encode())
+    finally:  # the log may lie on the disk that is full
+        os._exit(status)

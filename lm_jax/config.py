@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from lm_jax.errors import UserError, without_passwords
 
@@ -120,12 +120,50 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """The shape of one optimiser step: `microbatches` x [rows / microbatches, row_length] tokens, packed."""
+    """The shape of one forward pass, which scores or evaluates: [rows, row_length] tokens, packed."""
 
-    rows: int  # global rows a step, over all devices and microbatches
+    rows: int  # over all devices
     row_length: int  # tokens a row
-    microbatches: int  # gradient accumulation; exact: sums over all microbatches are divided once
-    max_examples_per_row: int  # bounds the per-row arrays of pairs (static shape)
+
+    def __post_init__(self):
+        _check_sizes(self, "config.batch")
+
+    def rows_in(self, parts: int) -> int:
+        """`rows`, rounded up to a multiple of the `parts` that a mesh cuts them into."""
+        return -(-self.rows // parts) * parts
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """What one optimiser step takes: `size` examples, in as many packed microbatches as they need."""
+
+    unit: ClassVar[str]  # what an example is, in the plural: the key that counts them
+    sequences: ClassVar[int]  # of an example
+
+    rows_per_device: int  # rows of a microbatch that a device works on at one time; the result does not depend on it
+    row_lengths: int  # different lengths that rows may have, each of which is compiled; nor on this
+
+    def __post_init__(self):
+        _check_sizes(self, "config.batch")
+
+    @property
+    def size(self) -> int:
+        """Examples of a step."""
+        return getattr(self, self.unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairBatch(StepBatch):
+    unit, sequences = "pairs", 2
+
+    pairs: int  # of a step; an epoch's last step has what is left
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleBatch(StepBatch):
+    unit, sequences = "examples", 1
+
+    examples: int  # of a step; an epoch's last step has what is left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +175,7 @@ class DecodeConfig:
     chunk: int  # tokens a sequence between two looks at what has finished
 
     def __post_init__(self):
-        for name in ("slots", "max_length", "chunk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"config.decode.{name}: must be at least 1, got {getattr(self, name)}")
+        _check_sizes(self, "config.decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +252,13 @@ class CheckpointConfig:
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.checkpoints.{name}: must be at least 1, got {getattr(self, name)}")
+
+
+def _check_sizes(config: Any, where: str) -> None:
+    """Raises UserError where a field is below 1."""
+    for name, value in dataclasses.asdict(config).items():
+        if value < 1:
+            raise UserError(f"{where}.{name}: must be at least 1, got {value}")
 
 
 def from_config_dict(cls: type[T] | types.UnionType, config: Mapping[str, Any], where: str = "config") -> T:

@@ -38,19 +38,13 @@ class Progress:
             values = "  ".join(f"{k} {v}" for k, v in shown.items())
             print(f"{self._unit} {done}/{self._total}  {values}  left {left:.0f}s", file=sys.stderr, flush=True)
 
-    def say(self, line: str) -> None:
-        """A line that the bar leaves readable."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            say(line)
-
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
 def say(line: str) -> None:
-    """A line on stderr, of process 0."""
+    """A line on stderr, of process 0; a bar stays readable."""
     if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        tqdm = sys.modules.get("tqdm")
+        (print if tqdm is None else tqdm.tqdm.write)(line, file=sys.stderr)

@@ -1,11 +1,37 @@
-"""JSON of others: one object a file, and no key twice."""
+"""JSON that every reader takes alike: no NaN in what is written, no key twice in what is read."""
 
 import collections
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lm_jax.errors import UserError
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """JSON text of what was computed: NaN and infinities are null, NumPy's scalars and arrays numbers and lists.
+
+    What a user's rows hold is not to be changed without a word: `lm_jax.data.rows.write_jsonl` refuses it.
+
+    >>> dumps({"loss": float("nan"), "steps": [1, np.float32("inf")]})
+    '{"loss": null, "steps": [1, null]}'
+    """
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """`value` in plain Python values, None for every number in it that is NaN or infinite."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

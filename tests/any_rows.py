@@ -25,7 +25,6 @@ from hypothesis import strategies as st  # noqa: E402
 
 from lm_jax.config import from_config_dict, to_dict  # noqa: E402
 from lm_jax.data.journal import rows_fingerprint  # noqa: E402
-from lm_jax.data.order import check_batch  # noqa: E402
 from lm_jax.data.preference import check_weight_lengths, preference_rows  # noqa: E402
 from lm_jax.data.rows import read_rows, write_jsonl  # noqa: E402
 from lm_jax.data.supervised import supervised_rows  # noqa: E402
@@ -154,10 +153,11 @@ def encoder() -> TextEncoder:
         return TextEncoder(load_tokenizer(directory), MAX_LENGTH)
 
 
-def check_encoded(prompts, responses) -> list:
+def check_encoded(prompts, responses, encode) -> list:
     tokenizer = encoder()._tokenizer
-    encoded = checked(encoder().encode_many(prompts, responses, [f"rows row {i}" for i in range(len(prompts))], True))
-    for prompt, response, e in zip(prompts, responses, encoded, strict=True):
+    encoded = checked(encode(prompts, responses, [f"rows row {i}" for i in range(len(prompts))]))
+    examples = [e if isinstance(e, list) else [e] for e in encoded]
+    for prompt, response, e in ((p, r, e) for p, r, own in zip(prompts, responses, examples, strict=True) for e in own):
         assert len(e.prompt_ids) >= 1 <= len(e.response_ids) <= e.full_length
         assert len(e.prompt_ids) + len(e.response_ids) <= MAX_LENGTH
         assert e.truncated or e.full_length == len(e.response_ids)
@@ -173,7 +173,8 @@ def check_encoded(prompts, responses) -> list:
 def preference(rows) -> None:
     data = preference_rows(rows, "rows")
     assert len(data.rows) + sum(data.dropped.values()) == len(rows)
-    sides = [check_encoded([r.prompt for r in data.rows], [getattr(r, s) for r in data.rows]) for s in SIDES]
+    encode = encoder().encode_many
+    sides = [check_encoded([r.prompt for r in data.rows], [getattr(r, s) for r in data.rows], encode) for s in SIDES]
     for row, *both in zip(data.rows, *sides, strict=True):
         check_weight_lengths(row, *both, "rows")
 
@@ -192,7 +193,7 @@ def supervised(rows) -> None:
     data = supervised_rows(rows, "rows")
     assert len(data.rows) + sum(data.dropped.values()) == len(rows)
     assert all(row.weight > 0 and row.source in ("seed", "synthetic") for row in data.rows)
-    check_encoded([r.prompt for r in data.rows], [r.response for r in data.rows])
+    check_encoded([r.prompt for r in data.rows], [r.response for r in data.rows], encoder().encode_conversations)
 
 
 def in_a_file(read):
@@ -208,25 +209,24 @@ def in_a_file(read):
 
 
 def prompts(path: str) -> None:
-    rows = generate._read(types.SimpleNamespace(input=path, max_new_tokens=8))
-    assert len({str(row["id"]) for row in rows}) == len(rows)
+    config = types.SimpleNamespace(input=path, max_new_tokens=8, columns="", max_dropped_share=0.0)
+    rows, prompts, faults = generate._read(config)
+    assert len({str(row["id"]) for row in rows}) == len(rows) == len(prompts) and not faults.rows
     rows_fingerprint(rows, "rows")
-    ids = checked(
-        encoder().encode_prompts([row["prompt"] for row in rows], [f"rows row {i}" for i in range(len(rows))])
-    )
+    ids = checked(encoder().encode_prompts([*prompts.values()], [f"rows row {i}" for i in prompts]))
     assert all(1 <= len(one) < MAX_LENGTH for one in ids)
 
 
 def tasks(path: str) -> None:
-    assert len({str(task.id) for task in read_tasks(path)}) == len(read_rows(path))
+    assert len({str(task.id) for task in read_tasks(path)[0]}) == len(read_rows(path))
 
 
 def unlabelled(path: str) -> None:
-    assert all(row["response"].strip() for row in read_unlabelled(path))
+    assert all(row["response"].strip() for row in read_unlabelled(path)[0])
 
 
 def seeds(path: str) -> None:
-    for seed in read_seeds(path):
+    for seed in read_seeds(path)[0]:
         assert isinstance(seed.instruction, str) and isinstance(seed.response, str)
 
 
@@ -320,9 +320,7 @@ def config(example) -> None:
     if hasattr(made, "compute"):
         check_compute(made.compute)
     if hasattr(made, "mesh"):
-        mesh = make_mesh(made.mesh)
-        if hasattr(made, "batch"):
-            check_batch(made.batch, mesh)
+        make_mesh(made.mesh)
     assert from_config_dict(type(made), to_dict(made)) == made
 
 

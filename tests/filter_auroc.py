@@ -92,7 +92,7 @@ def measure(output: Path, task: str) -> dict:
         make_tokenizer(base)
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
         real_input.make_model(base, tokenizer, hidden_size=128, intermediate_size=352, num_hidden_layers=3)
-        settings = ("epochs=24", "max_length=256", "batch.row_length=512", "optim.learning_rate=2e-3")
+        settings = ("epochs=24", "max_length=256", "optim.learning_rate=2e-3")
     else:
         pairs, fitted = alpaca_pairs(), 400
         real_input.make_model(base, real_input.make_tokenizer(base))

@@ -1,7 +1,8 @@
 """TRL's trainers as oracles for losses and gradients."""
 
+import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,40 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lab.bench.material import trl_rows
+
+
+@contextlib.contextmanager
+def dpo_trainer(
+    model_dir: str,
+    ref_dir: str,
+    pairs: Sequence[Mapping[str, Any]],
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Iterator[DPOTrainer]:
+    """TRL's trainer in fp32, without dropout or truncation; arguments as in `dpo_oracle`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        policy, reference = (
+            transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            for path in (model_dir, ref_dir)
+        )
+        yield DPOTrainer(
+            model=policy,
+            ref_model=reference,
+            args=DPOConfig(
+                output_dir=scratch,
+                loss_type=[loss_type],
+                beta=beta,
+                label_smoothing=label_smoothing,
+                max_length=None,
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=True,
+                report_to="none",
+            ),
+            train_dataset=Dataset.from_list(trl_rows(pairs, "pairs")),
+            processing_class=transformers.AutoTokenizer.from_pretrained(model_dir),
+        )
 
 
 def dpo_oracle(
@@ -35,28 +70,8 @@ def dpo_oracle(
       `loss`, a float (mean over pairs; of `sft`, over tokens); `rewards_chosen`, `rewards_rejected`, `logps_chosen` and
       `logps_rejected`, float64 [P]; `grads`, the loss's gradient for every parameter, {name: float32 array}.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        policy, reference = (
-            transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            for path in (model_dir, ref_dir)
-        )
-        trainer = DPOTrainer(
-            model=policy,
-            ref_model=reference,
-            args=DPOConfig(
-                output_dir=scratch,
-                loss_type=[loss_type],
-                beta=beta,
-                label_smoothing=label_smoothing,
-                max_length=None,
-                bf16=False,
-                gradient_checkpointing=False,
-                use_cpu=True,
-                report_to="none",
-            ),
-            train_dataset=Dataset.from_list(trl_rows(pairs, "pairs")),
-            processing_class=transformers.AutoTokenizer.from_pretrained(model_dir),
-        )
+    with dpo_trainer(model_dir, ref_dir, pairs, loss_type, beta, label_smoothing) as trainer:
+        policy = trainer.model
         rows = list(trainer.train_dataset)
         policy.eval()
         metrics = trainer._metrics["eval"]

@@ -32,8 +32,8 @@ import numpy as np
 
 from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
-from lm_jax.data.order import plan_batches
 from lm_jax.data.packing import Segment, example_lengths
+from lm_jax.data.plans import plan_passes
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.models.decoder import Decoder, output_embedding
@@ -119,10 +119,10 @@ def measure(model: Path, pairs_file: Path, number: int | None, max_length: int, 
     compute = ComputeConfig("float32")
     mesh = make_mesh(MeshConfig(1, -1, 1))
     params = source.load_params(mesh, "float32")
-    batch = BatchConfig(2 * jax.device_count(), 4 * max_length, 1, 64)  # of all packed passes
+    batch = BatchConfig(2 * jax.device_count(), 4 * max_length)  # of all packed passes
 
     def slots(examples):
-        return len(plan_batches(example_lengths(examples), batch, 1, None)) * batch.rows * batch.row_length
+        return len(plan_passes(example_lengths(examples), batch, 1)) * batch.rows * batch.row_length
 
     def forward():
         for _ in score(params, full, config, compute, batch, mesh):

@@ -23,6 +23,7 @@ from lm_jax.console import say
 from lm_jax.data.rows import replacing, write_text
 from lm_jax.distributed import processes
 from lm_jax.errors import UserError
+from lm_jax.strict_json import dumps
 
 Result = Mapping[str, Any]
 
@@ -38,6 +39,7 @@ class BenchConfig:
     dtype: str
     num_pairs: int | None
     max_length: int
+    batch_pairs: int
     prompts: int
     new_tokens: int
     layers: int
@@ -50,7 +52,7 @@ class BenchConfig:
             raise UserError(f"config.rows: unknown {unknown[0]!r}; choose from {', '.join(ROWS)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"config.dtype: unknown {self.dtype!r}; choose float32 or bfloat16")
-        for name in ("max_length", "prompts", "layers"):
+        for name in ("max_length", "batch_pairs", "prompts", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be at least 1")
         most = SLOT_LENGTH - PROMPT_LENGTHS[1]
@@ -136,7 +138,7 @@ def bench(config: BenchConfig) -> None:
             "pairs": str(output / "pairs.jsonl"),
             "dtype": config.dtype,
             "max_length": config.max_length,
-            "row_length": 2 * config.max_length,
+            "batch_pairs": config.batch_pairs,
             "prompts": config.prompts,
             "new_tokens": config.new_tokens,
             "factors": config.growth,
@@ -153,7 +155,7 @@ def bench(config: BenchConfig) -> None:
             found["peers"][peer] = {**theirs, "same": same, "compared": said, "ratio": ratios}
             print(_line(name, peer, ours, theirs, ratios, said, same), flush=True)
         report["rows"][name] = found
-        write_text(f"{output}/bench.json", json.dumps(report, indent=1) + "\n")
+        write_text(f"{output}/bench.json", dumps(report, indent=1) + "\n")
         _plot(output / f"{name}.png", name, found)
     say(f"written: {output}/bench.json, {output}/*.png")
 

@@ -4,6 +4,7 @@ Compilation is left out: what is measured is the second of its kind in the proce
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lab.bench import material
-from lm_jax.checkpoints.runs import open_model, training_records
+from lm_jax.checkpoints.runs import open_model
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, ModelConfig, RopeConfig
 from lm_jax.data.packing import Segment
 from lm_jax.data.tokenizers import load_tokenizer
@@ -27,6 +29,7 @@ from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.logprobs import token_logprobs
 from lm_jax.scoring.scoring import score as score_segments
 from lm_jax.sharding import make_mesh
+from lm_jax.strict_json import dumps
 from lm_jax.training.flops import forward_flops, peak_flops
 
 
@@ -39,8 +42,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
         "weights": "uniform",
         "dtype": given["dtype"],
         "max_length": given["max_length"],
-        "batch.row_length": given["row_length"],
-        "batch.rows": 2 * jax.device_count(),
+        "batch.pairs": given["batch_pairs"],
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "launch.musc_train", "--config=configs/musc_train.py:tiny", *flags]
@@ -55,10 +57,10 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError("row train: one step makes no steady state; give more pairs")
     tokens = np.diff([0, *(s["num_tokens"] for s in steps)])
     seconds = [n / s["tokens_per_second"] for n, s in zip(tokens, steps, strict=True)]
-    # First steps and batches, which compile, are counted at the mean of the others; the reference pass has as many
-    # batches as the epoch has steps, to within one
+    # First steps and batches, which compile, are counted at the mean of the others
+    batches = max(math.ceil(tokens.sum() / (jax.device_count() * 2 * given["max_length"])), 2)
     training = sum(seconds[1:]) * tokens.sum() / tokens[1:].sum()
-    reference = (reference - first) * len(steps) / (len(steps) - 1)
+    reference = (reference - first) * batches / (batches - 1)
     utilization = [s["model_flops_utilization"] for s in steps[1:] if "model_flops_utilization" in s]
     return {
         "seconds": training + reference,
@@ -106,7 +108,7 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
     rows = material.responses(given["pairs"], tokenizer, tokenizer.eos_token_id, given["max_length"])
     segments = [Segment(np.array(prompt, np.int32), np.array(response, np.int32)) for prompt, response in rows]
     compute, parts = ComputeConfig(given["dtype"]), mesh.size
-    batch = BatchConfig(2 * parts, max(given["max_length"], 1024), 1, max_examples_per_row=64)
+    batch = BatchConfig(2 * parts, max(given["max_length"], 1024))
     for _ in range(2):
         begin, total = time.perf_counter(), 0.0
         for group in score_segments(params, segments, config, compute, batch, mesh, True):
@@ -188,6 +190,6 @@ if __name__ == "__main__":
     row, given = sys.argv[1], json.loads(sys.argv[2])
     Path(given["output"]).parent.mkdir(parents=True, exist_ok=True)
     try:
-        print(json.dumps(_ROWS[row](given)))
+        print(dumps(_ROWS[row](given)))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -48,7 +48,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
                 bf16=given["dtype"] == "bfloat16",
                 beta=0.1,
                 max_length=given["max_length"],
-                per_device_train_batch_size=4,
+                per_device_train_batch_size=given["batch_pairs"],
                 num_train_epochs=1,
                 learning_rate=5e-6,
                 lr_scheduler_type="cosine",

@@ -28,17 +28,16 @@ from lab.controls.config import MAY_CHANGE, ControlsConfig
 from lab.controls.report import Measured, markdown, report_of
 from lm_jax.checkpoints.runs import open_model
 from lm_jax.config import to_dict
-from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import read_rows, write_jsonl, write_text
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from lm_jax.errors import UserError
-from lm_jax.generation.rounds import begin_directory
+from lm_jax.generation.rounds import begin_directory, made_from
 from main_jax.filter.plots import plot_controls
 from main_jax.filter.scores import SCORES
 from main_jax.prompts import fill, open_prompts
 from main_jax.rounds.config import SAMPLER
-from main_jax.rounds.inputs import read_seeds, read_unlabelled
+from main_jax.rounds.inputs import given_rows, read_seeds, read_unlabelled
 from main_jax.rounds.report import training_summary
 from main_jax.rounds.rows import (
     DIRECTIONS,
@@ -74,8 +73,10 @@ class _Controls:
 
     def __init__(self, config: ControlsConfig):
         self._config, self._root = config, Path(config.output)
-        seeds = read_seeds(config.seeds)
-        read_unlabelled(config.unlabelled)
+        seeds, faults = read_seeds(config.seeds, config.columns, config.max_dropped_share)
+        faults.say()
+        unlabelled, _ = read_unlabelled(config.unlabelled, config.unlabelled_columns, config.max_dropped_share)
+        self._given = given_rows(seeds, unlabelled)
         out = controls.held_out([seed.row for seed in seeds], config.held_out, config.seed)
         source = open_model(config.model)
         reverse = open_model(config.rounds["reverse_model"] or config.model)
@@ -103,11 +104,11 @@ class _Controls:
 
     def begin(self) -> None:
         """Makes the directory, or finds the same controls in it to continue."""
-        settings = to_dict(self._config)
-        for name in ("seeds", "unlabelled"):
-            path = settings[name]
-            settings[name] = {"path": path, "fingerprint": rows_fingerprint(read_rows(path), path)}
-        begin_directory(self._config.output, "main_controls", settings, MAY_CHANGE)
+        config = self._config
+        models = {"model": config.model, "judge_model": config.judge_model}
+        models["rounds.reverse_model"] = config.rounds["reverse_model"]
+        contents = made_from(models, self._given)
+        begin_directory(config.output, "main_controls", to_dict(config), MAY_CHANGE, made_from=contents)
 
     def do(self) -> None:
         """All stages, then the report."""

@@ -7,6 +7,7 @@ from typing import Any
 from lab.commands import changed_flags
 from lab.controls.arms import SEED_ONLY, check_arms, check_held_out, depth_of
 from lm_jax.config import from_config_dict
+from lm_jax.data.columns import Renamed, RowKeys
 from lm_jax.data.supervised import ALL
 from lm_jax.errors import UserError
 from lm_jax.generation.command import GenerateConfig
@@ -38,7 +39,7 @@ MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class ControlsConfig:
+class ControlsConfig(RowKeys):
     """`configs/main_controls.py` says what each key is for.
 
     `rounds`, `filter`, `train`, `evaluation` and `judge` have the keys of the commands in COMMANDS, but for those that
@@ -60,8 +61,11 @@ class ControlsConfig:
     judge_model: str | None
     judge_question: str
     judge: dict
+    unlabelled_columns: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
+        Renamed(self.unlabelled_columns)
         check_arms(self.arms)
         check_held_out(self.held_out)
         if not 0 <= self.seed < 2**31:
@@ -111,7 +115,8 @@ class ControlsConfig:
         unset = {name: "" for name in ("input", "output") if section != "rounds"}
         given = {
             "rounds": {
-                **{name: getattr(self, name) for name in ("model", "unlabelled", "seed")},
+                **{name: getattr(self, name) for name in ("model", "unlabelled", "unlabelled_columns", "seed")},
+                "max_dropped_share": self.max_dropped_share,
                 "seeds": "",
                 "output": "",
                 "rounds": self.deepest,

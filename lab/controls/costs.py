@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.checkpoints.runs import training_records
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.config import ModelConfig
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.data.text import TextEncoder, checked

@@ -3,6 +3,7 @@
 Each process sums what it wrote, when the checkpoint is whole, into `checksums.PROCESS.json` beside it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -45,21 +46,16 @@ def write_checksums(checkpoint: epath.Path, process: int) -> None:
     temporary.rename(checkpoint / _name(process))
 
 
-def damage(
-    checkpoint: epath.Path, share: int = 0, shares: int = 1, items: Collection[str] | None = None
-) -> str | None:
+def damage(checkpoint: epath.Path, share: int = 0, shares: int = 1, items: Collection[str] | None = None) -> str | None:
     """What is wrong with the checkpoint, with the file's name; None where nothing is, or nothing was summed.
 
     Args:
       share, shares: which part of the files to look at, of how many parts.
       items: those alone, and what belongs to none; None: all.
     """
-    sums: dict[str, list[int]] = {}
-    for file in sorted(checkpoint.glob("checksums.*.json")):
-        try:
-            sums |= json.loads(file.read_text())["crc32"]
-        except (ValueError, KeyError, TypeError):
-            return f"{file.name} cannot be read"
+    sums, fault = _recorded(checkpoint)
+    if fault:
+        return fault
     wanted = (name for name in sums if items is None or "/" not in name or name.partition("/")[0] in items)
     names = sorted(wanted)[share::shares]
 
@@ -74,6 +70,26 @@ def damage(
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(look, names)), None)
+
+
+def item_fingerprint(checkpoint: epath.Path, item: str) -> str:
+    """sha256 (hex) over the names, sizes and checksums of an item's files; those that have no sum yet are summed."""
+    recorded, _ = _recorded(checkpoint)
+    files = [name for name in _files(checkpoint) if name.startswith(f"{item}/")]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = list(pool.map(lambda name: recorded.get(name) or _sum(checkpoint / name), files))
+    return hashlib.sha256(json.dumps([files, sums]).encode()).hexdigest()
+
+
+def _recorded(checkpoint: epath.Path) -> tuple[dict[str, list[int]], str | None]:
+    """file -> [bytes, crc32], as the processes wrote them, and what is wrong with that."""
+    sums: dict[str, list[int]] = {}
+    for file in sorted(checkpoint.glob("checksums.*.json")):
+        try:
+            sums |= json.loads(file.read_text())["crc32"]
+        except (ValueError, KeyError, TypeError):
+            return sums, f"{file.name} cannot be read"
+    return sums, None
 
 
 def _files(checkpoint: epath.Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Directories of models: where one is found, what of it is copied, and how a new one appears, whole or not at all."""
 
 import contextlib
+import fnmatch
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from lm_jax.checkpoints import buckets as storage
 from lm_jax.distributed.processes import at_work
 from lm_jax.errors import UserError
 
+GGUF = ".gguf"
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,6 +29,7 @@ COPIED_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+_TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 HUB_IGNORED = ["consolidated*", "*/*.safetensors"]  # other formats of the same weights
 COPIED_DIRS = ("additional_chat_templates",)
@@ -34,19 +37,31 @@ _MAKES_WHOLE = ("config.json", "adapter_config.json")
 
 
 def resolve_model_dir(model: str) -> Path:
-    """The local directory of a model: `model` itself, or what was downloaded of that hub id, gs:// or s3:// address.
+    """The local directory or GGUF file of a model: `model` itself, or what was downloaded of that hub id or address.
+
+    Args:
+      model: also `org/name/FILE.gguf`, a file of that hub id.
 
     Raises:
-      UserError: neither a directory nor a hub id or address that can be downloaded.
+      UserError: neither a directory, a GGUF file nor a hub id or address that can be downloaded.
     """
     if storage.is_remote(model):
         return _from_bucket(model.rstrip("/"))
-    if model and Path(model).is_dir():
-        return Path(model)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise UserError(f"model {model!r}: no such directory; give one, or a hub id such as Qwen/Qwen3-0.6B")
+    path = Path(model)
+    if model and (path.is_dir() or (path.suffix == GGUF and path.is_file())):
+        return path
+    hub = re.fullmatch(rf"([\w-][\w.-]*/[\w-][\w.-]*?)(/.+{GGUF})?", model)
+    if not hub or hub[1].endswith(GGUF):
+        raise UserError(
+            f"model {model!r}: no such directory or {GGUF} file; give one, or a hub id such as Qwen/Qwen3-0.6B"
+        )
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+        if hub[2]:
+            found = Path(snapshot_download(hub[1], allow_patterns=[_all_parts(hub[2][1:])]), hub[2][1:])
+            if not found.is_file():
+                raise UserError(f"model {model!r}: {hub[1]} has no such file; check the spelling")
+            return found
+        return Path(snapshot_download(hub[1], allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
     except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -55,19 +70,58 @@ def resolve_model_dir(model: str) -> Path:
         ) from error
 
 
+def _all_parts(name: str) -> str:
+    """A pattern of all files that a model is split into, by the name of one."""
+    return re.sub(rf"-\d{{5}}-of-(\d{{5}}){GGUF}$", rf"-*-of-\1{GGUF}", name)
+
+
+def holds_model(path: Path) -> bool:
+    """Whether a model, an adapter or a run seems to be there."""
+    return path.is_file() or any((path / name).is_file() for name in _MAKES_WHOLE)
+
+
 def _from_bucket(model: str) -> Path:
     with at_work():
+        if model.endswith(GGUF):
+            parent, _, name = model.rpartition("/")
+            parts = {n: v for n, v in storage.find(parent).items() if fnmatch.fnmatchcase(n, _all_parts(name))}
+            if name not in parts:
+                raise UserError(f"model {model}: no such object; check the address")
+            return storage.cached(parent, parts) / name
         found = storage.find(model)
-        if "config.json" not in found:
+        if not found.keys() & set(_MAKES_WHOLE):
             raise UserError(f"model {model}: no config.json there; give a model's or a run's directory in a bucket")
         wanted = [
             name
             for name in found
             if name in COPIED_FILES
             or name.startswith(tuple(f"{d}/" for d in COPIED_DIRS))
-            or re.fullmatch(r"config\.json|README\.md|[^/]*\.safetensors(\.index\.json)?", name)
+            or re.fullmatch(r"(adapter_)?config\.json|README\.md|[^/]*\.safetensors(\.index\.json)?", name)
         ]
         return storage.cached(model, {name: found[name] for name in wanted})
+
+
+_made: list[tempfile.TemporaryDirectory] = []  # gone when the process ends
+
+
+def made_directory(name: str) -> Path:
+    """A new directory of that name, for what this process derives from a model's files; it goes with the process."""
+    _made.append(tempfile.TemporaryDirectory(prefix="lm_jax-"))
+    path = Path(_made[-1].name, name)
+    path.mkdir()
+    return path
+
+
+def directory_with_tokenizer(adapter_dir: Path, base_dir: str) -> str:
+    """A directory with the base's config.json and the adapter's tokenizer, if it brings one; else the base's own."""
+    if not any((adapter_dir / name).exists() for name in _TOKENIZER_FILES):
+        return base_dir
+    made = made_directory(adapter_dir.name)
+    copy_side_files(adapter_dir, made)
+    for name in ("config.json", "generation_config.json", "README.md"):
+        if (Path(base_dir) / name).is_file() and not (made / name).exists():
+            shutil.copyfile(Path(base_dir) / name, made / name)
+    return str(made)
 
 
 _OCCUPIED = "output {}: exists and is not empty; choose another directory or remove it"

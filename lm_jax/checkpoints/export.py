@@ -10,7 +10,8 @@ from lm_jax.checkpoints.directories import check_output
 from lm_jax.checkpoints.hub import check_push, push
 from lm_jax.checkpoints.model_card import model_card
 from lm_jax.checkpoints.peft import export_peft
-from lm_jax.checkpoints.runs import ModelSource, open_model, read_settings, training_records
+from lm_jax.checkpoints.runs import ModelSource, open_model
+from lm_jax.checkpoints.settings import read_settings, training_records
 from lm_jax.config import MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
@@ -44,8 +45,9 @@ class ExportConfig:
 def export(config: ExportConfig) -> None:
     """Writes the newest (or the given) checkpoint of a run, with the starting model's tokenizer and templates.
 
-    Adapters are merged into the model, or written alone in PEFT's format. Those of a base in nf4 are merged into the
-    full one, as a line says: the model is not exactly the one that was trained. What is whole may go to the hub then.
+    Adapters are merged into the model, or written alone in PEFT's format: those that were trained on others as one
+    with them. Those of a base in nf4 are merged into the full one, as a line says: the model is not exactly the one
+    that was trained. What is whole may go to the hub then.
 
     Raises:
       UserError: no such run or step, an output that exists, no adapters where they were asked for, an upload that
@@ -59,11 +61,8 @@ def export(config: ExportConfig) -> None:
     step = "" if source.step is None else f" step {source.step}"
     card = _card(config, source)
     if config.adapter:
-        if source.base is None or source.lora is None:
-            raise UserError(f"{config.model}: no run that trained adapters; leave config.adapter out")
-        base = read_settings(source.run)["base"]["model"]
-        adapters = source.load_adapters(mesh)
-        export_peft(adapters, source.config, source.lora, config.output, source.directory, base, card)
+        adapters, lora, base = source.stacked_adapters(mesh)
+        export_peft(adapters, source.config, lora, config.output, source.directory, base, card)
         print(f"exported the adapters of {config.model}{step} to {config.output} for {base}")
     else:
         params, directory = source.load_params(mesh, "float32"), source.directory

@@ -5,7 +5,6 @@ Loading reads for every device only its slice, one stacked tensor at a time. Exp
 
 import contextlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from lm_jax.checkpoints.directories import appears_whole, check_output, copy_side_files, write_card
+from lm_jax.checkpoints.directories import GGUF, appears_whole, check_output, copy_side_files, write_card
+from lm_jax.checkpoints.fingerprints import check_copies
+from lm_jax.checkpoints.gguf import open_gguf
 from lm_jax.checkpoints.weight_files import (
     INDEX_FILE,
     STORED_DTYPES,
+    Checkpoint,
     Tensor,
     check_finite,
     listed,
@@ -29,12 +31,12 @@ from lm_jax.checkpoints.weight_files import (
 )
 from lm_jax.checkpoints.weight_names import model_tensors
 from lm_jax.config import ModelConfig
-from lm_jax.distributed.processes import barrier, everywhere, reached
+from lm_jax.distributed.processes import barrier, everywhere, moving, reached
 from lm_jax.errors import UserError
 from lm_jax.models.registry import config_from_hf, config_to_hf, weight_table
 from lm_jax.models.weights import WeightSpec, flatten, nest
 from lm_jax.sharding import padded_shape
-from lm_jax.strict_json import read_json_object
+from lm_jax.strict_json import dumps, read_json_object
 
 DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
 _ALIGNED = 64  # bytes
@@ -49,11 +51,11 @@ def load_params(
     dtype: str = "float32",
     replace: Callable[[WeightSpec, jax.Array], Mapping[str, jax.Array]] | None = None,
 ) -> dict[str, Any]:
-    """Reads the parameters of a Hugging Face directory, each device only its slice.
+    """Reads the parameters of a Hugging Face directory or of a GGUF file, each device only its slice.
 
     Args:
-      model_dir: holds model.safetensors, or an index and its shards, in fp32, bf16 or fp16.
-      config: of that directory; gives every name and shape.
+      model_dir: holds model.safetensors, or an index and its shards, in fp32, bf16 or fp16; or the GGUF file.
+      config: of that model; gives every name and shape.
       shardings: nested dict of `jax.sharding.Sharding` shaped like the parameters; None: the default device.
       dtype: of the result: float32 | bfloat16 | float16.
       replace: given each parameter as it comes, in fp32 then, returns by path what is kept in its place.
@@ -69,7 +71,8 @@ def load_params(
     table = weight_table(config)
     flat = None if shardings is None else flatten(shardings)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    checkpoint = open_checkpoint(Path(model_dir))
+    checkpoint = open_weights(Path(model_dir))
+    check_copies(checkpoint, model_dir)
     tensors = model_tensors(model_dir, checkpoint.tensors, table, config)
     checkpoint.forget()
     params: dict[str, Any] = {}
@@ -79,6 +82,11 @@ def load_params(
         checkpoint.forget()
         params |= {spec.path: x} if replace is None else replace(spec, x)
     return nest(params)
+
+
+def open_weights(path: Path) -> Checkpoint:
+    """The tensors of a Hugging Face directory, of one of its files or of a GGUF file; raises as their readers do."""
+    return open_gguf(path) if path.suffix == GGUF else open_checkpoint(path)
 
 
 def _load(
@@ -100,7 +108,8 @@ def _load(
     def fill(layer: int) -> None:  # read once, for all devices
         whole = spec.to_ours(tensors[names[layer]].array, config)
         for place, out in slices.items():
-            target, *rest = (out[layer - place[0].start], *place[1:]) if spec.stacked else (out, *place)
+            cut: tuple[Any, ...] = (out[layer - place[0].start], *place[1:]) if spec.stacked else (out, *place)
+            target, *rest = cut
             part = whole[tuple(slice(r.start, r.stop) for r in rest)]
             if part.shape != target.shape:  # the rest is padding
                 target[...] = 0
@@ -192,9 +201,11 @@ def export_hf(
                 spec, layer = origins[name]
                 host = _gather(flat[spec.path], layer if spec.stacked else None)
                 if writer:
-                    shard[name] = _cast(spec.to_hf(host, config), dtype, name)
+                    words = host[: spec.hf_shape(config)[0]] if spec.axes[0] == "vocab" else host
+                    shard[name] = _cast(spec.to_hf(words, config), dtype, name)
             if partial is not None:
-                save_file(shard, partial / file, metadata={"format": "pt"})
+                with moving(str(output_dir)):
+                    save_file(shard, partial / file, metadata={"format": "pt"})
         if partial is not None:
             if split.is_sharded:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
@@ -206,7 +217,7 @@ def export_hf(
 
 
 def _check_params(flat: Mapping[str, Any], table: Sequence[WeightSpec], config: ModelConfig) -> None:
-    expected = {spec.path: spec.shape(config) for spec in table}
+    expected = {s.path: padded_shape(s.axes, s.shape(config), _sharding(flat.get(s.path))) for s in table}
     found = {path: tuple(x.shape) for path, x in flat.items()}
     if wrong := sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p)):
         path = wrong[0]
@@ -214,6 +225,10 @@ def _check_params(flat: Mapping[str, Any], table: Sequence[WeightSpec], config: 
             f"parameters do not fit the model config: {listed(wrong)}; "
             f"{path} has shape {found.get(path)}, expected {expected.get(path)}"
         )
+
+
+def _sharding(x: Any) -> Any:
+    return getattr(x, "sharding", None)
 
 
 def _hf_config(config: ModelConfig, source_dir: str | Path | None) -> dict[str, Any]:
@@ -252,4 +267,4 @@ def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

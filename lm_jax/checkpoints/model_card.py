@@ -33,7 +33,7 @@ def model_card(
 
     Args:
       name: how the model will be found: a hub id, or the directory's name.
-      settings: of the run, see `lm_jax.checkpoints.runs.begin_run`.
+      settings: of the run, see `lm_jax.checkpoints.settings`.
       step: of the checkpoint that is exported.
       records: the run's metrics, see `training_records`.
       adapter: only adapters are exported.

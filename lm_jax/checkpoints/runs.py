@@ -6,10 +6,12 @@ where asked for, `profile/` and `loggers.json` (what the run is called in other 
 """
 
 import dataclasses
+import functools
 import hashlib
-import json
+import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,19 +21,30 @@ from jax.sharding import NamedSharding
 from lm_jax.checkpoints import hf as hf_io
 from lm_jax.checkpoints import mirror
 from lm_jax.checkpoints.buckets import is_remote
-from lm_jax.checkpoints.directories import copy_side_files, resolve_model_dir
+from lm_jax.checkpoints.checksums import item_fingerprint
+from lm_jax.checkpoints.directories import (
+    GGUF,
+    copy_side_files,
+    directory_with_tokenizer,
+    holds_model,
+    resolve_model_dir,
+)
+from lm_jax.checkpoints.fingerprints import config_told, weights_fingerprint
+from lm_jax.checkpoints.gguf_tokenizer import gguf_directory
 from lm_jax.checkpoints.lock import NAME, lock
 from lm_jax.checkpoints.orbax import Checkpoints
+from lm_jax.checkpoints.peft import PeftAdapter, is_adapter
 from lm_jax.checkpoints.provenance import Method, made_with, origin
+from lm_jax.checkpoints.settings import Contents, check_same_settings, read_settings, write_settings
 from lm_jax.config import FULL, NF4, LoraConfig, ModelConfig, from_config_dict
 from lm_jax.console import say
-from lm_jax.distributed.processes import at_work, everywhere
+from lm_jax.distributed.processes import at_work, everywhere, moving, reached
 from lm_jax.errors import UserError
-from lm_jax.models.lora import abstract_adapters, merge
+from lm_jax.models.lora import abstract_adapters, merge, stack
 from lm_jax.models.quantized import is_quantized, leaf_specs, leaves, quantize_params, replacement
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import nest
-from lm_jax.sharding import param_spec
+from lm_jax.sharding import padded_shape, param_spec
 
 # Where a run lies, on what it computes and when it gives up may change between a run and its continuation; what it
 # learns may not.
@@ -41,19 +54,23 @@ _MAY_CHANGE = ("output", "mesh", "compute", *_SAVING, "loggers", "profile", "ref
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model on disk: a Hugging Face directory, or the newest (or a given) checkpoint of a run.
+    """A model on disk: a Hugging Face directory, a GGUF file, a PEFT adapter, or a checkpoint of a run.
 
     Attributes:
+      name: where it is found, from any working directory: an absolute path, a hub id or an address.
       directory: has config.json and the tokenizer; in a run, its `model/`.
+      weights: the directory, or the file, of the weights; of a run the run directory.
       config: what config.json says.
-      run: the run directory, or None for a Hugging Face directory.
+      run: the run directory, or None where it is none.
       step: the run's checkpoint, or None.
-      base: of a run that trained adapters: the model that they belong to.
+      base: of adapters, a run's or PEFT's: the model that they belong to.
       lora: how they are joined with it.
       precision: how `load_params` gives the projections: full, or nf4.
     """
 
+    name: str
     directory: str
+    weights: str
     config: ModelConfig
     run: str | None = None
     step: int | None = None
@@ -71,63 +88,85 @@ class ModelSource:
         Raises:
           UserError: files that are missing, damaged or do not fit the config or the mesh.
         """
-        if self.run is None:
-            replace = replacement(self.config, mesh, dtype) if self.precision == NF4 else None
-            shardings = param_shardings(self.config, mesh)
-            return hf_io.load_params(self.directory, self.config, shardings, dtype, replace)
-        if self.precision == NF4:
-            whole = dataclasses.replace(self, precision=FULL).load_params(mesh, "float32")
-            return quantize_params(whole, self.config, mesh, dtype)
+        whole = self.run is None and self.base is None
+        if self.precision == NF4 and not whole:
+            full = dataclasses.replace(self, precision=FULL).load_params(mesh, "float32")
+            return quantize_params(full, self.config, mesh, dtype)
         if self.base is not None and self.lora is not None:
             if self.lora.base == NF4:
                 say(f"{self.run}: adapters of a base in nf4, merged into the full one: not exactly what was trained")
             return merge(self.base.load_params(mesh, dtype), self.load_adapters(mesh), self.lora)
+        if whole:
+            replace = replacement(self.config, mesh, dtype) if self.precision == NF4 else None
+            shardings = param_shardings(self.config, mesh)
+            with moving(self.weights):
+                params = hf_io.load_params(self.weights, self.config, shardings, dtype, replace)
+            reached("the end of loading the model")
+            return params
         return self._restore(abstract_params(self.config, mesh, dtype))
 
     def load_adapters(self, mesh: jax.sharding.Mesh) -> dict:
-        """The adapters of a run that trained some, born sharded, fp32; raises as `load_params` does."""
+        """The adapters, born sharded, fp32, where the model consists of some and a base; raises as `load_params`."""
         if self.lora is None:
-            raise ValueError(f"{self.run}: has no adapters")
+            raise ValueError(f"{self.name}: has no adapters")
+        if self.run is None:
+            return PeftAdapter(Path(self.weights).parent).load(self.config, mesh)
         return self._restore(abstract_adapters(self.config, self.lora, mesh))
+
+    @property
+    def below(self) -> "ModelSource":
+        """The model below all adapters."""
+        return self if self.base is None else self.base.below
+
+    def stacked_adapters(self, mesh: jax.sharding.Mesh) -> tuple[dict, LoraConfig, str]:
+        """Adapters, those that they were trained on included, how they are joined, and the model below them all.
+
+        Raises:
+          UserError: there are none, or they belong to a run that has trained every parameter.
+        """
+        source, parts = self, []
+        while source.base is not None and source.lora is not None:
+            parts.append((source.load_adapters(mesh), source.lora))
+            source = source.base
+        if not parts:
+            raise UserError(f"{self.name}: no run that trained adapters; leave config.adapter out")
+        if source.run is not None:
+            raise UserError(
+                f"{self.name}: its adapters belong to the run {source.run}, which PEFT cannot load; leave "
+                "config.adapter out to merge them, or train on a directory that export_hf made of that run"
+            )
+        return *(parts[0] if len(parts) == 1 else stack(parts, self.config)), source.name
 
     def _restore(self, abstract: dict) -> dict:
         with Checkpoints(f"{self.run}/checkpoints", keep=None) as checkpoints:
             return checkpoints.restore({"params": abstract}, self.step)["params"]
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) that changes when the weights do, as `load_params` gives them, without reading all of them.
+        """Hex digits that change when the model does, and do not with its place, its files' times or its precision.
 
-        Of a Hugging Face directory: config.json, and each weight file's name, size, time of change and samples of its
-        bytes. Of a run: its settings and step.
+        Of weight files: what of config.json is computed with, and their tensors. Of a run: the same of config.json and
+        the content of the checkpoint's parameters. Of adapters: their base and scale too.
         """
-        files = self._digest(lambda stat: f" {stat.mtime}", str(self.run))
-        return files if self.precision == FULL else f"{files} {self.precision}"
+        digest = hashlib.sha256(config_told(self.config).encode())
+        if self.run is None:
+            digest.update(weights_fingerprint(hf_io.open_weights(Path(self.weights))).encode())
+        else:
+            digest.update(item_fingerprint(epath.Path(self.run) / "checkpoints" / str(self.step), "params").encode())
+        if self.base is not None and self.lora is not None:
+            scale = self.lora.scale if self.run else PeftAdapter(Path(self.weights).parent).scaled_by
+            digest.update(f"{self.base.fingerprint} {scale}".encode())
+        return digest.hexdigest()[:32]
 
-    def identity(self) -> str:
-        """As `fingerprint`, and the same for a copy elsewhere and in any precision."""
-        return self._digest(lambda stat: "", "")
-
-    def _digest(self, time_of: Callable[[Any], str], place: str) -> str:
-        digest = hashlib.sha256((epath.Path(self.directory) / "config.json").read_bytes())
-        if self.run is not None:
-            digest.update((epath.Path(self.run) / "config.json").read_bytes())
-            digest.update(f"{place} {self.step}".encode())
-            return digest.hexdigest()
-        for path in sorted(epath.Path(self.directory).glob("*.safetensors")):
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.length}{time_of(stat)}".encode())
-            with path.open("rb") as f:
-                for i in range(_SAMPLES):
-                    f.seek(i * stat.length // _SAMPLES)
-                    digest.update(f.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
-
-
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+    def content(self) -> dict[str, Any]:
+        """As the settings of a run keep it, see `lm_jax.checkpoints.settings`."""
+        return {"fingerprint": self.fingerprint, "step": self.step}
 
 
 def open_model(model: str, step: int | None = None) -> ModelSource:
-    """Finds a model: a Hugging Face directory, a run directory, or a hub id; what lies in a bucket is downloaded.
+    """Finds a model: a directory in Hugging Face format, of a PEFT adapter or of a run, a GGUF file, or a hub id.
+
+    What lies on the hub or in a bucket is downloaded.
 
     Args:
       step: which checkpoint of a run directory; None for the newest.
@@ -135,6 +174,14 @@ def open_model(model: str, step: int | None = None) -> ModelSource:
     Raises:
       UserError: nothing there, or an architecture that is not supported.
     """
+    return _open(model, step, ())
+
+
+def _open(model: str, step: int | None, above: tuple[str, ...]) -> ModelSource:
+    """`open_model`, for the base of the adapters `above`."""
+    name = model if is_remote(model) or not model or not epath.Path(model).exists() else os.path.abspath(model)
+    if name in above:
+        raise UserError(f"{name}: an adapter of itself; set base_model_name_or_path in its adapter_config.json")
     if is_remote(model):
         with at_work():
             model = str(mirror.cached_run(model.rstrip("/"), step) or model)
@@ -145,11 +192,32 @@ def open_model(model: str, step: int | None = None) -> ModelSource:
         step = steps[-1] if step is None and steps else step
         if step not in steps:
             raise UserError(f"{model}: no checkpoint of step {step}; it has {steps or 'none'}; let the run save one")
-        return ModelSource(str(root / "model"), read_model_config(root / "model"), model, step, *_base_of(root))
+        directory = str(root / "model")
+        return ModelSource(name, directory, model, read_model_config(directory), model, step, *_base_of(root))
     if step is not None:
         raise UserError(f"{model}: config.step={step} was given but this is no run directory; leave it out")
-    directory = str(resolve_model_dir(model))
-    return ModelSource(directory, read_model_config(directory))
+    found = resolve_model_dir(model)
+    if found.suffix == GGUF and found.is_file():
+        directory = gguf_directory(found)
+        return ModelSource(name, directory, str(found), read_model_config(directory))
+    if is_adapter(found):
+        return _open_adapter(name, found, (*above, name))
+    return ModelSource(name, str(found), str(found), read_model_config(found))
+
+
+def _open_adapter(name: str, directory: Path, above: tuple[str, ...]) -> ModelSource:
+    adapter = PeftAdapter(directory)
+    # From here, as PEFT finds it, from where the adapter lies, or on the hub
+    places = [p for p in (adapter.base, f"{directory}/{adapter.base}") if holds_model(Path(p))] or [adapter.base]
+    try:
+        base = _open(places[0], None, above)
+    except UserError as e:
+        raise UserError(
+            f"{directory}: an adapter of {adapter.base}: {e}; where that model lies elsewhere, set "
+            "base_model_name_or_path in adapter_config.json"
+        ) from e
+    side = directory_with_tokenizer(directory, base.directory)
+    return ModelSource(name, side, str(adapter.weights), base.config, base=base, lora=adapter.lora(base.config))
 
 
 def _base_of(root: epath.Path) -> tuple[ModelSource | None, LoraConfig | None]:
@@ -161,7 +229,7 @@ def _base_of(root: epath.Path) -> tuple[ModelSource | None, LoraConfig | None]:
         source = open_model(base["model"], base["step"])
     except UserError as e:
         raise UserError(f"{root}: its adapters need the model that they were trained on: {e}") from e
-    if source.identity() != base["identity"]:
+    if base.get("fingerprint", source.fingerprint) != source.fingerprint:  # older runs did not note it
         raise UserError(
             f"{root}: its adapters belong to other weights than {base['model']} holds now; put the model back that "
             "they were trained on"
@@ -178,7 +246,7 @@ def param_specs(
         if precision == NF4 and is_quantized(s):
             specs |= leaf_specs(s, config, mesh)
         else:
-            specs[s.path] = param_spec(s.path, s.axes, s.shape(config), mesh)
+            specs[s.path] = param_spec(s.path, s.axes, padded_shape(s.axes, s.shape(config), mesh), mesh)
     return specs
 
 
@@ -191,7 +259,8 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str, pr
     """ShapeDtypeStructs of the parameters with their shardings, and no array; `precision` as `ModelSource` has it."""
     specs, flat = param_specs(config, mesh, precision), {}
     for s in weight_table(config):
-        kept = leaves(s, config) if precision == NF4 and is_quantized(s) else {s.path: (s.axes, s.shape(config), dtype)}
+        whole = {s.path: (s.axes, padded_shape(s.axes, s.shape(config), mesh), dtype)}
+        kept = leaves(s, config) if precision == NF4 and is_quantized(s) else whole
         for path, (_, shape, kind) in kept.items():
             flat[path] = jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, specs[path]))
     return nest(flat)
@@ -203,6 +272,7 @@ def begin_run(
     config: dict[str, Any],
     source: ModelSource,
     method: Method,
+    made_from: Callable[[], Contents],
     trains_adapters: bool = False,
 ) -> None:
     """Makes the run directory, or finds the same run in it to continue.
@@ -210,24 +280,26 @@ def begin_run(
     Args:
       source: where training starts; adapters will always need it.
       method: what the run will have done.
+      made_from: the content of the rows and models that the settings name; called in process 0 alone.
 
     Raises:
-      UserError: the directory holds something else, a run with other settings, or one that another process is at.
+      UserError: the directory holds something else, a run with other settings, rows or weights, or one that another
+        process is at.
     """
-    root = epath.Path(output)
-    description = {"command": command, "config": config}
-    if trains_adapters:
-        name = config["model"] if is_remote(config["model"]) else source.run or config["model"]
-        name = str(epath.Path(name).absolute()) if not is_remote(name) and epath.Path(name).exists() else name
-        description["base"] = {"model": name, "step": source.step, "identity": source.identity()}
-    before = read_settings(source.run).get("origin") if source.run else None
-    description |= {
-        "method": dataclasses.asdict(method),
-        "origin": origin(config["model"], source.directory, config["input"], before),
-        "made_with": made_with(),
-    }
-    remote = config.get("checkpoints", {}).get("remote")
-    everywhere(lambda: _begin_mirrored(root, description, source, remote), "the run directory")
+
+    def begin() -> None:
+        description: dict[str, Any] = {"command": command, "config": config, "made_from": made_from()}
+        if trains_adapters:
+            description["base"] = {"model": source.name, **source.content()}
+        before = read_settings(source.run).get("origin") if source.run else None
+        description |= {
+            "method": dataclasses.asdict(method),
+            "origin": origin(source.below.name, source.directory, config["input"], before),
+            "made_with": made_with(),
+        }
+        _begin_mirrored(epath.Path(output), description, source, config.get("checkpoints", {}).get("remote"))
+
+    everywhere(begin, "the run directory")
 
 
 def _begin_mirrored(root: epath.Path, description: dict[str, Any], source: ModelSource, remote: str | None) -> None:
@@ -269,78 +341,3 @@ def _begin_run(root: epath.Path, description: dict[str, Any], source: ModelSourc
     copy_side_files(source.directory, root / "model")
     (root / "model" / "config.json").write_text((epath.Path(source.directory) / "config.json").read_text())
     write_settings(path, description)  # last: a directory without config.json is no run
-
-
-def write_settings(path: epath.Path, description: dict[str, Any]) -> None:
-    """Writes what a run was begun with, whole or not at all.
-
-    Args:
-      description: the `command`, its `config` as nested plain values, and what is only told.
-    """
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def check_same_settings(path: epath.Path, description: dict[str, Any], may_change: Collection[str]) -> None:
-    """Compares with what `write_settings` wrote.
-
-    Args:
-      may_change: dotted names of settings, or of groups of them.
-
-    Raises:
-      UserError: of another command, or a setting that differs and may not.
-    """
-    found = _read_settings(path)
-    before, now = flat_settings(found["config"]), flat_settings(description["config"])
-    if found.get("command") != description["command"]:
-        raise UserError(f"{path}: belongs to {found.get('command')}; give another config.output")
-    if found.get("base") != description.get("base"):
-        raise UserError(
-            f"{path}: this run's adapters were begun on other weights (checkpoint {_base_name(found)}, now "
-            f"{_base_name(description)}); put those back or give another config.output"
-        )
-    for key in sorted({*before, *now}):
-        may = any(f"{key}.".startswith(f"{name}.") for name in may_change)
-        if not may and before.get(key) != now.get(key):
-            raise UserError(
-                f"{path}: this run was begun with config.{key}={before.get(key)!r}, now {now.get(key)!r}; "
-                f"continue with the same settings or give another config.output"
-            )
-
-
-def _base_name(settings: dict[str, Any]) -> str:
-    base = settings.get("base") or {}
-    return f"{base.get('model')} step {base.get('step')}" if base.get("step") is not None else str(base.get("model"))
-
-
-def read_settings(run: str | epath.Path) -> dict[str, Any]:
-    """What `begin_run` wrote into a run directory.
-
-    Raises:
-      UserError: nothing of the kind there.
-    """
-    return _read_settings(epath.Path(run) / "config.json")
-
-
-def _read_settings(path: epath.Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text())
-    except (ValueError, OSError):
-        settings = None
-    if not isinstance(settings, dict) or not isinstance(settings.get("config"), dict):
-        raise UserError(f"{path}: not the settings of a run; give another directory")
-    return settings
-
-
-def flat_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def training_records(run: str) -> list[dict[str, Any]]:
-    """A run directory's metrics, those of the evaluations too, in the order of the steps."""
-    return [json.loads(line) for line in (epath.Path(run) / "metrics.jsonl").read_text().splitlines()]

@@ -24,13 +24,17 @@ STORED_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat1
 
 
 class Tensor(Protocol):
-    """One tensor in a file: its dtype as safetensors calls it, its shape, and what reads it when looked at."""
+    """One tensor in a file: its dtype as safetensors calls it, its shape, its bytes, and what is made of them."""
 
     @property
     def dtype(self) -> str: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def data(self) -> np.ndarray:
+        """[bytes] uint8, as they are stored."""
 
     @property
     def array(self) -> np.ndarray: ...
@@ -62,7 +66,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(model_dir: Path) -> Checkpoint:
-    """Maps every weight file of a directory.
+    """Maps every weight file of a directory, or one file.
 
     Raises:
       UserError: no weights, pickles only, a file that is missing, corrupt or outside the directory, a tensor that
@@ -70,7 +74,7 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
     """
     tensors: dict[str, Tensor] = {}
     maps, doubled = [], []
-    for file in _weight_files(model_dir):
+    for file in _weight_files(model_dir) if model_dir.is_dir() else [model_dir]:
         found, mapped = _map(file)
         maps.append(mapped)
         doubled += [name for name in found if name in tensors]
@@ -97,6 +101,8 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return [model_dir / name for name in names]
     if any(model_dir.glob("*.safetensors")):
         raise UserError(f"{model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} among its safetensors; download it again")
+    if found := sorted(path.name for path in model_dir.glob("*.gguf")):
+        raise UserError(f"{model_dir}: has GGUF files only; give one of them as the model: {listed(found)}")
     if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt")) or any(model_dir.glob("*.pth")):
         raise UserError(
             f"{model_dir}: has PyTorch pickles only, which are never read; convert them to safetensors "

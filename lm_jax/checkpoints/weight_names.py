@@ -77,9 +77,14 @@ def model_tensors(
     return {name: found[name] for name in expected}
 
 
+def without_wrappers(name: str) -> str:
+    """A tensor's name without the parts that stand for modules around the model's own."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def _unwrapped(where: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By the names that the model itself would save; says what was taken off."""
-    bare = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in tensors}
+    bare = {name: without_wrappers(name) for name in tensors}
     roots = sorted({n.removesuffix("embed_tokens.weight") for n in bare.values() if n.endswith("embed_tokens.weight")})
     if len(roots) > 1:
         raise UserError(

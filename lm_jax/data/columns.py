@@ -1,5 +1,6 @@
 """Columns by the names that a user's data have: `config.columns`, as "prompt=question,chosen=best"."""
 
+import dataclasses
 from typing import Any
 
 from lm_jax.config import split_names
@@ -47,9 +48,14 @@ class Renamed:
                 )
 
 
-def check_row_keys(config: Any) -> None:
-    """Raises UserError where a config's `columns` or `max_dropped_share`, which every command that reads rows has, is
-    none."""
-    Renamed(config.columns)
-    if not 0 <= config.max_dropped_share <= 1:
-        raise UserError(f"config.max_dropped_share={config.max_dropped_share}: must lie between 0 and 1")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowKeys:
+    """The keys of every command that reads rows of the user's."""
+
+    columns: str = ""  # see `Renamed`
+    max_dropped_share: float = 0.01  # of a file's rows may be faulty; more is no accident, and nothing is written
+
+    def __post_init__(self):
+        Renamed(self.columns)
+        if not 0 <= self.max_dropped_share <= 1:
+            raise UserError(f"config.max_dropped_share={self.max_dropped_share}: must lie between 0 and 1")

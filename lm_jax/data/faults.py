@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lm_jax.console import say
 from lm_jax.data.rows import write_jsonl
@@ -31,20 +31,24 @@ class Faults:
         self.rows: dict[int, str] = {}
         self._total = 0
 
+    def add(self, row: int, error: UserError | str) -> None:
+        """Notes a fault; the first one of a row counts."""
+        self.rows.setdefault(row, str(error))
+
     @contextlib.contextmanager
     def of(self, row: int) -> Iterator[None]:
         """Notes what is raised within as a fault of the row, and goes on behind it."""
         try:
             yield
         except UserError as error:
-            self.rows.setdefault(row, str(error))
+            self.add(row, error)
 
-    def sound(self, rows: Sequence[int], found: Iterable[T | UserError]) -> list[T | None]:
+    def sound(self, rows: Sequence[int], found: Sequence[T | UserError]) -> list[T | None]:
         """`found`, a result or an error for each of `rows`: the errors are noted, with None in their place."""
         kept: list[T | None] = []
         for row, result in zip(rows, found, strict=True):
             if isinstance(result, UserError):
-                self.rows.setdefault(row, str(result))
+                self.add(row, result)
             kept.append(None if isinstance(result, UserError) else result)
         return kept
 
@@ -55,7 +59,7 @@ class Faults:
           UserError: more of them are faulty than may be: how many are of which kind, and the first of each.
         """
         self._total, few = total, len(self.rows)
-        if few <= (self._max_share or 0) * total:
+        if few / max(total, 1) <= (self._max_share or 0):
             return
         cure = "" if self._max_share is None else f", or raise config.max_dropped_share={self._max_share:g}"
         if few == 1:
@@ -87,14 +91,39 @@ class Faults:
         return [*told[:_SHOWN], *([f"{len(told) - _SHOWN} more kinds"] if len(told) > _SHOWN else [])]
 
 
-def write_faults(path: str, inputs: Iterable[Faults]) -> None:
-    """Lists every faulty row of some inputs as {"file", "row", "error"}, JSON Lines; no file where there are none."""
-    found = [
+class RowIds:
+    """Ids that decide a row's random draws: the rows' own, which must differ, else their numbers."""
+
+    def __init__(self, faults: Faults):
+        self._faults = faults
+        self._first: dict[str, int] = {}
+
+    def of(self, row: int, given: Any) -> Any:
+        """The id of a row that has `given`, or None; a fault is noted."""
+        id, at = row if given is None else given, f"{self._faults.where} row {row}"
+        if type(id) not in (int, str) or id == "":
+            self._faults.add(row, f"{at}: id must be a string or a whole number, got {id!r}; mend it or leave it out")
+        elif (before := self._first.setdefault(str(id), row)) != row:
+            self._faults.add(
+                row,
+                f"{at}: has the same id {id!r} as row {before} (a row without one is called by its number); ids decide "
+                "the random draws and must differ",
+            )
+        return id
+
+
+def fault_rows(inputs: Iterable[Faults]) -> list[dict[str, Any]]:
+    """Every faulty row of some inputs as {"file", "row", "error"}."""
+    return [
         {"file": faults.where, "row": row, "error": _NAME.sub("", error)}
         for faults in inputs
         for row, error in sorted(faults.rows.items())
     ]
-    if found:
+
+
+def write_faults(path: str, inputs: Iterable[Faults]) -> None:
+    """Lists them as JSON Lines; no file where there are none."""
+    if found := fault_rows(inputs):
         write_jsonl(path, found)
 
 

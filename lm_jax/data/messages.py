@@ -13,6 +13,7 @@ Text = str | list[Message]  # raw text, or messages for the chat template
 # Role of a first message that no template sees: its content is the JSON of the arguments that the template of this row
 # takes, `tools` (the functions that the assistant may call) among them
 TEMPLATE_ARGUMENTS = "template_arguments"
+WEIGHT = "weight"  # of an assistant's turn, which no template sees; with 0 it is read, not learnt
 TOOLS, TEMPLATE_KWARGS = "tools", "chat_template_kwargs"  # columns that become that message
 _EXAMPLE = '{"enable_thinking": false}'
 
@@ -36,8 +37,14 @@ def messages_fault(value: Any) -> str | None:
 
 
 def tidy_message(message: Message) -> Message:
-    """A message of `messages_fault` None without nulls, which datasets and Parquet fill in, and with a content."""
-    return {"content": "", **without_nulls(message)}
+    """A message of `messages_fault` None as a template gets it: with a content, and without nulls, which datasets and
+    Parquet fill in."""
+    return {"content": "", **{key: value for key, value in without_nulls(message).items() if key != WEIGHT}}
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether supervised training learns the turn where it is part of a response."""
+    return message["role"] == "assistant" and message.get(WEIGHT) != 0
 
 
 def without_nulls(value: Any) -> Any:

@@ -6,14 +6,15 @@ pair two. Position t of a row predicts token t + 1, so what belongs to a respons
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from lm_jax.errors import UserError
 
-_WINDOW = 1024  # examples packed together: enough to fill rows, few enough that shuffling stays a shuffle
-_SHORT = 4  # shuffled examples below a fourth of a row fill it in any order; costs 0.3 to 0.8% of the places
+_WINDOW = 1024  # examples packed together: enough to fill rows, few enough that rows come in about the data's order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +45,27 @@ def example_lengths(examples: Sequence[Example]) -> np.ndarray:
     return np.array([sum(map(len, example)) for example in examples], np.int64)
 
 
-def pack(
-    lengths: np.ndarray, row_length: int, max_examples: int, rng: np.random.Generator | None = None
-) -> list[np.ndarray]:
-    """First-fit packing within windows of the data order, the longest first.
+def examples_fingerprint(examples: Iterable[Example]) -> str:
+    """sha256 (hex) over all that is read of examples, in their order: token ids, masks and values."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for segment in example:
+            arrays = {"prompt": segment.prompt.astype("<i4"), "response": segment.response.astype("<i4")}
+            arrays |= {name: value.astype("<f4") for name, value in sorted(segment.values.items())}
+            if segment.loss_mask is not None:
+                arrays["mask"] = segment.loss_mask.astype(np.int8)
+            digest.update(repr({name: len(array) for name, array in arrays.items()}).encode())
+            digest.update(b"".join(array.tobytes() for array in arrays.values()))
+        digest.update(b"\n")
+    return digest.hexdigest()
 
-    Shuffled, only what takes a good part of a row goes first: in order of length whole rows, and with few rows whole
-    steps, would be of short examples or of long ones alone.
+
+def pack(lengths: np.ndarray, row_length: int) -> list[list[int]]:
+    """First-fit packing within windows of the data order, the longest first.
 
     Args:
       lengths: [N] tokens of each example.
       row_length: tokens a row holds.
-      max_examples: examples a row holds.
-      rng: shuffles the examples before and the rows after; None keeps the order (scoring).
 
     Returns:
       Rows, each the numbers of its examples. Every example is in exactly one row.
@@ -70,27 +79,37 @@ def pack(
             f"example {worst} takes {lengths[worst]} tokens and a row holds {row_length}; raise "
             f"config.batch.row_length or lower config.max_length"
         )
-    order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
-    sized = lengths if rng is None else np.maximum(lengths, row_length // _SHORT)
-    rows: list[np.ndarray] = []
-    for start in range(0, len(order), _WINDOW):
-        window = order[start : start + _WINDOW]
-        rows += _first_fit(window[np.argsort(-sized[window], kind="stable")], lengths, row_length, max_examples)
-    return rows if rng is None else [rows[i] for i in rng.permutation(len(rows))]
-
-
-def _first_fit(items, lengths, row_length, max_examples):
-    room = np.full(len(items), row_length, np.int64)  # of each row that could be opened
-    count = np.zeros(len(items), np.int64)
+    sizes = lengths.tolist()
     rows: list[list[int]] = []
+    for start in range(0, len(lengths), _WINDOW):
+        window = start + np.argsort(-lengths[start : start + _WINDOW], kind="stable")
+        rows += first_fit(window.tolist(), sizes, row_length)
+    return rows
+
+
+def first_fit(items: Iterable[int], lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Rows of at most `row_length` tokens: each item goes into the first one that has room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
     for item in items:
-        row = int(np.argmax((room >= lengths[item]) & (count < max_examples)))
+        row = next((r for r, left in enumerate(room) if left >= lengths[item]), len(rows))
         if row == len(rows):
             rows.append([])
-        rows[row].append(int(item))
+            room.append(row_length)
+        rows[row].append(item)
         room[row] -= lengths[item]
-        count[row] += 1
-    return [np.array(row) for row in rows]
+    return rows
+
+
+def balance(items: Iterable[int], lengths: Sequence[int], num_rows: int) -> list[list[int]]:
+    """`num_rows` rows alike in length: each item, the longest first, goes where there is least (Graham, 1969)."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    held = [(0, row) for row in range(num_rows)]
+    for item in items:
+        tokens, row = held[0]
+        rows[row].append(item)
+        heapq.heapreplace(held, (tokens + lengths[item], row))
+    return rows
 
 
 def fill_rows(

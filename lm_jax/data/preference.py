@@ -1,27 +1,21 @@
-"""Preference rows in the layouts that people have: TRL's (strings or messages), LLaMA-Factory's alpaca and ShareGPT."""
+"""Preference rows in the layouts that people have (see `layouts.PREFERENCE`), as prompt, chosen and rejected."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lm_jax.data.layouts import (
-    alpaca_prompt,
-    alpaca_text,
-    check_one_layout,
-    checked_messages,
-    columns_of,
-    message,
-    present_columns,
-    sharegpt_turns,
-    with_tools,
-)
-from lm_jax.data.messages import Text
+from lm_jax.data.conversations import message, without_weights
+from lm_jax.data.faults import Faults
+from lm_jax.data.layouts import PREFERENCE, Layout, Read, one_form, read_as, read_layout
+from lm_jax.data.messages import Message, Text
 from lm_jax.data.text import EncodedResponse
 from lm_jax.errors import UserError
 
 IDENTICAL = "chosen and rejected are identical"
+TIED = "neither response is preferred"
 
 _SCORES = ("chosen_token_scores", "rejected_token_scores")
 
@@ -43,47 +37,48 @@ class PreferenceRow:
 class PreferenceData:
     rows: list[PreferenceRow]
     dropped: dict[str, int]  # reason -> rows that were left out for it
+    read_as: str  # the layout, for a report
 
 
-def preference_rows(rows: Sequence[Mapping[str, Any]], where: str) -> PreferenceData:
-    """Reads the rows of one file; every row must have the layout of the first.
+def preference_rows(
+    rows: Sequence[Mapping[str, Any]], where: str, faults: Faults | None = None, named: Sequence[str] = ()
+) -> PreferenceData:
+    """Reads the rows of one file, in the layout of `layouts.PREFERENCE` that most of them have.
 
-    Layouts: `prompt, chosen, rejected` as strings; the same as messages (a string response to a prompt of messages
-    is an assistant message); `chosen, rejected` as whole conversations, whose shared leading messages are the prompt;
-    `instruction, input, chosen, rejected` with optional `system` and `history`, which become messages; ShareGPT's
-    `conversations`, the prompt, with one turn as `chosen` and one as `rejected`. Each may carry `chosen_token_scores`
-    and `rejected_token_scores`, lists of finite numbers >= 0, and those of messages `tools`, which the chat template
-    gets.
+    `chosen` and `rejected` without a prompt are whole conversations, whose shared leading messages it is. Each row may
+    carry `id`, and `chosen_token_scores` with `rejected_token_scores`, lists of finite numbers >= 0.
 
-    Identical pairs are dropped and counted. Empty responses pass: `TextEncoder` refuses them.
+    Identical pairs and ties are dropped and counted. Empty responses pass: `TextEncoder` refuses them.
 
     Args:
       rows: as `read_rows` gives them.
       where: the file, for error messages.
+      faults: gets every row that cannot be read: a missing column, malformed messages or history, scores that are no
+        weights, a form that the others have not. None: any is an error.
+      named: columns that the user named; see `read_layout`.
 
     Raises:
-      UserError: a missing column, a mixture of layouts, malformed messages or history, scores that are no weights.
+      UserError: no layout that is known; without `faults` a row that cannot be read.
     """
+    noted = Faults(where) if faults is None else faults
+    layout, read = read_layout(rows, PREFERENCE, noted, named)
     kept: list[PreferenceRow] = []
-    dropped = {IDENTICAL: 0}
-    first = ""
-    for number, row in enumerate(rows):
-        at = f"{where} row {number}"
-        row = present_columns(row)
-        layout = _layout(row, at)
-        chosen_scores, rejected_scores = (_scores(row, name, at) for name in _SCORES)
-        if (chosen_scores is None) != (rejected_scores is None):
-            raise UserError(f"{at}: has only one of {' and '.join(_SCORES)}; give both or neither ({columns_of(row)})")
-        this = f"{_DESCRIBED[layout]}, {'with' if chosen_scores is not None else 'without'} token scores"
-        first = first or this
-        check_one_layout(this, first, row, at, where)
-        prompt, chosen, rejected = _READERS[layout](row, at)
-        if chosen == rejected:
-            dropped[IDENTICAL] += 1
-            continue
-        name = str(row.get("id", number))
-        kept.append(PreferenceRow(number, name, prompt, chosen, rejected, chosen_scores, rejected_scores))
-    return PreferenceData(kept, {reason: count for reason, count in dropped.items() if count})
+    dropped = {IDENTICAL: 0, TIED: 0}
+    for r in one_form(read, _form, noted):
+        at = f"{where} row {r.row}"
+        with noted.of(r.row):
+            scores = [_scores(r.columns, name, at) for name in _SCORES]
+            if (scores[0] is None) != (scores[1] is None):
+                raise UserError(f"{at}: has only one of {' and '.join(_SCORES)}; give both or neither")
+            order = _order(r, layout, at)
+            if order is None or r.answers[0] == r.answers[1]:
+                dropped[TIED if order is None else IDENTICAL] += 1
+                continue
+            prompt, chosen, rejected = _pair(r, [r.answers[i] for i in order], at)
+            kept.append(PreferenceRow(r.row, str(r.columns.get("id", r.row)), prompt, chosen, rejected, *scores))
+    if faults is None:
+        noted.check(len(rows))
+    return PreferenceData(kept, {reason: count for reason, count in dropped.items() if count}, read_as(layout, read))
 
 
 def check_weight_lengths(row: PreferenceRow, chosen: EncodedResponse, rejected: EncodedResponse, where: str) -> None:
@@ -103,58 +98,49 @@ def check_weight_lengths(row: PreferenceRow, chosen: EncodedResponse, rejected: 
             )
 
 
-def _layout(row: Mapping[str, Any], at: str) -> str:
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise UserError(f"{at}: column {name!r} is missing; a preference row needs it ({columns_of(row)})")
-        if not isinstance(row[name], (str, list)) and not (isinstance(row[name], dict) and _is_sharegpt(row)):
-            raise UserError(f"{at}: {name} must be a string or messages, got {type(row[name]).__name__}; mend the row")
-    strings = [isinstance(row[name], str) for name in ("chosen", "rejected")]
-    if strings[0] != strings[1]:
-        raise UserError(f"{at}: one of chosen and rejected is a string, the other messages; make them alike")
-    if _is_sharegpt(row):
-        return "sharegpt"
-    if "prompt" in row:
-        if isinstance(row["prompt"], str) and not strings[0]:
-            raise UserError(
-                f"{at}: prompt is a string but chosen and rejected are messages; make the prompt messages too, or "
-                "remove it where chosen and rejected hold the whole conversation"
-            )
-        return "strings" if isinstance(row["prompt"], str) else "messages"
-    if "instruction" in row:
-        return "alpaca"
-    if strings[0]:
-        raise UserError(
-            f"{at}: column 'prompt' (or 'instruction') is missing; add it, or give whole conversations as messages in "
-            f"chosen and rejected ({columns_of(row)})"
-        )
-    return "conversations"
+def _form(r: Read) -> str:
+    return f"the prompt is {r.form}, {'with' if _SCORES[0] in r.columns else 'without'} token scores"
 
 
-def _is_sharegpt(row: Mapping[str, Any]) -> bool:
-    return "conversations" in row and "prompt" not in row and "instruction" not in row
+def _order(r: Read, layout: Layout, at: str) -> tuple[int, int] | None:
+    """Which answer is chosen and which is rejected; None: neither is preferred."""
+    if layout.better is None:
+        return 0, 1
+    value, known = r.columns[layout.better], f"{layout.first} or {layout.second}"
+    if not layout.first:
+        known = "a number, below 0 for the first"
+        number = value if type(value) in (int, float) else math.nan
+        sign = -1 if number < 0 else 1 if number > 0 else 0 if number == 0 else None
+    else:
+        sign = {layout.first: -1, layout.second: 1}.get(str(value), 0 if str(value).startswith("tie") else None)
+    if sign is None:
+        raise UserError(f"{at}: {layout.better} is {value!r}, which must be {known}; mend the row")
+    return {-1: (0, 1), 1: (1, 0)}.get(sign)
 
 
-def _read_strings(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
-    return row["prompt"], row["chosen"], row["rejected"]
-
-
-def _read_messages(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
-    prompt = checked_messages(row["prompt"], "prompt", at)
-    chosen, rejected = (
-        [message("assistant", row[name])] if isinstance(row[name], str) else checked_messages(row[name], name, at)
-        for name in ("chosen", "rejected")
+def _pair(r: Read, answers: list[Text], at: str) -> tuple[Text, Text, Text]:
+    if isinstance(r.prompt, str):
+        return r.prompt, answers[0], answers[1]
+    chosen, rejected = map(_messages, answers)
+    prompt, chosen, rejected = (r.prompt, chosen, rejected) if r.prompt else _shared(chosen, rejected, at)
+    return (
+        without_weights(prompt, at, refuse=False),
+        without_weights(chosen, at, refuse=True),
+        without_weights(rejected, at, refuse=True),
     )
-    return with_tools(prompt, row, at), chosen, rejected
 
 
-def _read_conversations(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
-    chosen, rejected = (checked_messages(row[name], name, at) for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        return [], chosen, rejected  # nothing tells where the prompt ends; the caller drops the pair
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
+def _messages(text: Text) -> list[Message]:
+    """`text`, where nothing of the row is raw."""
+    return [message("assistant", text)] if isinstance(text, str) else text
+
+
+def _shared(
+    chosen: list[Message], rejected: list[Message], at: str
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two conversations as their shared leading messages, the prompt, and what follows in each."""
+    pairs = zip(map(_said, chosen), map(_said, rejected), strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     if shared == 0:
         raise UserError(f"{at}: chosen and rejected share no leading message to be the prompt; add a prompt column")
     for name, conversation in (("chosen", chosen), ("rejected", rejected)):
@@ -165,40 +151,12 @@ def _read_conversations(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Te
                 f"{at}: {name} differs first in a {role} message, so its response would begin with one; the prompts "
                 "must be the same: mend the row, or add a prompt column"
             )
-    return with_tools(chosen[:shared], row, at), chosen[shared:], rejected[shared:]
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _read_alpaca(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
-    chosen, rejected = ([message("assistant", alpaca_text(row, name, at))] for name in ("chosen", "rejected"))
-    return with_tools(alpaca_prompt(row, at), row, at), chosen, rejected
-
-
-def _read_sharegpt(row: Mapping[str, Any], at: str) -> tuple[Text, Text, Text]:
-    system = [message("system", row["system"])] if row.get("system") else []
-    prompt = [*system, *sharegpt_turns(row["conversations"], "conversations", at)]
-    chosen, rejected = (
-        [message("assistant", row[name])]
-        if isinstance(row[name], str)
-        else sharegpt_turns(row[name] if isinstance(row[name], list) else [row[name]], name, at)
-        for name in ("chosen", "rejected")
-    )
-    return with_tools(prompt, row, at), chosen, rejected
-
-
-_READERS = {
-    "strings": _read_strings,
-    "messages": _read_messages,
-    "conversations": _read_conversations,
-    "alpaca": _read_alpaca,
-    "sharegpt": _read_sharegpt,
-}
-_DESCRIBED = {
-    "strings": "prompt, chosen and rejected are strings",
-    "messages": "prompt is messages",
-    "conversations": "chosen and rejected are whole conversations without a prompt column",
-    "alpaca": "the columns are instruction, chosen and rejected",
-    "sharegpt": "the columns are conversations, chosen and rejected",
-}
+def _said(turn: Message) -> tuple[Any, ...]:
+    """What a model sees of a message: data sets add a score, a model's name."""
+    return turn["role"], turn["content"], turn.get("tool_calls")
 
 
 def _scores(row: Mapping[str, Any], name: str, at: str) -> np.ndarray | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lm_jax.data.chat import render_chat
-from lm_jax.data.messages import TOOLS, Message, Text, messages_fault, split_arguments, tidy_message
+from lm_jax.data.messages import TOOLS, Message, Text, is_learnt, messages_fault, split_arguments, tidy_message
 from lm_jax.data.tokenizers import first_line
 from lm_jax.data.turns import NotShown, write_turn
 from lm_jax.errors import UserError
@@ -58,7 +58,7 @@ class Renderer:
         return [Rendered(raw, (start, _valid(whole, where)))]
 
     def turns(self, prompt: Text, response: Text, where: str) -> list[Rendered]:
-        """Each of the response's assistant turns after what generation is given for the messages before it.
+        """Each of the response's turns that are learnt after what generation is given for the messages before it.
 
         Turns that the template shows one after the other share an item.
         """
@@ -67,7 +67,7 @@ class Renderer:
         _check_messages(prompt, "prompt", where)
         messages, found = [*prompt, *self._response(prompt, response, where, each=True)], list[list[str]]()
         for i in range(len(prompt), len(messages)):
-            if messages[i]["role"] == "assistant":
+            if is_learnt(messages[i]):
                 start, written = self._write_turn(messages[:i], messages[i], where)
                 if not found or not start.startswith(found[-1][-1]):
                     found.append([])
@@ -87,7 +87,7 @@ class Renderer:
             contents = [response]
         else:
             _check_messages(response, "response", where)
-            said = [m for m in response if m["role"] == "assistant" or not each]
+            said = [m for m in response if is_learnt(m) or not each]
             contents = [m.get("content") or str(m.get("tool_calls") or "") for m in said]
         if not (all if each and contents else any)(content.strip() for content in contents):
             raise UserError(f"{where}: the response is empty, so its mask would be; drop the row")
@@ -103,7 +103,7 @@ class Renderer:
             return write_turn(lambda messages, start: self._apply_template(messages, where, start), before, turn)
         except NotShown as error:
             raise UserError(
-                f"{where}: the chat template does not show {error} in the assistant's turn; mend it, or drop the row"
+                f"{where}: the chat template does not show {error} of the assistant's turn; mend it, or drop the row"
             ) from error
 
     def _apply_template(self, messages: Sequence[Message], where: str, add_generation_prompt: bool) -> str:

@@ -85,10 +85,7 @@ def _check_alike(*columns: Sequence[Any]) -> None:
     digest = hashlib.blake2b(digest_size=8)
     for row in zip(*columns, strict=True):
         digest.update(repr(row).encode("utf-8", "surrogatepass"))
-    digests = processes.gather(np.frombuffer(digest.digest(), np.int32), "the rows")
-    for process, its in enumerate(digests):
-        if not np.array_equal(its, digests[0]):
-            raise UserError(f"process {process} reads other rows than process 0; give every process the same input")
+    processes.check_alike(digest.digest(), "rows", "give every process the same input")
 
 
 def _arrays(row: EncodedResponse) -> Arrays:

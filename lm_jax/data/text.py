@@ -79,7 +79,8 @@ class TextEncoder:
     def encode_conversations(
         self, prompts: Sequence[Text], responses: Sequence[Text], wheres: Sequence[str]
     ) -> list[list[EncodedResponse] | UserError]:
-        """As `encode_many`, but of responses of several messages each turn of the assistant is learnt.
+        """As `encode_many`, but of responses of several messages each turn of the assistant is learnt,
+        but for those of WEIGHT 0.
 
         What generation would start from stands before each turn, and each ends with its end token. An example holds as
         many turns as the chat template shows one after the other, told from the others' in `loss_mask`: all, unless the
@@ -97,13 +98,13 @@ class TextEncoder:
     ) -> list[list[EncodedResponse] | UserError]:
         encoded: list[list[EncodedResponse] | UserError] = []
         for batch in _batches(list(zip(prompts, responses, wheres, strict=True))):
-            rendered = [_attempt(render, *row) for row in batch]
+            rendered = [attempt(render, *row) for row in batch]
             texts = [text for examples in rendered if isinstance(examples, list) for r in examples for text in r.texts]
             tokenized = iter(self._tokenize(texts))
             for (*_, where), examples in zip(batch, rendered, strict=True):
                 if isinstance(examples, list):
                     ids = [list(itertools.islice(tokenized, len(r.texts))) for r in examples]
-                    encoded.append(_attempt(self._examples, examples, ids, where))
+                    encoded.append(attempt(self._examples, examples, ids, where))
                 else:
                     encoded.append(examples)
         return encoded
@@ -131,11 +132,11 @@ class TextEncoder:
         """
         encoded: list[np.ndarray | UserError] = []
         for batch in _batches(list(zip(prompts, wheres, strict=True))):
-            rendered = [_attempt(self._renderer.prompt, *row) for row in batch]
+            rendered = [attempt(self._renderer.prompt, *row) for row in batch]
             tokenized = iter(self._tokenize([r.texts[0] for r in rendered if isinstance(r, Rendered)]))
             for r, (_, where) in zip(rendered, batch, strict=True):
                 if isinstance(r, Rendered):
-                    encoded.append(_attempt(self._prompt_ids, r, next(tokenized), where))
+                    encoded.append(attempt(self._prompt_ids, r, next(tokenized), where))
                 else:
                     encoded.append(r)
         return encoded
@@ -236,7 +237,8 @@ class TextEncoder:
         return ids[:end]
 
 
-def _attempt(do: Callable[..., T], *args: Any) -> T | UserError:
+def attempt(do: Callable[..., T], *args: Any) -> T | UserError:
+    """What `do` gives, or the error that it raises."""
     try:
         return do(*args)
     except UserError as error:

@@ -95,14 +95,14 @@ def _as_written(model_dir: str) -> Any:
     written.no_truncation()
     written.no_padding()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
-    named, given = tokenizer.special_tokens_map, tokenizer.init_kwargs
+    named = tokenizer.special_tokens_map
     if tokenizer.eos_token is None:  # where the directory does not say, the model type's class may
         with contextlib.suppress(Exception):
             defaults = _by_model_type(model_dir).special_tokens_map
             named |= {name: token for name, token in defaults.items() if written.token_to_id(token) is not None}
     around = written.encode("a").tokens
     adds = {"add_bos_token": around[0] == named.get("bos_token"), "add_eos_token": around[-1] == named.get("eos_token")}
-    wanted = adds | {name: given[name] for name in adds if given.get(name) is not None}
+    wanted = adds | {name: value for name, value in _config(model_dir).items() if name in adds and value is not None}
     # Reading may have changed how special tokens are found, and what stands around a text
     if named != tokenizer.special_tokens_map or not _alike(tokenizer.backend_tokenizer, written, wanted == adds):
         tokens = [token for _, token in sorted(tokenizer.added_tokens_decoder.items())]
@@ -114,8 +114,15 @@ def _as_written(model_dir: str) -> Any:
         kept = {name: getattr(tokenizer, name) for name in ("chat_template", "clean_up_tokenization_spaces")}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=written, **kept, **named)
     if wanted != adds:
+        say(f"{model_dir}: what stands around a text is as tokenizer_config.json has it, {wanted}, not tokenizer.json")
         tokenizer.add_bos_token, tokenizer.add_eos_token = wanted.values()
     return tokenizer
+
+
+def _config(model_dir: str) -> dict[str, Any]:
+    """What tokenizer_config.json says, which was read once already. Transformers 5 leaves `add_bos_token` in it out."""
+    path = epath.Path(model_dir) / "tokenizer_config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _alike(backend: Any, written: Any, around: bool) -> bool:

@@ -42,7 +42,7 @@ def write_turn(render: Render, before: Sequence[Message], turn: Message) -> tupl
         written = _framed(render, before, turn, start, own, whole)
     calls = (call.get("function", call) for call in turn.get("tool_calls") or () if isinstance(call, dict))
     if not all(str(call.get("name", "")) in written for call in calls if isinstance(call, dict)):
-        raise NotShown("its tool calls")
+        raise NotShown("the tool calls")
     added = _NO_THOUGHTS.match(written)
     if added and not own.lstrip().startswith(added[2]):
         written = added[1] + written[added.end() :]
@@ -67,7 +67,7 @@ def _framed(render: Render, before: Sequence[Message], turn: Message, start: str
         own = ""
         head, mark, end = render([*before, {"role": turn["role"], "content": _MARK}], False).partition(_MARK)
     if not mark or _MARK in end:
-        raise NotShown("its text")
+        raise NotShown("the text")
     lead, opened = _lead(start, head)
     begin = head.removesuffix(lead)
     written = whole[len(begin) :]

@@ -1,10 +1,12 @@
 """A process's connection to the hub, and the thread that keeps it: signs of life out, what all agree on in."""
 
 import json
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lm_jax.distributed.hub import AGAIN
@@ -39,7 +41,7 @@ class Link:
         end: Callable[[str], None],
         leaving: Callable[[], bool],
     ):
-        self._timeout, self._end, self._leaving = timeout, end, leaving
+        self.timeout, self._end, self._leaving = timeout, end, leaving
         self._changed = threading.Condition(threading.RLock())  # of all below; a signal handler may come in between
         self._position, self._where, self._work = 0, "the start", 0
         self._passed, self._asked = 0, False
@@ -47,6 +49,7 @@ class Link:
         self._held: int | None = None
         self._stop: int | None = None
         self._released, self._finished = False, False
+        self._stuck, self._stuck_since = "", 0.0
         self._lines = self._join(address, process, processes, start_timeout)
         self._heard = time.monotonic()
         threading.Thread(target=self._run, name="link", daemon=True).start()
@@ -87,8 +90,8 @@ class Link:
             now = time.monotonic()
             if messages:
                 self._heard = now
-            elif now - self._heard > self._timeout and not self._finished:
-                self._end(f"process 0 gave no sign of life within {self._timeout:.0f} s (--process_timeout); {AGAIN}")
+            elif now - self._heard > self.timeout and not self._finished:
+                self._end(f"process 0 gave no sign of life within {self.timeout:.0f} s (--process_timeout); {AGAIN}")
                 return
             with self._changed:
                 for message in messages:
@@ -99,7 +102,20 @@ class Link:
                 if now - beat >= PERIOD:
                     beat = now
                     self._say_where()
+                    self._look_at_disk(now)
                 self._lines.flush()
+
+    def _look_at_disk(self, now: float) -> None:
+        """Ends the run of all where the main thread has waited for a disk for too long, in whatever it is."""
+        if not (stuck := _waits_for_disk()) or stuck != self._stuck:
+            self._stuck, self._stuck_since = stuck, now
+        elif now - self._stuck_since > self.timeout:
+            line = (
+                f"after {self._where}: the disk has not answered within {self.timeout:.0f} s (--process_timeout); "
+                f"look at it, then {AGAIN}"
+            )
+            threading.Thread(target=self.end, args=(line,), daemon=True).start()
+            self._stuck_since = math.inf  # once
 
     def _waiting(self) -> bool:
         return self._passed < self._position
@@ -175,9 +191,24 @@ class Link:
             self._lines.send({"kind": "failed", "line": line})
             self._changed.wait_for(lambda: self._released, _RELEASE)
 
+    def end(self, line: str) -> None:
+        """Ends the run of all, this process too, from any thread."""
+        self.fail(line)
+        self._end(line)
+
     def finish(self) -> None:
         """Waits for all and takes this process out."""
         self.meet("the end")
         with self._changed:
             self._finished = True
             self._lines.send({"kind": "finished"})
+
+
+def _waits_for_disk() -> str:
+    """Empty, or, where the main thread waits in the kernel for a disk, the time that it has run so far."""
+    thread = Path(f"/proc/self/task/{threading.main_thread().native_id}")
+    try:
+        state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+        return (thread / "schedstat").read_text() if state == "D" else ""
+    except OSError:  # another system than Linux
+        return ""

@@ -6,19 +6,26 @@ with its name, within the time-out that `start` was given.
 
 import contextlib
 import json
+import re
+import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from lm_jax.distributed import stopping
+from lm_jax.distributed.hub import AGAIN
 from lm_jax.distributed.link import Link
+from lm_jax.distributed.wire import PERIOD
+from lm_jax.errors import UserError
 
 T = TypeVar("T")
 
-_AT_WORK = 0.5  # seconds between two words of it
+_LITTLE = 1 << 16  # bytes that a process reads and writes even where it does nothing
 _SMALL = 1 << 20  # bytes that go through the hub; more goes from device to device
 _GATHERED = 1 << 22  # int32 of all processes together that a device holds at a time in `gather`
 
@@ -48,17 +55,62 @@ def everywhere(value: Callable[[], Any], what: str = "what process 0 makes known
 @contextlib.contextmanager
 def at_work() -> Iterator[None]:
     """Within, the others wait for as long as it takes: for an upload, for a server's answers."""
+    with _beside(worked):
+        yield
+
+
+@contextlib.contextmanager
+def moving(what: str) -> Iterator[None]:
+    """Within, the others wait for as long as this process reads and writes files, in whichever of its threads.
+
+    A disk that does not answer ends the run of all, even where every process waits for it.
+
+    Args:
+      what: names the files in that error.
+    """
+    moved, since = _moved(), time.monotonic()
+
+    def look() -> None:
+        nonlocal moved, since
+        now = _moved()
+        if now is None or moved is None or now - moved > _LITTLE:
+            moved, since = now, time.monotonic()
+            worked()
+        elif link is not None and time.monotonic() - since > link.timeout:
+            link.end(
+                f"{what}: nothing was read or written within {link.timeout:.0f} s (--process_timeout); look at the "
+                f"disk or the network, then {AGAIN}"
+            )
+
+    with _beside(look):
+        yield
+
+
+@contextlib.contextmanager
+def _beside(do: Callable[[], None]) -> Iterator[None]:
+    """Within, a thread calls `do` again and again; where there are no other processes, nothing does."""
     done = threading.Event()
 
-    def say() -> None:
-        while not done.wait(_AT_WORK):
-            worked()
+    def run() -> None:
+        while not done.wait(PERIOD):
+            do()
 
-    threading.Thread(target=say, name="at work", daemon=True).start()
+    if link is not None:
+        threading.Thread(target=run, name="at work", daemon=True).start()
     try:
         yield
     finally:
         done.set()
+
+
+def _moved() -> int | None:
+    """Bytes that this process has read and written, mapped files too; None where the system does not say."""
+    try:
+        counted = re.findall(r"[rw]char: (\d+)", Path("/proc/self/io").read_text())
+    except OSError:
+        return None
+    mapped = resource.getrusage(resource.RUSAGE_SELF).ru_majflt * resource.getpagesize()
+    return sum(map(int, counted)) + mapped
 
 
 def _over_devices(text: bytes, size: int) -> Any:
@@ -88,6 +140,16 @@ def gather(part: np.ndarray, what: str) -> list[np.ndarray]:
     return [np.concatenate(pieces) for pieces in found]
 
 
+def check_alike(digest: bytes, what: str, cure: str) -> None:
+    """Raises UserError, in every process, where one of them has another digest (4 n bytes) of `what` than process 0."""
+    if link is None:
+        return
+    digests = gather(np.frombuffer(digest, np.int32), what)
+    for process, its in enumerate(digests):
+        if not np.array_equal(its, digests[0]):
+            raise UserError(f"process {process} reads other {what} than process 0; {cure}")
+
+
 def process_0_first(make: Callable[[], T], what: str) -> T:
     """What `make` gives in each process, made in process 0 before the others: of a file that the first one makes."""
     made = make() if jax.process_index() == 0 else None
@@ -111,6 +173,28 @@ def worked() -> None:
     """Says that this process is at work, however long the others have to wait for it."""
     if link is not None:
         link.worked()
+
+
+def fail(error: Exception) -> None:
+    """Ends the run of all, this process too, with the error as its line; for a thread whose error none may wait for."""
+    outlast(error)
+    if link is not None:
+        link.end(str(error))
+
+
+def outlast(error: BaseException) -> None:
+    """Where the error may come of another process's end or halt, waits for the line that names that one."""
+    if link is not None and _of_another(error):
+        time.sleep(link.timeout + 4 * PERIOD)
+
+
+def _of_another(error: BaseException | None) -> bool:
+    """A collective breaks then, or gives up waiting; what a user can mend comes of it where its cause does."""
+    sign = r"Gloo|NCCL|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): "
+    if error is None:
+        return False
+    own = not isinstance(error, UserError) and bool(re.search(sign, str(error)))
+    return own or _of_another(error.__cause__ or error.__context__)
 
 
 def stops_before(what: str) -> bool:

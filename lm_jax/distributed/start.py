@@ -66,8 +66,9 @@ def start(settings: Processes, end: Callable[[str], None]) -> Callable[[str | No
     if process == 0:
         Hub(_listen(int(port)), number, settings.start_timeout, settings.timeout)
     link = _join((host.strip("[]"), int(port)), process, number, settings, end)
+    left = settings.start_timeout - (time.monotonic() - begin)
     try:
-        _initialize(address, number, process, local_devices, settings.start_timeout - (time.monotonic() - begin))
+        _initialize(address, number, process, local_devices, left, settings.timeout)
     except UserError as error:
         link.fail(str(error))
         raise
@@ -128,7 +129,9 @@ def _join(address: tuple[str, int], process: int, number: int, settings: Process
     return Link(address, process, number, settings.start_timeout, settings.timeout, end, stopping.asked)
 
 
-def _initialize(address: str, number: int, process: int, local_devices: list[int] | None, timeout: float) -> None:
+def _initialize(
+    address: str, number: int, process: int, local_devices: list[int] | None, start_timeout: float, timeout: float
+) -> None:
     import jax
 
     # The hub sees at once who is gone, and by name. JAX's service would wait for its heartbeats, then abort with a
@@ -147,8 +150,8 @@ def _initialize(address: str, number: int, process: int, local_devices: list[int
             process,
             local_devices,
             cluster_detection_method="deactivate",  # else JAX gives one GPU to a process that is alone on its host
-            initialization_timeout=max(10, int(timeout)),
-            shutdown_timeout_seconds=60,
+            initialization_timeout=max(10, int(start_timeout)),
+            shutdown_timeout_seconds=max(1, min(60, int(timeout))),
         )
     except RuntimeError as error:
         raise UserError(f"process {process}: jax.distributed did not start: {str(error).splitlines()[0]}") from error

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -14,17 +13,18 @@ import jax
 from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig, split_names
 from lm_jax.console import say
-from lm_jax.data.order import check_batch
 from lm_jax.data.rows import check_not_input, write_jsonl, write_text
+from lm_jax.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.evaluation.ifeval import read_prompts, score_responses
 from lm_jax.evaluation.judged_command import JudgedConfig, evaluate_judged
 from lm_jax.evaluation.lm_eval_setup import require_lm_eval
 from lm_jax.evaluation.responses import answers_of, read_responses
-from lm_jax.evaluation.tasks import Tasks, markdown, table, task_file
+from lm_jax.evaluation.tasks import Tasks, markdown, table, task_fingerprint
 from lm_jax.models.decoder import check_compute
 from lm_jax.sharding import make_mesh
+from lm_jax.strict_json import dumps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +121,9 @@ def evaluate_ifeval(config: IfevalConfig) -> None:
             "short list of abbreviations instead"
         )
     scores |= {"num_edited": len(responses.edited), "num_thinking": answers.thinking, "num_unended": answers.unended}
-    _write(Path(config.output), json.dumps(scores, indent=2) + "\n")
+    _write(Path(config.output), dumps(scores, indent=2) + "\n")
     if jax.process_index() == 0:
-        print(json.dumps({k: round(v, 4) for k, v in scores.items() if k.endswith("_acc")} | {"output": config.output}))
+        print(dumps({k: round(v, 4) for k, v in scores.items() if k.endswith("_acc")} | {"output": config.output}))
 
 
 def evaluate_tasks(config: HarnessConfig) -> None:
@@ -132,35 +132,41 @@ def evaluate_tasks(config: HarnessConfig) -> None:
     A (model, task) that is done, with these settings, is not run again.
     """
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     models = split_names(config.models)
     sources = {name: open_model(name) for name in models}
     require_lm_eval()
     results: list[dict[str, Mapping[str, Any]]] = []
+    known = everywhere(lambda: {name: _identity(source) for name, source in sources.items()})
     missing = everywhere(
         lambda: {
-            name: [task for task in split_names(config.tasks) if _read(config, name, task, source) is None]
-            for name, source in sources.items()
+            name: [task for task in split_names(config.tasks) if _read(config, name, task, known[name]) is None]
+            for name in sources
         }
     )
     wanted = dict.fromkeys(task for own in missing.values() for task in own)
     tasks = Tasks(list(wanted), config.include_path) if wanted else None
     for name, source in sources.items():
         if missing[name] and tasks is not None:
-            _run(config, name, source, missing[name], tasks, mesh)
-        results.append(everywhere(functools.partial(_results, config, name, source)))
+            _run(config, name, source, known[name], missing[name], tasks, mesh)
+        results.append(everywhere(functools.partial(_results, config, name, known[name])))
     rows = table(models, results)
     text = markdown(models, rows)
     output = Path(config.output)
-    _write(output / "table.json", json.dumps({"models": models, "rows": rows}, indent=2) + "\n")
+    _write(output / "table.json", dumps({"models": models, "rows": rows}, indent=2) + "\n")
     _write(output / "table.md", text)
     if jax.process_index() == 0:
         print(text, end="")
 
 
 def _run(
-    config: HarnessConfig, name: str, source: ModelSource, missing: list[str], tasks: Tasks, mesh: jax.sharding.Mesh
+    config: HarnessConfig,
+    name: str,
+    source: ModelSource,
+    identity: Mapping[str, str],
+    missing: list[str],
+    tasks: Tasks,
+    mesh: jax.sharding.Mesh,
 ) -> None:
     """Runs the tasks that are missing of one model, whose weights are in memory no longer than that."""
     from lm_jax.evaluation.harness import JaxLM
@@ -190,30 +196,37 @@ def _run(
         if jax.process_index() == 0:
             rows = [{"task": key, **row} for key, own in samples.items() for row in own]
             write_jsonl(str(path.with_suffix(".samples.jsonl")), rows)
-        settings = _settings(config, task, source)
-        _write(path, json.dumps({"settings": settings, "truncated": truncated, **found}, indent=2) + "\n")
+        settings = _settings(config, task, identity)
+        _write(path, dumps({"settings": settings, "truncated": truncated, **found}, indent=2) + "\n")
 
 
-def _results(config: HarnessConfig, name: str, source: ModelSource) -> dict[str, Mapping[str, Any]]:
+def _results(config: HarnessConfig, name: str, identity: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """Task -> "metric,filter" -> value, of all that a model has done."""
-    found = [_read(config, name, task, source) for task in split_names(config.tasks)]
+    found = [_read(config, name, task, identity) for task in split_names(config.tasks)]
     return {task: values for one in found if one is not None for task, values in one["results"].items()}
 
 
-def _settings(config: HarnessConfig, task: str, source: ModelSource) -> dict[str, Any]:
+def _identity(source: ModelSource) -> dict[str, str]:
+    tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
+    return {
+        "fingerprint of the model": source.fingerprint,
+        "fingerprint of its tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+
+
+def _settings(config: HarnessConfig, task: str, identity: Mapping[str, str]) -> dict[str, Any]:
     """What a result depends on. Devices, batches and where files lie may change."""
     names = ("limit", "num_fewshot", "apply_chat_template", "chat_template_kwargs", "think_end_token", "seed")
-    file = task_file(task, config.include_path)
     return {
         **{f"config.{name}": getattr(config, name) for name in (*names, "dtype", "max_length")},
         "config.compute.dtype": config.compute.dtype,
         "version of lm-eval": importlib.metadata.version("lm_eval"),
-        "fingerprint of the model": source.identity(),
-        "fingerprint of the task's file": hashlib.sha256(file.read_bytes()).hexdigest() if file else None,
+        **identity,
+        "fingerprint of the task's files": task_fingerprint(task, config.include_path),
     }
 
 
-def _read(config: HarnessConfig, name: str, task: str, source: ModelSource) -> dict[str, Any] | None:
+def _read(config: HarnessConfig, name: str, task: str, identity: Mapping[str, str]) -> dict[str, Any] | None:
     """The result of a task that is done, or None."""
     path = _path(config, name, task)
     if not path.exists():
@@ -224,7 +237,7 @@ def _read(config: HarnessConfig, name: str, task: str, source: ModelSource) -> d
         _ = found["results"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no result of this command; remove it or give another config.output") from error
-    now = _settings(config, task, source)
+    now = _settings(config, task, identity)
     if differing := [key for key in now if before.get(key) != now[key]]:
         key = differing[0]
         raise UserError(

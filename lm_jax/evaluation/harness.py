@@ -184,9 +184,10 @@ class JaxLM(TemplateLM):
         opened = opening if context.rstrip().endswith(opening) else ""
         if without_thoughts(opened + self.tokenizer.decode(ids), end) is None:
             return ""
-        if end in self._specials:  # decoding may leave it out
-            token = self.tokenizer.convert_tokens_to_ids(end)
-            ids = ids[max((i + 1 for i, own in enumerate(ids) if own == token), default=0) :]
+        token = self.tokenizer.convert_tokens_to_ids(end) if end in self._specials else None
+        if token in ids:  # decoding may leave it out
+            after = ids[max(i + 1 for i, own in enumerate(ids) if own == token) :]
+            return self.tokenizer.decode(after, skip_special_tokens=True).lstrip()
         return without_thoughts(self.tokenizer.decode(ids, skip_special_tokens=True), end) or ""
 
     def _request(self, number: int, context: str, max_new_tokens: int) -> Request:

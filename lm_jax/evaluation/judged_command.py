@@ -12,7 +12,6 @@ The directory `config.output` gets
 
 import collections
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from lm_jax.evaluation.pairwise import Pairwise
 from lm_jax.evaluation.responses import answers_of, read_responses
 from lm_jax.generation.command import GenerateConfig, generate_rows
 from lm_jax.generation.generator import EndpointConfig, check_one_model, local_mesh, open_endpoint, open_local
+from lm_jax.strict_json import dumps
 
 BENCHMARKS: dict[str, Callable[["JudgedConfig"], Benchmark]] = {
     "cfbench": lambda config: CFBench(config.input, config.limit),
@@ -167,8 +167,8 @@ def evaluate_judged(config: JudgedConfig) -> None:
     if jax.process_index() == 0:
         write_jsonl(str(output / "verdicts.jsonl"), _verdict_rows(benchmark, responses, questions, verdicts, said))
         if isinstance(benchmark, Pairwise):
-            write_text(f"{output}/outputs.json", json.dumps(benchmark.outputs(responses, config.name), indent=2) + "\n")
-        write_text(f"{output}/scores.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            write_text(f"{output}/outputs.json", dumps(benchmark.outputs(responses, config.name), indent=2) + "\n")
+        write_text(f"{output}/scores.json", dumps(report, indent=2, ensure_ascii=False) + "\n")
         write_text(f"{output}/scores.md", table)
         print(table, end="")
 

@@ -1,6 +1,7 @@
 """lm-eval's tasks by name or file: found, run, and their results side by side."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 from lm_jax.data.tokenizers import first_line
 from lm_jax.errors import UserError
 from lm_jax.evaluation.lm_eval_setup import prepare_ifeval, require_lm_eval
+from lm_jax.strict_json import finite
 
 _BOOTSTRAPS = 1000  # of the standard error of metrics that are no means
 _USE_IFEVAL = ("ifeval", "leaderboard")  # tasks, and groups of them
@@ -103,17 +105,17 @@ def table(models: Sequence[str], results: Sequence[Mapping[str, Mapping[str, Any
 
     Returns:
       Rows with `task`, `metric`, `values` and `stderrs` (one a model, None where lm-eval gives none), and
-      `difference` (the last model's value minus the first's) where there are several models.
+      `difference` (the last model's value minus the first's) where there are several models. None: not finite.
     """
     rows = []
     for task, first in results[0].items():
-        for key, value in first.items():
+        for key in first:
             metric, _, filter_name = key.partition(",")
-            if metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            if metric.endswith("_stderr") or not filter_name:  # an alias, the number of samples
                 continue
-            if not filter_name:  # an alias, the number of samples
+            values = [own[task][key] for own in results]  # None where it is not finite
+            if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in values):
                 continue
-            values = [own[task][key] for own in results]
             stderrs = [own[task].get(f"{metric}_stderr,{filter_name}") for own in results]
             row = {
                 "task": task,
@@ -121,7 +123,8 @@ def table(models: Sequence[str], results: Sequence[Mapping[str, Mapping[str, Any
                 "values": values,
                 "stderrs": [s if isinstance(s, int | float) else None for s in stderrs],
             }
-            rows.append(row | ({"difference": values[-1] - values[0]} if len(models) > 1 else {}))
+            both = None not in (values[0], values[-1])
+            rows.append(row | ({"difference": values[-1] - values[0] if both else None} if len(models) > 1 else {}))
     return rows
 
 
@@ -132,20 +135,41 @@ def markdown(models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     lines.append(["---", "---", *["---:"] * (len(lines[0]) - 2)])
     for row in rows:
         told = [
-            f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
+            "not finite" if value is None else f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
             for value, stderr in zip(row["values"], row["stderrs"], strict=True)
         ]
-        lines.append([row["task"], row["metric"], *told, *([f"{row['difference']:+.4f}"] if several else [])])
+        difference = [] if not several else [""] if row["difference"] is None else [f"{row['difference']:+.4f}"]
+        lines.append([row["task"], row["metric"], *told, *difference])
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
-def task_file(name: str, include_path: str | None) -> Path | None:
-    """The user's own file of a task: the one that `name` is, or the one below `include_path` that has this name."""
+def task_fingerprint(name: str, include_path: str | None) -> str | None:
+    """sha256 (hex) over the user's own file of a task and those that it names: rows, code, what it includes.
+
+    None: the task is lm-eval's. Its file is the one that `name` is, or the one below `include_path` that has this name.
+    """
     if Path(name).is_file():
-        return Path(name)
-    given = re.compile(rf"^(?:task|group):[ \t]*['\"]?{re.escape(name)}['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
-    files = sorted(Path(include_path).rglob("*.y*ml")) if include_path is not None else []
-    return next((file for file in files if given.search(file.read_text(encoding="utf-8", errors="replace"))), None)
+        files = [Path(name)]
+    else:
+        given = re.compile(rf"^(?:task|group):[ \t]*['\"]?{re.escape(name)}['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
+        below = sorted(Path(include_path).rglob("*.y*ml")) if include_path is not None else []
+        files = [file for file in below if given.search(_text(file))][:1]
+    for file in files:  # which grows
+        if file.suffix in (".yaml", ".yml"):
+            words = (word for word in re.findall(r"[^\s'\"\[\]{},]+", _text(file)) if re.search("[./]", word))
+            places = (place for word in words for place in (Path(word), file.parent / word, _code(file, word)))
+            files += [place for place in dict.fromkeys(places) if place not in files and os.path.isfile(place)]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashlib.sha256(" ".join(contents).encode()).hexdigest() if files else None
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _code(file: Path, word: str) -> Path:
+    """Of `!function module.name`."""
+    return file.parent / f"{word.rpartition('.')[0]}.py"
 
 
 def _file_of(name: str) -> Path | None:
@@ -172,7 +196,7 @@ def _in_one_process() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; lm-eval's rows may hold what it does not."""
+    """As JSON has it; lm-eval's rows may hold what it does not. What is not finite is None."""
     from lm_eval.utils import handle_non_serializable
 
-    return json.loads(json.dumps(value, default=handle_non_serializable))
+    return finite(json.loads(json.dumps(value, default=handle_non_serializable)))

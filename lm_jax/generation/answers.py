@@ -88,7 +88,7 @@ def _answer(generator, requests, sampling, journal, num_rows, max_failed_share, 
 
 def _value(completion: Completion, num_samples: int) -> dict[str, Any]:
     if completion.error is not None:
-        return _without_answer(completion.error)
+        return without_answer(completion.error)
     if len(completion.samples) != num_samples:
         raise ValueError(f"row {completion.id}: {len(completion.samples)} samples, {num_samples} were asked for")
     texts = [sample.text for sample in completion.samples]
@@ -96,14 +96,15 @@ def _value(completion: Completion, num_samples: int) -> dict[str, Any]:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:  # what a server sends may hold it
-        return _without_answer("the response has half a surrogate pair, which no file can hold")
+        return without_answer("the response has half a surrogate pair, which no file can hold")
     return {
         "response": texts if num_samples > 1 else texts[0],
         "finish_reason": reasons if num_samples > 1 else reasons[0],
     }
 
 
-def _without_answer(error: str) -> dict[str, Any]:
+def without_answer(error: str) -> dict[str, Any]:
+    """What is kept of a row that has none."""
     return {"response": None, "finish_reason": "error", "error": " ".join(error.split())}
 
 

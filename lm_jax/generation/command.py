@@ -1,7 +1,6 @@
 """`launch.generate`: rows with a prompt -> the same rows with responses, kept as they finish."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -10,12 +9,15 @@ from typing import Any
 import jax
 
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.data.columns import Renamed, RowKeys
+from lm_jax.data.faults import Faults, RowIds
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
-from lm_jax.data.layouts import prompt_with_tools
+from lm_jax.data.layouts import read_prompts
 from lm_jax.data.rows import read_rows
+from lm_jax.data.text import Text
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
-from lm_jax.generation.answers import answer_requests, missing_rows
+from lm_jax.generation.answers import answer_requests, missing_rows, without_answer
 from lm_jax.generation.generator import (
     EndpointConfig,
     Local,
@@ -27,13 +29,14 @@ from lm_jax.generation.generator import (
     open_local,
 )
 from lm_jax.generation.requests import Generator, Request, SamplingConfig
+from lm_jax.strict_json import dumps
 
 _SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 _ADDED = ("response", "finish_reason", "error")
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(RowKeys):
     """`configs/generate.py` says what each key is for."""
 
     model: str | None
@@ -57,6 +60,7 @@ class GenerateConfig:
     compute: ComputeConfig
 
     def __post_init__(self):
+        super().__post_init__()
         _ = self.sampling  # raises what is wrong with its keys
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"config.max_failed_share={self.max_failed_share}: must lie between 0 and 1")
@@ -71,7 +75,8 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
     """Answers every row's prompt; `config.output` (JSONL) appears when all are done, and their order is the input's.
 
     Adds `id` (the row's number) where a row has none, `response` and `finish_reason` (lists of them where
-    `num_samples` > 1); to a row without an answer `response` None, `finish_reason` "error" and `error`.
+    `num_samples` > 1); to a row without an answer `response` None, `finish_reason` "error" and `error`. Faulty rows, of
+    which there may be few, are not asked and have none either.
     Stopped at any moment and called again, it does the rows that are missing or had no answer; once it has finished,
     nothing more.
 
@@ -88,7 +93,7 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
     if generator is None and config.endpoint.url:
         generator = open_endpoint(config.endpoint, config.chat_template_kwargs)
     mesh = local_mesh(config) if generator is None else None
-    rows = _read(config)
+    rows, prompts, faults = _read(config)
     local = None if mesh is None else open_local(config, mesh, config.stop)
     journal = _open_journal(config, rows, local)
     try:
@@ -102,15 +107,19 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
             return
         missing, failed, tokens = missing_rows(journal), 0, 0
         if missing:
-            asked = {number: rows[number] for number in missing}
-            failed, tokens = answer_requests(
-                generator or load_local(config, local),
-                {n: _request(row, f"{config.input} row {n}") for n, row in asked.items()},
-                config.sampling,
-                journal,
-                len(rows),
-                config.max_failed_share,
-            )
+            if journal is not None:
+                journal.append((n, without_answer(faults.rows[n])) for n in missing if n in faults.rows)
+            asked = {n: _request(rows[n], prompts[n]) for n in missing if n not in faults.rows}
+            if asked:
+                failed, tokens = answer_requests(
+                    generator or load_local(config, local),
+                    asked,
+                    config.sampling,
+                    journal,
+                    len(rows),
+                    config.max_failed_share,
+                )
+            failed += len(faults.rows)
         if journal is not None:
             journal.finish({**row, **journal.value(number)} for number, row in enumerate(rows))
             _report(config, len(rows), failed, tokens, begin)
@@ -121,40 +130,35 @@ def generate_rows(config: GenerateConfig, generator: Generator | None = None) ->
 
 def _report(config: GenerateConfig, rows: int, failed: int, tokens: int, begin: float) -> None:
     seconds = round(time.monotonic() - begin, 1)
-    print(json.dumps({"rows": rows, "failed": failed, "tokens": tokens, "seconds": seconds, "output": config.output}))
+    print(dumps({"rows": rows, "failed": failed, "tokens": tokens, "seconds": seconds, "output": config.output}))
 
 
-def _request(row: dict[str, Any], at: str) -> Request:
-    return Request(str(row["id"]), prompt_with_tools(row, at), row.get("max_new_tokens"))
+def _request(row: dict[str, Any], prompt: Text) -> Request:
+    return Request(str(row["id"]), prompt, row.get("max_new_tokens"))
 
 
-def _read(config: GenerateConfig) -> list[dict[str, Any]]:
-    """The rows, each with its id."""
+def _read(config: GenerateConfig) -> tuple[list[dict[str, Any]], dict[int, Text], Faults]:
+    """The rows, each with its id; the prompts of those that have no fault; the others' faults."""
     where = os.path.basename(config.input.rstrip("/"))
-    rows = read_rows(config.input, ("prompt",))
-    first: dict[str, int] = {}
+    rows = read_rows(config.input, renamed=config.columns)
+    faults = Faults(where, config.max_dropped_share)
+    prompts = read_prompts(rows, faults, tuple(Renamed(config.columns).names))
+    ids = RowIds(faults)
     for number, row in enumerate(rows):
         at = f"{where} row {number}"
         if taken := [name for name in _ADDED if name in row]:
             raise UserError(f"{at}: has a column {taken[0]!r} already, which would be overwritten; rename it")
-        if row.get("id") is None:
-            row["id"] = number
-        if type(row["id"]) not in (int, str) or row["id"] == "":
-            raise UserError(f"{at}: id must be a string or a whole number, got {row['id']!r}; mend it or leave it out")
-        before = first.setdefault(str(row["id"]), number)
-        if before != number:
-            raise UserError(
-                f"{at}: has the same id {row['id']!r} as row {before} (a row without one is called by its number); "
-                "ids decide the random draws and must differ"
-            )
-        prompt_with_tools(row, at)  # raises now rather than when other rows were answered
-        limit = row.get("max_new_tokens")
-        if limit is not None and (type(limit) is not int or not 1 <= limit <= config.max_new_tokens):
-            raise UserError(
-                f"{at}: max_new_tokens must be a whole number from 1 to config.max_new_tokens={config.max_new_tokens}, "
-                f"got {limit!r}; mend it, or raise config.max_new_tokens"
-            )
-    return rows
+        row["id"] = ids.of(number, row.get("id"))
+        with faults.of(number):
+            limit = row.get("max_new_tokens")
+            if limit is not None and (type(limit) is not int or not 1 <= limit <= config.max_new_tokens):
+                raise UserError(
+                    f"{at}: max_new_tokens must be a whole number from 1 to config.max_new_tokens="
+                    f"{config.max_new_tokens}, got {limit!r}; mend it, or raise config.max_new_tokens"
+                )
+    faults.check(len(rows))
+    faults.say()
+    return rows, prompts, faults
 
 
 def _open_journal(config: GenerateConfig, rows: list[dict[str, Any]], local: Local | None) -> Journal | None:

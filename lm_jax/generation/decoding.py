@@ -18,7 +18,8 @@ from lm_jax.generation.token_choice import Filters, Strengths, choose_tokens
 from lm_jax.models.cache import CHUNK, KVCache, cache_shapes, make_zeros
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows, in_compute_dtype
-from lm_jax.sharding import BATCH_AXES, constrain
+from lm_jax.models.logprobs import without_padding
+from lm_jax.sharding import BATCH_AXES, constrain, padded_shape
 
 
 class Slots(NamedTuple):
@@ -80,7 +81,7 @@ def slot_shapes(
         budget=each(jnp.int32),
         active=each(bool),
         keys=each(jnp.uint32, 2),
-        seen=each(bool, config.vocab_size) if with_seen else None,
+        seen=each(bool, *padded_shape(("vocab",), (config.vocab_size,), mesh)) if with_seen else None,
     )
 
 
@@ -233,7 +234,8 @@ def decode(
 
     def one(carry):
         step, slots, tokens, logprobs = carry
-        logits = constrain(contract_rows(slots.hidden, embedding, jnp.float32), "batch", "vocab")
+        logits = without_padding(contract_rows(slots.hidden, embedding, jnp.float32), config.vocab_size)
+        logits = constrain(logits, "batch", "vocab")
         uniform = _uniform(slots.keys, slots.produced)
         token, logprob = choose_tokens(logits, slots.seen, known, uniform, filters, strengths)
         produced = slots.produced + slots.active

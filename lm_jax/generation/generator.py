@@ -136,7 +136,7 @@ def model_identity(config: ModelKeys, local: Local | None) -> dict[str, Any]:
         "config.dtype": config.dtype,
         "config.decode.max_length": config.decode.max_length,
         "config.compute.dtype": config.compute.dtype,
-        "fingerprint of config.model": local.source.fingerprint(),
+        "fingerprint of config.model": local.source.fingerprint,
         "fingerprint of its tokenizer": tokenizer_fingerprint(local.tokenizer),
         "end tokens": local.end_ids,
     }

@@ -11,13 +11,16 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax.checkpoints.runs import check_same_settings, write_settings
+from lm_jax.checkpoints.runs import open_model
+from lm_jax.checkpoints.settings import check_same_settings, rows_content, write_settings
 from lm_jax.console import say
+from lm_jax.data.journal import rows_fingerprint
 from lm_jax.data.rows import write_jsonl
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 
 Row = dict[str, Any]
+Rows = Sequence[Mapping[str, Any]]
 NO_ENDPOINT = {"url": "", "model": "", "concurrency": 1, "timeout": 1.0}  # a server would not have what rounds train
 
 
@@ -35,18 +38,21 @@ def naming(section: str, keys: Collection[str]) -> Iterator[None]:
         raise UserError(re.sub(rf"\bconfig\.(?=(?:{names})\b)", f"config.{section}.", str(error))) from error
 
 
-def begin_directory(output: str, command: str, settings: Mapping[str, Any], may_change: Collection[str]) -> None:
+def begin_directory(
+    output: str, command: str, settings: Mapping[str, Any], may_change: Collection[str], **further: Mapping[str, Any]
+) -> None:
     """Makes the directory of a command of many parts, with `config.json`, or finds the same one to continue.
 
     Args:
       settings: nested plain values.
       may_change: as `check_same_settings` has it.
+      further: `made_from` and `derived`, see `lm_jax.checkpoints.settings`.
 
     Raises:
-      UserError: the directory holds something else, or the command's with other settings.
+      UserError: the directory holds something else, or the command's with other settings, rows or weights.
     """
     root = epath.Path(output)
-    description, path = {"command": command, "config": settings}, root / "config.json"
+    description, path = {"command": command, "config": settings, **further}, root / "config.json"
     if path.exists():
         check_same_settings(path, description, may_change)
         return
@@ -54,6 +60,16 @@ def begin_directory(output: str, command: str, settings: Mapping[str, Any], may_
         raise UserError(f"{root}: not empty and none of {command}'s; give another config.output")
     root.mkdir(parents=True, exist_ok=True)
     write_settings(path, description)
+
+
+def made_from(models: Mapping[str, str | None], rows: Mapping[str, Rows]) -> dict[str, Any]:
+    """What a command's settings name, by its content; see `lm_jax.checkpoints.settings`. None is left out.
+
+    Args:
+      rows: what is used of a file's rows, in plain values.
+    """
+    contents = {key: open_model(model).content() for key, model in models.items() if model is not None}
+    return contents | {key: rows_content(len(own), rows_fingerprint(own, f"config.{key}")) for key, own in rows.items()}
 
 
 def _read_whole(path: epath.Path) -> Any:

@@ -62,7 +62,8 @@ class Stops:
     def __init__(self, tokenizer: Any, prompt_ids: Ids, texts: Sequence[str], think_end: str = ""):
         self._tokenizer, self._prompt, self._texts = tokenizer, prompt_ids, texts
         self._end, self._opening = think_end, thoughts_opening(think_end)
-        self._from: int | None = None if think_end else 0  # character of the response; None: it may be thinking
+        # (token, character) of the response from which stop texts count; None: it may be thinking
+        self._from: tuple[int, int] | None = None if think_end else (0, 0)
 
     def find(self, ids: Sequence[int], new: int) -> tuple[int, str] | None:
         """Looks for a stop text that the last `new` tokens completed.
@@ -70,9 +71,13 @@ class Stops:
         Returns:
           (how many of `ids` it took, the response up to the first stop text), or None.
         """
-        if not self._texts or not ids or (begin := self._begin(ids, new)) is None:
+        if not self._texts or not ids:
             return None
-        start = self._reach(ids, new, self._texts)
+        new = len(ids) if self._from is None and self._has_thought(ids, new) else new  # none was looked for before
+        if self._from is None:
+            return None
+        token, begin = self._from
+        start = max(self._reach(ids, new, self._texts), token)
         tail = response_text(self._tokenizer, [*self._prompt[-_CONTEXT:], *ids[:start]], ids[start:])
         if not any(text in tail for text in self._texts):
             return None
@@ -90,17 +95,16 @@ class Stops:
         """
         return max(0, len(ids) - new - max(len(text.encode()) for text in texts))
 
-    def _begin(self, ids: Sequence[int], new: int) -> int | None:
-        """The character of the response from which stop texts count; None while it thinks."""
-        if self._from is not None:
-            return self._from
+    def _has_thought(self, ids: Sequence[int], new: int) -> bool:
+        """Whether thoughts are over, or there are none; sets where stop texts count from."""
         start = self._reach(ids, new, [self._end])
-        ended = (n for n in range(start + 1, len(ids) + 1) if self._end in self._tokenizer.decode(ids[start:n]))
-        if self._end in self._tokenizer.decode(ids[start:]):
-            self._from = len(response_text(self._tokenizer, self._prompt, ids[: next(ended)]))
-        elif not self._opened(ids):
-            self._from = 0
-        return self._from
+        if not self._opened(ids):
+            self._from = 0, 0
+        elif self._end in self._tokenizer.decode(ids[start:]):
+            ended = (n for n in range(start + 1, len(ids) + 1) if self._end in self._tokenizer.decode(ids[start:n]))
+            token = next(ended)
+            self._from = token, len(response_text(self._tokenizer, self._prompt, ids[:token]))
+        return self._from is not None
 
     def _opened(self, ids: Sequence[int]) -> bool:
         """Whether thoughts are open, or may be about to be; of an end that does not say how they begin, always."""

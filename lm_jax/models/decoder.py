@@ -6,7 +6,7 @@ Parameter paths are those of `lm_jax.models.weights`; layers are stacked on a le
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -121,15 +121,21 @@ class Block(nn.Module):
         return constrain(x, "batch", "length", "embed"), new
 
 
-class OutputEmbedding(nn.Module):
-    """Declares the untied output embedding; `output_embedding` reads it, `token_logprobs` multiplies by it."""
+class Embedding(nn.Module):
+    """A row [D] for each word; on a mesh that does not divide them with rows of padding, see `sharding.padded_shape`.
+
+    The output embedding is only declared by it: `output_embedding` reads it, `token_statistics` multiplies by it.
+    """
 
     config: ModelConfig
+    leaf: str
+    initializer: Callable[..., jax.Array]
 
     @nn.compact
-    def __call__(self):
-        c = self.config
-        self.param("kernel", nn.initializers.normal(0.02), (c.vocab_size, c.d_model), jnp.float32)
+    def __call__(self) -> jax.Array:
+        if self.has_variable("params", self.leaf):
+            return cast(jax.Array, self.get_variable("params", self.leaf))
+        return self.param(self.leaf, self.initializer, (self.config.vocab_size, self.config.d_model), jnp.float32)
 
 
 class Decoder(nn.Module):
@@ -160,9 +166,11 @@ class Decoder(nn.Module):
           hidden [B, T, D] after the final norm, in compute.dtype; with a cache (hidden, the cache).
         """
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        embed = nn.Embed(c.vocab_size, c.d_model, name="embed")
+        embedding = Embedding(
+            c, "embedding", nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0), name="embed"
+        )()
         # The table is gathered over fsdp; left to itself, XLA gathers the activations of all rows instead.
-        table = constrain(embed.embedding, "vocab", "embed")
+        table = constrain(embedding, "vocab", "embed")
         # Cast after the lookup, so that a token's gradients add up in fp32.
         x = constrain(jnp.take(table, tokens, axis=0).astype(dtype), "batch", "length", "embed")
         cos, sin = rope_cos_sin(c.rope, c.head_dim, c.max_position, positions, segment_ids)
@@ -183,7 +191,7 @@ class Decoder(nn.Module):
         which = tuple(jnp.array(x, jnp.int32) for x in order)
         x, new = scanned(c, self.compute, name="layers")(x, which, cos, sin, where)
         if not c.tie_embeddings:
-            OutputEmbedding(c, name="lm_head")()
+            Embedding(c, "kernel", nn.initializers.normal(0.02), name="lm_head")()
         x = RMSNorm(c.norm_eps, dtype, name="final_norm")(x)
         if cache is None or ends is None:
             return x

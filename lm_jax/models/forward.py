@@ -22,8 +22,15 @@ def packed_statistics(
     """A packed batch [B, T] -> {name: [B, T]} of what `token_statistics` knows, zero where `loss_mask` is."""
     decoder = Decoder(config, compute)
     hidden: Any = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
-    embedding = output_embedding(params, config)
-    return token_statistics(hidden, embedding, batch["targets"], batch["loss_mask"], compute.logprob_chunk, names)
+    return token_statistics(
+        hidden,
+        output_embedding(params, config),
+        batch["targets"],
+        batch["loss_mask"],
+        compute.logprob_chunk,
+        names,
+        config.vocab_size,
+    )
 
 
 def packed_logprobs(

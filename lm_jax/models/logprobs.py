@@ -31,8 +31,20 @@ def token_logprobs(
     return found["logprobs"], found.get("entropies")
 
 
+def without_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits [..., V], fp32, whose words are the first `vocab_size`: the others get no probability."""
+    words = jnp.arange(logits.shape[-1])
+    return logits if len(words) == vocab_size else jnp.where(words < vocab_size, logits, _NOWHERE)
+
+
 def token_statistics(
-    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int, names: tuple[str, ...]
+    hidden: jax.Array,
+    embedding: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    chunk: int,
+    names: tuple[str, ...],
+    vocab_size: int | None = None,
 ) -> dict[str, jax.Array]:
     """What is asked for of each target and the distribution it comes from, fp32.
 
@@ -48,33 +60,36 @@ def token_statistics(
       names: among `logprobs` of the targets and `entropies` of the distributions, in nats, and `top1`: 1 where the
         target is the likeliest token, else 0; no gradient goes through it. Training has no use for entropies, and
         their gradient costs work on the logits.
+      vocab_size: rows of the embedding that are words; those behind them are padding, without probability or gradient.
+        None: all.
 
     Returns:
       {name: [B, T]}, zero where the mask is zero.
     """
-    return _statistics(hidden, embedding, targets, mask > 0, chunk, names)
+    return _statistics(hidden, embedding, targets, mask > 0, chunk, names, vocab_size or len(embedding))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("chunk", "names"))
-def _statistics(hidden, embedding, targets, wanted, chunk, names):
-    return _forward_on_mesh((hidden, embedding, targets, wanted), chunk, names)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnames=("chunk", "names", "vocab_size"))
+def _statistics(hidden, embedding, targets, wanted, chunk, names, vocab_size):
+    return _forward_on_mesh((hidden, embedding, targets, wanted), chunk, names, vocab_size)[0]
 
 
-def _forward(hidden, embedding, targets, wanted, chunk, names):
+def _forward(hidden, embedding, targets, wanted, chunk, names, vocab_size):
     arrays = tuple(x.value for x in (hidden, embedding, targets, wanted))
-    out, kept = _forward_on_mesh(arrays, chunk, names)
+    out, kept = _forward_on_mesh(arrays, chunk, names, vocab_size)
     return out, (arrays, kept, () if embedding.perturbed else None)
 
 
-def _forward_on_mesh(arrays, chunk, names):
-    return _on_mesh(functools.partial(_local_forward, chunk=chunk, names=names), ("rows", "rows"), *arrays)
+def _forward_on_mesh(arrays, chunk, names, vocab_size):
+    local = functools.partial(_local_forward, chunk=chunk, names=names, vocab_size=vocab_size)
+    return _on_mesh(local, ("rows", "rows"), *arrays)
 
 
-def _backward(chunk, names, residuals, grads):
+def _backward(chunk, names, vocab_size, residuals, grads):
     arrays, kept, trained = residuals
     grads = {k: jnp.zeros(g.shape) if isinstance(g, SymbolicZero) else g for k, g in grads.items() if k != "top1"}
     results = ("rows", "embedding") if trained is not None else ("rows",)  # frozen weights get no gradient
-    local = functools.partial(_local_backward, chunk=chunk, results=results)
+    local = functools.partial(_local_backward, chunk=chunk, results=results, vocab_size=vocab_size)
     found = _on_mesh(local, results, *arrays, kept, grads)
     return found[0], found[1] if trained is not None else None, None, None
 
@@ -156,10 +171,11 @@ class _Front:
         return jnp.where(wanted, x.reshape(-1, *x.shape[2:])[self.place], jnp.zeros((), x.dtype))
 
 
-def _over_blocks(body, carry, embedding, dtype, exchange):
+def _over_blocks(body, carry, embedding, dtype, vocab_size, exchange):
     """`body`(carry, first row, block [W, D], ids [W] of its words) -> carry, for each block of the embedding.
 
-    Blocks are of one size: the last one begins early, and words that have had their turn have the id -1 there.
+    Blocks are of one size: the last one begins early, and words that have had their turn have the id -1 there, as rows
+    of padding have.
     """
     num_words = embedding.shape[0]
     width = min(BLOCK, num_words)
@@ -168,7 +184,8 @@ def _over_blocks(body, carry, embedding, dtype, exchange):
         row = jnp.minimum(number * width, num_words - width)
         block = exchange.whole_columns(jax.lax.dynamic_slice_in_dim(embedding, row, width).astype(dtype))
         words = row + jnp.arange(width)
-        ids = jnp.where(words < number * width, -1, exchange.first_word(num_words) + words)
+        ids = exchange.first_word(num_words) + words
+        ids = jnp.where((words < number * width) | (ids >= vocab_size), -1, ids)
         return body(carry, row, block, ids), None
 
     return jax.lax.scan(step, carry, jnp.arange(-(-num_words // width)))[0]
@@ -183,7 +200,7 @@ def _dot(a, b, axis_a, axis_b, dtype):
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=dtype)
 
 
-def _local_forward(hidden, embedding, targets, wanted, *, chunk, names, exchange):
+def _local_forward(hidden, embedding, targets, wanted, *, chunk, names, vocab_size, exchange):
     """One device's [B, T, D], [V, D], [B, T], [B, T] -> {name: [B, T]}, {what backward reads of each token: [B, T]}."""
     front = _Front(wanted, chunk)
     tokens, targets = front.chunks(hidden), front.chunks(targets)
@@ -211,7 +228,7 @@ def _local_forward(hidden, embedding, targets, wanted, *, chunk, names, exchange
     sums = {"top": zeros + _NOWHERE, "total": zeros, "target": zeros}
     if "entropies" in names:
         sums["weighted"] = zeros
-    sums = _over_blocks(block_of_words, sums, embedding, hidden.dtype, exchange)
+    sums = _over_blocks(block_of_words, sums, embedding, hidden.dtype, vocab_size, exchange)
     sums = _shifted(sums, exchange.over_words(jax.lax.pmax, sums["top"]))
     top = sums.pop("top")
     sums = {name: exchange.over_words(jax.lax.psum, x) for name, x in sums.items()}
@@ -237,7 +254,7 @@ def _shifted(sums, top):
     return new
 
 
-def _local_backward(hidden, embedding, targets, wanted, kept, grads, *, chunk, results, exchange):
+def _local_backward(hidden, embedding, targets, wanted, kept, grads, *, chunk, results, vocab_size, exchange):
     """One device's d hidden [B, T, D] and, where `results` has it, d embedding [V, D]."""
     front = _Front(wanted, chunk)
     tokens, targets = front.chunks(hidden), front.chunks(targets)
@@ -274,6 +291,6 @@ def _local_backward(hidden, embedding, targets, wanted, kept, grads, *, chunk, r
         return d_tokens, jax.lax.dynamic_update_slice_in_dim(d_embedding, d_block, row, 0)
 
     start = jnp.zeros(tokens.shape, jnp.float32), jnp.zeros_like(embedding) if "embedding" in results else None
-    d_tokens, d_embedding = _over_blocks(block_of_words, start, embedding, hidden.dtype, exchange)
+    d_tokens, d_embedding = _over_blocks(block_of_words, start, embedding, hidden.dtype, vocab_size, exchange)
     d_hidden = exchange.over_words(jax.lax.psum, front.rows(d_tokens)).astype(hidden.dtype)
     return (d_hidden,) if d_embedding is None else (d_hidden, exchange.over_replicas(d_embedding))

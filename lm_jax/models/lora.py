@@ -11,12 +11,11 @@ import dataclasses
 import fnmatch
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm_jax.config import LoraConfig, ModelConfig, split_names
@@ -61,14 +60,19 @@ class AdapterSpec:
         return {f"{parent}/{name}": (axes, tuple(sizes[a] for a in axes)) for name, axes in both.items()}
 
 
+def all_adapters(config: ModelConfig, rank: int) -> tuple[AdapterSpec, ...]:
+    """Those of all projections that may have one."""
+    kernels = [s for s in weight_table(config) if s.stacked and s.path.endswith("/kernel")]
+    return tuple(AdapterSpec(kernel, rank) for kernel in kernels)
+
+
 def adapter_table(config: ModelConfig, lora: LoraConfig) -> tuple[AdapterSpec, ...]:
     """The adapters that `lora.targets` names: comma-separated patterns of PEFT's module names (`q_proj`, `*_proj`).
 
     Raises:
       UserError: a pattern that matches no projection of an attention or feed-forward layer.
     """
-    kernels = [s for s in weight_table(config) if s.stacked and s.path.endswith("/kernel")]
-    specs = [AdapterSpec(kernel, lora.rank) for kernel in kernels]
+    specs = all_adapters(config, lora.rank)
     patterns = split_names(lora.targets)
     patterns = ["*"] if patterns == [ALL_LINEAR] else patterns
     for pattern in patterns or [""]:
@@ -168,35 +172,25 @@ def _add_product(kernel, a, b, scale):
     return (kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
 
 
-def peft_tensors(adapters: Mapping[str, Any], config: ModelConfig, lora: LoraConfig) -> dict[str, np.ndarray]:
-    """The tensors of PEFT's adapter_model.safetensors: A as [r, in], B as [out, r], one of each a layer and target.
+def stack(parts: Sequence[tuple[Mapping[str, Any], LoraConfig]], config: ModelConfig) -> tuple[dict, LoraConfig]:
+    """Adapters that were trained one on the other, as a single one on the model below them all.
+
+    sum_i s_i A_i B_i = [A_1 ... A_n] [s_1 B_1; ...; s_n B_n]: ranks add up, the scale becomes 1. Zeros stand for a part
+    that has no adapter on a kernel that another one has.
 
     Args:
-      adapters: on the host.
+      parts: adapters and how each is joined; the order does not matter.
     """
-    flat, tensors = flatten(adapters), {}
-    for spec in adapter_table(config, lora):
-        parent = spec.kernel.path.rpartition("/")[0]
-        a, b = (np.asarray(flat[f"{parent}/{name}"], np.float32) for name in (LORA_A, LORA_B))
-        for layer, name in enumerate(spec.kernel.hf_names(config)):
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, spec.rank).T)
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(spec.rank, -1).T)
-    return tensors
-
-
-def peft_config(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, Any]:
-    """PEFT's adapter_config.json."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "use_rslora": lora.rslora,
-        "lora_dropout": lora.dropout,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": [spec.module for spec in adapter_table(config, lora)],
-    }
+    modules = {spec.module: None for _, lora in parts for spec in adapter_table(config, lora)}
+    rank = sum(lora.rank for _, lora in parts)
+    whole = LoraConfig(rank, float(rank), ",".join(modules), rslora=False)
+    flat = {}
+    for spec in adapter_table(config, whole):
+        for path in spec.shapes(config):
+            is_a, given = path.endswith(LORA_A), []
+            for adapters, lora in parts:
+                _, shape = AdapterSpec(spec.kernel, lora.rank).shapes(config)[path]
+                x = flatten(adapters).get(path, jnp.zeros(shape, jnp.float32))
+                given.append(x if is_a else x * lora.scale)
+            flat[path] = jnp.concatenate(given, axis=-1 if is_a else 1)
+    return nest(flat), whole

@@ -1,7 +1,6 @@
 """`launch.plan`: what a command's compiled programs take of a TPU pod's chips, or of the devices that are here."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,8 @@ from lm_jax.planning.published import model_shape
 from lm_jax.planning.search import Candidate, estimated_seconds, search
 from lm_jax.planning.topologies import Target, open_target
 from lm_jax.sharding import make_mesh
-from lm_jax.training.job import TrainConfig
+from lm_jax.strict_json import dumps
+from lm_jax.training.trainer import TrainConfig
 
 # (config of a command, model, mesh) -> what the command compiles, its main program first
 Programs = Callable[[Any, ModelConfig, jax.sharding.Mesh], list[Program]]
@@ -92,7 +92,7 @@ def plan(config: Any, programs: Programs, topology: str | None, output: str | No
         print("\nfitting, by the estimate for a token:")
         print("\n".join(_line(c) for c in report["search"] if c["fits"]) or "none")
     if output is not None and jax.process_index() == 0:
-        write_text(output, json.dumps(report, indent=2) + "\n")
+        write_text(output, dumps(report, indent=2) + "\n")
 
 
 def _report(config: Any, model: ModelConfig, target: Target, costs: Sequence[Cost]) -> dict[str, Any]:
@@ -146,12 +146,12 @@ def _table(report: Mapping[str, Any]) -> str:
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:
     config = candidate.config
-    mesh, batch = dataclasses.asdict(config.mesh), config.batch
+    mesh = dataclasses.asdict(config.mesh)
     return {
         "fits": candidate.fits,
         "hbm_bytes_per_chip": candidate.cost.hbm,
         "mesh": mesh,
-        "batch": {"rows": batch.rows, "microbatches": batch.microbatches},
+        "batch": {"rows_per_device": config.batch.rows_per_device},
         "remat": config.compute.remat,
         "recompute_factor": candidate.cost.program.recompute_factor,
         "wire_bytes": candidate.cost.wire_bytes,

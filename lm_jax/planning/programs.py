@@ -13,7 +13,8 @@ import numpy as np
 
 from lm_jax.checkpoints.runs import abstract_params
 from lm_jax.config import FULL, BatchConfig, ComputeConfig, DecodeConfig, ModelConfig
-from lm_jax.data.order import batch_shapes, check_batch
+from lm_jax.data.batches import batch_shapes
+from lm_jax.data.plans import Stack
 from lm_jax.generation import decoding
 from lm_jax.generation.requests import SamplingConfig
 from lm_jax.generation.sampling import decode_rows, decoding_compute
@@ -22,11 +23,12 @@ from lm_jax.models.cache import CHUNK, cache_shapes
 from lm_jax.models.decoder import check_compute
 from lm_jax.models.forward import packed_statistics
 from lm_jax.planning.traced import matmul_flops
-from lm_jax.scoring.scoring import scoring_pass
-from lm_jax.sharding import batch_sharding
+from lm_jax.scoring.scoring import ARRAYS, scoring_compute
+from lm_jax.sharding import batch_divisor, batch_sharding
 from lm_jax.training.flops import forward_flops, forward_parts, train_flops
-from lm_jax.training.job import TrainConfig
-from lm_jax.training.program import StepSpec, step_program
+from lm_jax.training.objective import Objective
+from lm_jax.training.program import step_program
+from lm_jax.training.trainer import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +52,29 @@ class Program:
     beside: int = 0
 
 
-def train_program(config: TrainConfig, model: ModelConfig, spec: StepSpec, mesh: jax.sharding.Mesh) -> Program:
-    """The training step. Rows are taken to be full of sequences of `config.max_length` tokens.
+def train_program(config: TrainConfig, model: ModelConfig, objective: Objective, mesh: jax.sharding.Mesh) -> Program:
+    """The training step. All sequences are taken to be of `config.max_length` tokens, two of them a row.
 
     Raises:
-      UserError: settings that do not fit each other, the model or the mesh.
+      UserError: settings that do not fit the model or the mesh.
     """
-    batch, lora = config.batch, config.lora
-    check_batch(batch, mesh)
+    batch, lora, rows = config.batch, config.lora, config.forward_batch(mesh).rows
+    num_sequences = batch.size * batch.sequences
+    stack = Stack(-(-num_sequences // (2 * rows)), config.row_length)
     check_compute(config.compute)
     dtype, seed = config.compute.dtype, config.seed
-    program = step_program(model, spec.objective, config.optim, lora, dtype, mesh, 100, seed)
+    program = step_program(model, objective, config.optim, lora, dtype, mesh, 100, seed)
     with jax.set_mesh(mesh):
-        traced = program.step.trace(program.state, batch_shapes(batch, mesh, spec.values, spec.beside), program.frozen)
+        shapes = batch_shapes([stack], rows, 2 // batch.sequences, mesh, objective.values, objective.auxiliary)
+        traced = program.step.trace(program.state, shapes, program.frozen)
         lowered = _lower(traced, mesh)
-    full = _full_rows(batch.rows, batch.row_length, config.max_length)
-    slots, frozen = np.array([batch.row_length] * batch.rows), bool(lora.rank)
-    flops, matmuls = train_flops(model, full, frozen), (2 if frozen else 3) * forward_parts(model, slots)[0]
-    if spec.beside is not None:
-        beside = _full_rows(batch.rows, spec.beside.row_length, config.max_length)
-        flops += forward_flops(model, beside)
-        matmuls += forward_parts(model, np.array([spec.beside.row_length] * batch.rows))[0]
-    return Program("train", lowered, int(slots.sum()), flops, matmul_flops(traced) / matmuls)
+    sequences, packed = np.full(num_sequences, config.max_length), np.full(stack.microbatches * rows, stack.row_length)
+    frozen = bool(lora.rank)
+    flops, matmuls = train_flops(model, sequences, frozen), (2 if frozen else 3) * forward_parts(model, packed)[0]
+    if objective.auxiliary is not None:
+        flops += objective.auxiliary.length_ratio * forward_flops(model, sequences)
+        matmuls += objective.auxiliary.length_ratio * forward_parts(model, packed)[0]
+    return Program("train", lowered, int(packed.sum()), flops, matmul_flops(traced) / matmuls)
 
 
 def score_program(
@@ -87,22 +90,19 @@ def score_program(
     Args:
       precision: of its projections, as `ModelSource` has it.
     """
-    check_batch(batch, mesh)
     check_compute(compute)
-    batch, compute = scoring_pass(batch, compute)
+    compute, rows = scoring_compute(compute), batch.rows_in(batch_divisor(mesh))
     params = abstract_params(model, mesh, "float32", precision)
     sharding = batch_sharding(mesh)
-    arrays = {
-        name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
-        for name, x in batch_shapes(batch, mesh).items()
-    }
+    (stack,) = batch_shapes([Stack(1, batch.row_length)], rows, 1, mesh)
+    arrays = {n: jax.ShapeDtypeStruct(stack[n].shape[1:], stack[n].dtype, sharding=sharding) for n in ARRAYS}
     with jax.set_mesh(mesh):
         traced = packed_statistics.trace(params, arrays, model, compute, ("logprobs", "entropies"))
         lowered = _lower(traced, mesh)
-    slots = np.array([batch.row_length] * batch.rows)
-    flops = forward_flops(model, _full_rows(batch.rows, batch.row_length, max_length))
-    factor = matmul_flops(traced) / forward_parts(model, slots)[0]
-    return Program("score", lowered, int(slots.sum()), flops, factor)
+    packed = np.full(rows, batch.row_length)
+    flops = forward_flops(model, np.full(rows * (batch.row_length // max_length), max_length))
+    factor = matmul_flops(traced) / forward_parts(model, packed)[0]
+    return Program("score", lowered, int(packed.sum()), flops, factor)
 
 
 def decode_programs(
@@ -149,10 +149,6 @@ def decode_programs(
 
 def _lower(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
-
-
-def _full_rows(rows: int, row_length: int, max_length: int) -> np.ndarray:
-    return np.array([max_length] * (rows * (row_length // max_length)))
 
 
 def _bytes(shapes: Any) -> int:

@@ -14,7 +14,7 @@ from lm_jax.planning.compiled import Cost
 from lm_jax.planning.programs import Program
 from lm_jax.planning.topologies import Target
 from lm_jax.training.flops import PEAK_FLOPS
-from lm_jax.training.job import TrainConfig
+from lm_jax.training.trainer import TrainConfig
 
 _REMAT = ("full", "save_matmuls", "none")  # from the least memory to the most
 _TENSOR = (1, 2, 4, 8)  # more would cut a layer across slow links
@@ -95,14 +95,11 @@ def _meshes(devices: int) -> Iterator[MeshConfig]:
 
 
 def _rows(config: TrainConfig, mesh: MeshConfig) -> list[int]:
-    """Rows at a time of each part of the mesh, as far as a step has them."""
-    parts = mesh.data * mesh.fsdp
-    return [rows for rows in _ROWS if rows == 1 or rows * parts <= config.batch.rows]
+    """Rows at a time of each part of the mesh, as far as a step of the longest sequences has them."""
+    parts, needed = mesh.data * mesh.fsdp, config.batch.size * config.batch.sequences // 2
+    return [rows for rows in _ROWS if rows == 1 or rows * parts <= needed]
 
 
 def _with(config: TrainConfig, mesh: MeshConfig, rows: int, remat: str) -> TrainConfig:
-    """The config with as many rows a step as before, or the next number that the mesh divides."""
-    at_once = rows * mesh.data * mesh.fsdp
-    microbatches = -(-config.batch.rows // at_once)
-    batch = dataclasses.replace(config.batch, rows=microbatches * at_once, microbatches=microbatches)
+    batch = dataclasses.replace(config.batch, rows_per_device=rows)
     return dataclasses.replace(config, mesh=mesh, batch=batch, compute=dataclasses.replace(config.compute, remat=remat))

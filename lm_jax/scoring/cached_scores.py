@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax.data.packing import Segment
+from lm_jax.data.packing import Segment, examples_fingerprint
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.scoring.scoring import TokenScores
@@ -19,14 +19,10 @@ def scores_key(segments: Sequence[Segment], model: str, dtype: str) -> dict[str,
     """What scores depend on: the token ids (in which data, tokenizer, template and length are settled), model, dtype.
 
     Args:
-      model: the model's fingerprint.
+      model: the model's fingerprint, and how it is loaded.
     """
-    digest = hashlib.sha256()
-    for segment in segments:
-        digest.update(np.array([len(segment.prompt), len(segment.response)], "<i4").tobytes())
-        digest.update(segment.prompt.astype("<i4").tobytes())
-        digest.update(segment.response.astype("<i4").tobytes())
-    return {"tokens": digest.hexdigest(), "model": model, "dtype": dtype}
+    tokens = examples_fingerprint([Segment(segment.prompt, segment.response)] for segment in segments)
+    return {"tokens": tokens, "model": model, "dtype": dtype}
 
 
 def cached_scores(

@@ -5,7 +5,6 @@ An example is one response under its C prompts, C segments of one row; so the st
 are on one device, and distributions are compared chunk by chunk without ever being kept.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.data.batches import BatchIterator
 from lm_jax.data.packing import Example, example_lengths
+from lm_jax.data.plans import plan_passes
 from lm_jax.models.decoder import Decoder, output_embedding
 from lm_jax.models.linear import contract_rows, in_compute_dtype
-from lm_jax.sharding import constrain, to_host
+from lm_jax.models.logprobs import without_padding
+from lm_jax.scoring.scoring import ARRAYS, scoring_compute
+from lm_jax.sharding import batch_divisor, constrain, to_host
 
 
 class Contrast(NamedTuple):
@@ -55,7 +57,7 @@ def contrast(
       params: parameters on `mesh`.
       examples: each the same number C of segments, whose responses are equal.
       wanted: [N] bool; batches without a wanted example are left out. Others of a batch are yielded all the same.
-      batch: a forward pass takes the rows of one microbatch.
+      batch: the shape of a pass.
       divergences: whether to compare the first two prompts' distributions.
 
     Raises:
@@ -67,18 +69,18 @@ def contrast(
         for example in examples
     ):
         raise ValueError("every example must be one response under the same number of prompts")
-    batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
-    compute = dataclasses.replace(compute, scan_unroll=1)
-    plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None).with_any(wanted)
+    compute = scoring_compute(compute)
+    plan = plan_passes(example_lengths(examples), batch, batch_divisor(mesh)).with_any(wanted)
     iterator = BatchIterator(plan, examples, mesh)
     pending = None
     for step in range(len(plan)):
-        arrays = {k: v[0] for k, v in next(iterator).items()}
+        (stack,) = next(iterator)
+        arrays = {name: stack[name][0] for name in ARRAYS}
         with jax.set_mesh(mesh):
             scores = packed_contrast(params, arrays, config, compute, num_prompts, divergences)
         if pending is not None:
             yield _unpack(*pending, examples)
-        pending = plan[step], scores
+        pending = plan.steps[step][0][1], scores
     if pending is not None:
         yield _unpack(*pending, examples)
 
@@ -109,6 +111,7 @@ def packed_contrast(
         num_prompts,
         compute.logprob_chunk,
         divergences,
+        config.vocab_size,
     )
 
 
@@ -121,6 +124,7 @@ def contrast_head(
     num_prompts: int,
     chunk: int,
     divergences: bool,
+    vocab_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """See `packed_contrast`. No gradient is meant to go through it.
 
@@ -129,6 +133,7 @@ def contrast_head(
       embedding: [V, D], the output embedding.
       targets, mask, segment_ids: [B, T] as `fill_rows` makes them; segment s is a response under prompt (s - 1) % C.
       chunk: tokens of a row whose logits exist at one time, all prompts counted.
+      vocab_size: as `token_statistics` has it.
     """
     rows, length, width = hidden.shape
     slots = length // num_prompts
@@ -146,7 +151,8 @@ def contrast_head(
     def compute(at_chunk):
         states = jnp.take_along_axis(hidden, at_chunk[..., None], axis=1)
         target_chunk = jnp.take_along_axis(targets, at_chunk, axis=1)
-        return _chunk_contrast(states, embedding, target_chunk, num_prompts, divergences)
+        logits = without_padding(contract_rows(states, embedding, jnp.float32), vocab_size or len(embedding))
+        return _chunk_contrast(logits, target_chunk, num_prompts, divergences)
 
     def nothing(_):
         zeros = jnp.zeros((rows, step, num_prompts), jnp.float32)
@@ -166,9 +172,8 @@ def contrast_head(
     return in_rows(logprobs), in_rows(entropies), None if kl is None else in_rows(kl)
 
 
-def _chunk_contrast(hidden, embedding, targets, num_prompts, divergences):
-    """[B, c * C, D], [V, D], [B, c * C] -> log-probs, entropies [B, c, C] and divergences [B, c, 2] or None."""
-    logits = contract_rows(hidden, embedding, jnp.float32)
+def _chunk_contrast(logits, targets, num_prompts, divergences):
+    """[B, c * C, V], [B, c * C] -> log-probs, entropies [B, c, C] and divergences [B, c, 2] or None."""
     logits = constrain(logits, "batch", "length", "vocab")
     # Shifted by the largest before anything is summed: the entropy of a token that is all but certain would drown in
     # the rounding of a large normaliser, and a ratio of two such entropies would be noise.

@@ -11,10 +11,13 @@ import jax
 import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.data.batches import BatchIterator
 from lm_jax.data.packing import Segment, example_lengths, response_slice
+from lm_jax.data.plans import plan_passes
 from lm_jax.models.forward import packed_statistics
-from lm_jax.sharding import to_host
+from lm_jax.sharding import batch_divisor, to_host
+
+ARRAYS = ("tokens", "positions", "segment_ids", "targets", "loss_mask")  # of a batch, that a pass reads
 
 
 class TokenScores(NamedTuple):
@@ -51,7 +54,7 @@ def score(
     Args:
       params: parameters on `mesh`.
       segments: prompts (at least one token each) and responses.
-      batch: a forward pass takes the rows of one microbatch.
+      batch: the shape of a pass.
       mesh: the mesh that the parameters live on.
       with_entropies: without them there is less to compute.
       wanted: [N] bool; batches without a wanted segment are left out, and so the others come out the same to the bit,
@@ -61,31 +64,29 @@ def score(
     Raises:
       UserError: a segment longer than a row.
     """
-    batch, compute = scoring_pass(batch, compute)
+    compute = scoring_compute(compute)
     names = ("logprobs", *(["entropies"] if with_entropies else []), *(["top1"] if with_top1 else []))
     examples = [(segment,) for segment in segments]
-    plan = plan_batches(example_lengths(examples), batch, epochs=1, seed=None)
+    plan = plan_passes(example_lengths(examples), batch, batch_divisor(mesh))
     if wanted is not None:
         plan = plan.with_any(wanted)
     iterator = BatchIterator(plan, examples, mesh)
     pending = None
     for step in range(len(plan)):
-        arrays = {k: v[0] for k, v in next(iterator).items()}
+        (stack,) = next(iterator)
+        arrays = {name: stack[name][0] for name in ARRAYS}
         with jax.set_mesh(mesh):
             scores = packed_statistics(params, arrays, config, compute, names)
         if pending is not None:
             yield _unpack(*pending, segments)
-        pending = plan[step], scores
+        pending = plan.steps[step][0][1], scores
     if pending is not None:
         yield _unpack(*pending, segments)
 
 
-def scoring_pass(batch: BatchConfig, compute: ComputeConfig) -> tuple[BatchConfig, ComputeConfig]:
-    """The shape of one pass and how it is computed, from a command's settings."""
-    # One microbatch at a time, so that what fits in training fits here
-    batch = dataclasses.replace(batch, rows=batch.rows // batch.microbatches, microbatches=1)
-    # There are no residuals whose copies unrolling would save
-    return batch, dataclasses.replace(compute, scan_unroll=1)
+def scoring_compute(compute: ComputeConfig) -> ComputeConfig:
+    """How a pass is computed: there are no residuals whose copies unrolling would save."""
+    return dataclasses.replace(compute, scan_unroll=1)
 
 
 def _unpack(rows, scores, segments) -> list[TokenScores]:

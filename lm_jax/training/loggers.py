@@ -15,11 +15,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax.checkpoints.runs import flat_settings, read_settings
+from lm_jax.checkpoints.settings import flat_settings, read_settings
 from lm_jax.config import split_names
 from lm_jax.console import say
 from lm_jax.data.rows import write_text
 from lm_jax.errors import UserError
+from lm_jax.strict_json import dumps
 from lm_jax.training.metrics import Log
 
 _IDS = "loggers.json"
@@ -143,5 +144,5 @@ def _kept_id(run: str, name: str, new: Callable[[str], str]) -> str:
     ids = json.loads(path.read_text()) if path.exists() else {}
     if name not in ids:
         ids[name] = new(run)
-        write_text(str(path), json.dumps(ids) + "\n")
+        write_text(str(path), dumps(ids) + "\n")
     return ids[name]

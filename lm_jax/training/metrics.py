@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl and TensorBoard, written by process 0."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,11 +10,13 @@ import jax
 from etils import epath
 
 from lm_jax.errors import UserError
+from lm_jax.strict_json import dumps
+from lm_jax.training.callbacks import Callback, Metrics, Timing
 
 Log = Callable[[int, dict[str, float]], None]  # step, metrics
 
 
-class MetricsWriter:
+class MetricsWriter(Callback):
     """Appends one JSON object a line to `metrics.jsonl` and the same scalars to `tensorboard/`; a context manager.
 
     Resuming at step s drops what was logged after s, so that the file reads as if the run had never stopped.
@@ -45,13 +48,22 @@ class MetricsWriter:
     def __exit__(self, *exc):
         self.close()
 
-    def write(self, step: int, metrics: dict) -> None:
-        """Writes scalars; None (unknown on this machine) and, but for losses, NaN (not defined here) are left out."""
+    def on_metrics(self, step: int, metrics: Metrics, timing: Timing) -> None:
+        self.write(step, metrics)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Writes scalars. NaN and infinities are null and counted in `num_nonfinite`; TensorBoard gets the count alone.
+
+        A part `loss/NAME` that is NaN, not defined in this step, is left out.
+        """
         if self._file is None:
             return
-        metrics = {k: v for k, v in metrics.items() if v is not None and (v == v or k.endswith("loss"))}
+        known = {k: v for k, v in metrics.items() if not ("loss/" in k and math.isnan(v))}
+        metrics = {k: v for k, v in known.items() if math.isfinite(v)}
+        if nonfinite := len(known) - len(metrics):
+            known["num_nonfinite"] = metrics["num_nonfinite"] = nonfinite
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(dumps({"step": step, **known}) + "\n")
             self._file.flush()
         except OSError as e:
             raise UserError(

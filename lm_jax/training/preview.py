@@ -3,6 +3,7 @@
 What is printed is read back from the packed batch that training is fed with, not from what it was made of.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from lm_jax.data.messages import TOOLS, Text, split_arguments
 from lm_jax.data.packing import Example, Segment, example_lengths, fill_rows
 from lm_jax.data.pieces import token_pieces
 
@@ -113,6 +115,19 @@ def print_examples(
             print("\n".join(segment_lines(side, segment, full_length, tokenizer, values, width, colour)), file=out)
         print(file=out)
     out.flush()
+
+
+def template_note(tokenizer: Any, prompt: Text) -> str:
+    """What a row's chat template got besides, for its heading; nothing where it got nothing, or there is no template.
+
+    Args:
+      tokenizer: from `load_tokenizer`, with what the settings give to all rows.
+    """
+    if isinstance(prompt, str):
+        return ""
+    own, _ = split_arguments(prompt)
+    given = {**tokenizer.chat_template_kwargs, **own} | ({TOOLS: len(own[TOOLS])} if TOOLS in own else {})
+    return f"; the template got {json.dumps(given, ensure_ascii=False)}" if given else ""
 
 
 def with_values(segment: Segment, names: Sequence[str]) -> Segment:

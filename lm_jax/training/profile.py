@@ -6,6 +6,8 @@ import jax
 
 from lm_jax.console import say
 from lm_jax.errors import UserError
+from lm_jax.training.callbacks import Callback
+from lm_jax.training.step import TrainState
 
 
 def steps_to_trace(profile: str | None) -> range:
@@ -23,32 +25,29 @@ def steps_to_trace(profile: str | None) -> range:
     return range(first, last + 1)
 
 
-class Tracer:
-    """Traces what of `steps` lies in (done, total], into `directory`; process 0 does.
+class Tracer(Callback):
+    """Traces what of `steps` lies in (done, last], into `directory`; process 0 does.
 
     Args:
       done: steps that lie behind the run.
     """
 
-    def __init__(self, steps: range, done: int, total: int, directory: str):
-        self._steps = range(max(steps.start, done + 1), min(steps.stop, total + 1))
+    def __init__(self, steps: range, done: int, last: int, directory: str):
+        self._steps = range(max(steps.start, done + 1), min(steps.stop, last + 1))
         self._directory = directory
         if steps and not self._steps:
-            say(f"nothing is traced: {done} of {total} steps are done, config.profile={steps[0]}:{steps[-1]}")
+            say(f"nothing is traced: {done} of {last} steps are done, config.profile={steps[0]}:{steps[-1]}")
 
-    def begin(self, step: int) -> None:
-        """Call before the step begins, with nothing of an earlier one under way."""
-        if self.begins(step) and jax.process_index() == 0:
-            jax.profiler.start_trace(self._directory)
+    def before_step(self, step: int, state: TrainState) -> None:
+        if self._steps and step == self._steps[0]:
+            jax.block_until_ready(state.step)  # nothing of an earlier step is under way
+            if jax.process_index() == 0:
+                jax.profiler.start_trace(self._directory)
 
-    def begins(self, step: int) -> bool:
-        return bool(self._steps) and step == self._steps[0]
-
-    def ends(self, step: int) -> bool:
+    def wants_state(self, step: int) -> bool:
         return bool(self._steps) and step == self._steps[-1]
 
-    def end(self, step: int) -> None:
-        """Call when the step is done."""
-        if self.ends(step) and jax.process_index() == 0:
+    def on_state(self, step: int, state: TrainState) -> None:
+        if self.wants_state(step) and jax.process_index() == 0:
             jax.profiler.stop_trace()
             say(f"traced steps {self._steps[0]} to {step}: tensorboard --logdir {self._directory}")

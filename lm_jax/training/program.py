@@ -1,10 +1,9 @@
 """The jitted training step of a run and the shapes of what it takes, known from settings alone."""
 
-import contextlib
 import dataclasses
-import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +11,14 @@ import jax.numpy as jnp
 from lm_jax.checkpoints.orbax import abstract_like
 from lm_jax.checkpoints.runs import abstract_params, param_specs
 from lm_jax.config import LoraConfig, ModelConfig, OptimConfig
-from lm_jax.data.order import Beside
+from lm_jax.distributed.processes import at_work
 from lm_jax.models.lora import abstract_adapters, adapter_specs, dropout_key, join
 from lm_jax.sharding import state_shardings
+from lm_jax.training.objective import Objective
 from lm_jax.training.optim import make_optimizer, make_schedule
-from lm_jax.training.step import Objective, TrainState, make_train_step
+from lm_jax.training.step import TrainState, make_train_step
 
-
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """What a method puts into the step, known without its data.
-
-    Attributes:
-      objective, values, beside: as `Task` in `lm_jax.training.job` has them; `beside` may lack its examples.
-    """
-
-    objective: Objective
-    values: tuple[str, ...]
-    beside: Beside | None = None
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +61,7 @@ def step_program(
     optimizer = make_optimizer(optim, schedule)
 
     def begin(trained):
-        return TrainState.create(trained, optimizer, jax.tree.map(jnp.float32, objective.carry.initial))
+        return TrainState.create(trained, optimizer, jax.tree.map(jnp.float32, objective.state.initial))
 
     if lora.rank:
         specs, trained = adapter_specs(model, lora, mesh), abstract_adapters(model, lora, mesh)
@@ -94,21 +83,34 @@ def step_program(
     )
 
 
-def compile_ahead(program: StepProgram, mesh: jax.sharding.Mesh, batch: Any) -> threading.Thread:
-    """Compiles the step beside whatever comes next; once the thread has ended, the first step finds it compiled.
+def compile_beside(program: StepProgram, mesh: jax.sharding.Mesh, batches: Sequence[Any], load: Callable[[], T]) -> T:
+    """What `load` gives, while the step compiles: the first steps then find it compiled.
+
+    Each has a thread, so that the first of them to fail is raised at once, whatever the other still has to do.
 
     Args:
-      batch: ShapeDtypeStructs of what the step will be given.
+      batches: ShapeDtypeStructs of what the steps will be given, one for each shape.
     """
 
-    def compile_step():
-        # What goes wrong here goes wrong in the first step again, where it is reported
-        with jax.set_mesh(mesh), contextlib.suppress(Exception):
-            program.step.lower(program.state, batch, program.frozen).compile()
+    def compile_step() -> None:
+        with jax.set_mesh(mesh), at_work():  # a process that compiled before may have kept it
+            for batch in batches:
+                program.step.lower(program.state, batch, program.frozen).compile()
 
-    thread = threading.Thread(target=compile_step, name="compile", daemon=True)
-    thread.start()
-    return thread
+    def loaded() -> T:
+        with jax.set_mesh(mesh):
+            return load()
+
+    def begin(name: str, do: Callable[[], Any]) -> Future:
+        pool = ThreadPoolExecutor(1, name)
+        future = pool.submit(do)
+        pool.shutdown(wait=False)  # its thread ends with what it does
+        return future
+
+    loading = begin("load", loaded)
+    for done in as_completed([begin("compile", compile_step), loading]):
+        done.result()
+    return loading.result()
 
 
 def assemble(trained, frozen, lora: LoraConfig, key: jax.Array | None = None):

@@ -1,59 +1,23 @@
 """One optimiser step and one evaluation pass, for any objective.
 
-Axes: M microbatches, B rows, T tokens. A batch is a dict of [M, B, ...] arrays.
+Axes: M microbatches, B rows, T tokens. A step's batch is one stack of microbatches for each row length, a stack a dict
+of [M, B, ...] arrays.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable
+import collections
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from lm_jax.distributed.processes import reached
 from lm_jax.models.linear import matmul_precision
-
-Batch = dict[str, jax.Array]
-Sums = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Carry:
-    """What an objective takes along from step to step; it is part of the state, and of every checkpoint.
-
-    So a value that depends on earlier losses is known before the step and the same for all of its microbatches,
-    devices and hosts, and no gradient goes through it.
-
-    Attributes:
-      initial: pytree of fp32 scalars before the first step; None: nothing is taken along.
-      read: (carried, progress) -> named scalars that hold for the whole step: they join its totals and are reported
-        among its metrics. `progress` goes from 0 in the run's first step to 1 in its last.
-      update: (carried, totals, metrics) -> what the next step reads; `metrics` are those of the whole step.
-    """
-
-    initial: Any = None
-    read: Callable[[Any, jax.Array], Sums] = lambda carried, progress: {}
-    update: Callable[[Any, Sums, Sums], Any] = lambda carried, totals, metrics: carried
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What a method minimises, in a form that adds up exactly over microbatches, devices and hosts.
-
-    Attributes:
-      count: microbatch -> denominators (pairs, tokens) that its arrays hold; from data alone.
-      loss: (params, microbatch, totals) -> (loss, metrics, bad_example): the microbatch's *contributions*, sums
-        already divided by the totals of the whole step, so that adding contributions gives the mean. `bad_example` is
-        the largest id of an example whose loss is not finite, or -1. A metric that is not defined in a step is NaN.
-      dtype: that `loss` computes in; see `lm_jax.models.linear.matmul_precision`.
-      carry: in training alone; `totals` lack what it reads in an evaluation.
-    """
-
-    count: Callable[[Batch], Sums]
-    loss: Callable[[Any, Batch, Sums], tuple[jax.Array, Sums, jax.Array]]
-    dtype: str
-    carry: Carry = Carry()
+from lm_jax.training.objective import Batch, Objective, Sums
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -61,20 +25,20 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: batches seen, the skipped ones too; the optimiser and its schedule have seen `step - skipped`.
-      carried: of the objective.
+      objective_state: what the objective keeps, see `ObjectiveState`.
       skipped: steps whose loss or gradient was not finite, so that they changed nothing but these two counts.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
-    carried: Any
+    objective_state: Any
     skipped: jax.Array
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation, carried: Any = None) -> "TrainState":
+    def create(cls, params: Any, optimizer: optax.GradientTransformation, objective_state: Any = None) -> "TrainState":
         step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two: each is donated
-        return cls(step=step, params=params, opt_state=optimizer.init(params), carried=carried, skipped=skipped)
+        return cls(step, params, optimizer.init(params), objective_state, skipped)
 
 
 def make_train_step(
@@ -86,9 +50,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step function, to be jitted by the caller with the state's shardings and the state donated.
 
-    A step whose loss or gradient norm is not finite is skipped: parameters, optimiser and carry stay bit for bit as
-    they are, and the schedule does not move. Nothing of it waits for the host, and no batch is ever let through after
-    so many skips, as `optax.apply_if_finite` does: it is the caller who looks at `skipped_steps` and ends the run.
+    A step whose loss or gradient norm is not finite is skipped: parameters, optimiser and the objective's state stay
+    bit for bit as they are, and the schedule does not move. Nothing of it waits for the host, and no batch is ever let
+    through after so many skips, as `optax.apply_if_finite` does: the caller looks at `skipped_steps` and ends the run.
 
     Args:
       assemble: (what is trained, what is not, number of the step and of the microbatch, from 0) -> the objective's
@@ -96,7 +60,7 @@ def make_train_step(
       num_steps: of the whole run, for an objective that follows its progress.
 
     Returns:
-      (state, batch, frozen) -> (state, metrics): the objective's metrics and what its carry reads, `loss`, `grad_norm`
+      (state, batch, frozen) -> (state, metrics): the objective's metrics and what its state reads, `loss`, `grad_norm`
       (before clipping), `learning_rate`, `skipped_steps` (of the run so far, this one included) and `bad_example`.
     """
 
@@ -109,33 +73,45 @@ def make_train_step(
             (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, at, micro, totals)
         return grads, *aux
 
-    def train_step(state: TrainState, batch: Batch, frozen: Any = None):
-        known = objective.carry.read(state.carried, jnp.minimum(state.step / max(num_steps - 1, 1), 1.0))
-        totals = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch)) | known
-        first, rest = jax.tree.map(lambda x: x[0], batch), jax.tree.map(lambda x: x[1:], batch)
-        summed = gradients(state.params, frozen, (state.step, 0), first, totals)
+    def train_step(state: TrainState, batch: Sequence[Batch], frozen: Any = None):
+        known = objective.state.read(state.objective_state, jnp.minimum(state.step / max(num_steps - 1, 1), 1.0))
+        counts = [jax.vmap(objective.count)(stack) for stack in batch]
+        totals = jax.tree.map(lambda *x: sum(map(jnp.sum, x)), *counts) | known
+        first = jax.tree.map(lambda x: x[0], batch[0])
+        one = functools.partial(gradients, state.params, frozen, totals=totals)
 
-        def accumulate(carry, numbered):
-            number, micro = numbered
-            grads, metrics, bad = gradients(state.params, frozen, (state.step, number), micro, totals)
-            add = (jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], metrics))
-            return (*add, jnp.maximum(carry[2], bad)), None
+        def accumulate(sums, microbatch):
+            number, count, micro = microbatch
 
-        if left := jax.tree.leaves(rest)[0].shape[0]:
-            summed, _ = jax.lax.scan(accumulate, summed, (jnp.arange(1, left + 1), rest))
+            def add(sums):
+                grads, metrics, bad = one((state.step, number), micro)
+                return (*jax.tree.map(jnp.add, sums[:2], (grads, metrics)), jnp.maximum(sums[2], bad))
+
+            # One that holds nothing is not computed: steps need more or fewer of them
+            holds = jnp.any(jnp.array(jax.tree.leaves(count)) != 0)
+            return jax.lax.cond(holds, add, lambda sums: sums, sums), None
+
+        sizes = [len(jax.tree.leaves(stack)[0]) for stack in batch]
+        if sum(sizes) == 1:
+            summed = one((state.step, 0), first)
+        else:
+            *like, bad = jax.eval_shape(one, (state.step, 0), first)
+            summed = (*jax.tree.map(jnp.zeros_like, like), jnp.full_like(bad, -1))
+            for start, size, count, stack in zip(np.cumsum([0, *sizes]), sizes, counts, batch, strict=False):
+                summed, _ = jax.lax.scan(accumulate, summed, (start + jnp.arange(size), count, stack))
         grads, metrics, bad = summed
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         skipped = state.skipped + ~finite
-        carried = objective.carry.update(state.carried, totals, metrics)
+        kept = objective.state.update(state.objective_state, totals, metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # A choice of elements rather than a branch, for which XLA on GPUs brings the condition to the host; on a TPU it
         # takes no more memory either
-        params, opt_state, carried = jax.tree.map(
+        params, opt_state, kept = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, carried),
-            (state.params, state.opt_state, state.carried),
+            (params, opt_state, kept),
+            (state.params, state.opt_state, state.objective_state),
         )
         metrics |= known
         metrics |= {
@@ -144,32 +120,43 @@ def make_train_step(
             "skipped_steps": skipped,
             "bad_example": bad,
         }
-        return TrainState(state.step + 1, params, opt_state, carried, skipped), metrics
+        return TrainState(state.step + 1, params, opt_state, kept, skipped), metrics
 
     return train_step
 
 
-def make_evaluate(objective: Objective) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """(params, batches) -> metrics over all of them, exact: the totals are those of the whole evaluation set."""
+def host_totals(objective: Objective, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.float32]:
+    """The totals of all batches together, counted where the data lie: nothing goes to a device.
 
-    @jax.jit
-    def count(batch):
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(objective.count)(batch))
+    Args:
+      batches: with the rows of every process, [M, B, ...] as the step takes them.
+    """
+    totals: dict[str, float] = collections.defaultdict(float)
+    for batch in batches:
+        for m in range(len(next(iter(batch.values())))):
+            for name, number in objective.count({key: array[m] for key, array in batch.items()}).items():
+                totals[name] += float(number)
+    return {name: np.float32(number) for name, number in totals.items()}
+
+
+def make_evaluate(objective: Objective) -> Callable[..., dict[str, float]]:
+    """(params, batches, totals) -> metrics over all batches, exact where `totals` are those of all: see `host_totals`.
+
+    A batch is on the device while it and the next one are computed, no longer.
+    """
 
     @jax.jit
     def contribution(params, batch, totals):
         loss, metrics, _ = jax.lax.map(lambda micro: objective.loss(params, micro, totals), batch)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), {**metrics, "loss": loss})
 
-    def evaluate(params, batches):
-        batches = list(batches)
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
-        totals, sums = None, None
+    def evaluate(params: Any, batches: Iterable[Batch], totals: Mapping[str, Any]) -> dict[str, float]:
+        sums: Sums | None = None
         for batch in batches:
-            totals = count(batch) if totals is None else add(totals, count(batch))
-        for batch in batches:
+            reached("a batch of the evaluation")
             part = contribution(params, batch, totals)
-            sums = part if sums is None else add(sums, part)
+            jax.block_until_ready(sums)  # else all batches may be put there before the first one is done
+            sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
         return {k: float(v) for k, v in (sums or {}).items()}
 
     return evaluate

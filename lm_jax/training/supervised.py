@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.models.forward import packed_statistics
-from lm_jax.training.step import Batch, Carry, Objective, Sums
+from lm_jax.training.objective import Batch, Objective, ObjectiveState, Sums
 
 VALUES = ("weights", "synthetic")  # of `load_supervised`, which batches carry for every response token
 
@@ -33,7 +33,7 @@ def supervised_objective(
     model: ModelConfig,
     compute: ComputeConfig,
     coefficients: Coefficients = mean_over_tokens,
-    carry: Carry = Carry(),  # noqa: B008
+    state: ObjectiveState = ObjectiveState(),  # noqa: B008
 ) -> Objective:
     """Sums over learnt tokens of c_t * -log p(token t | those before it in its sequence).
 
@@ -42,7 +42,7 @@ def supervised_objective(
 
     Args:
       coefficients: c_t by name, of the whole step's totals: `loss` is minimised, the others are metrics. NaN stands for
-        a metric that the step does not define.
+        a part `loss/NAME` that the step does not define.
     """
 
     def token_weights(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -50,8 +50,8 @@ def supervised_objective(
         return weights * (1 - batch["synthetic"]), weights * batch["synthetic"]
 
     def count(batch: Batch) -> Sums:
-        seed, synthetic = map(jnp.sum, token_weights(batch))
-        return {"tokens": jnp.sum(batch["loss_mask"]), SEED: seed, SYNTHETIC: synthetic}
+        seed, synthetic = token_weights(batch)
+        return {"tokens": batch["loss_mask"].sum(), SEED: seed.sum(), SYNTHETIC: synthetic.sum()}
 
     def contributions(params, batch: Batch, totals: Sums):
         found = packed_statistics(params, batch, model, compute, ("logprobs", "top1"))
@@ -62,4 +62,4 @@ def supervised_objective(
         bad = jnp.max(jnp.where(jnp.isfinite(found["logprobs"]), -1, example))
         return metrics.pop("loss"), metrics, bad
 
-    return Objective(count, contributions, compute.dtype, carry)
+    return Objective(count, contributions, VALUES, state=state, dtype=compute.dtype)

@@ -1,13 +1,16 @@
 """What looks at a run's metrics step by step and warns, in a line each, of what a person would see in the curves."""
 
 import collections
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
 
-from lm_jax.checkpoints.runs import training_records
+from lm_jax.checkpoints.settings import training_records
+from lm_jax.console import say
+from lm_jax.training.callbacks import Callback, Metrics, Timing
 
 _GUIDE = "docs/troubleshooting.md"
 _WORSE = 3.0  # times what was warned of: then again
@@ -105,15 +108,22 @@ def _means(rows: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
-def open_watches(output: str, step: int) -> list[Watch]:
-    """The watches of a run that goes on after `step`: what they told of before is not told again; in process 0 alone.
+class Warnings(Callback):
+    """Says what the watches warn of, in process 0.
 
-    The run's metrics must end at that step, as `MetricsWriter` sees to.
+    Args:
+      output: the run directory, whose metrics end at step `done`, as `MetricsWriter` sees to: what was told of these
+        is not told again.
     """
-    if jax.process_index():
-        return []
-    watches: list[Watch] = [SpikeWatch(), CollapseWatch()]
-    for record in training_records(output) if step else ():
-        for watch in watches:
-            watch.look(record["step"], record)
-    return watches
+
+    def __init__(self, output: str, done: int):
+        self._watches: list[Watch] = [] if jax.process_index() else [SpikeWatch(), CollapseWatch()]
+        for record in training_records(output) if done and self._watches else ():
+            for watch in self._watches:
+                watch.look(record["step"], record)
+
+    def on_metrics(self, step: int, metrics: Metrics, timing: Timing) -> None:
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        for watch in self._watches:
+            if warning := watch.look(step, finite):
+                say(warning)

@@ -11,7 +11,8 @@ import numpy as np
 
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, to_dict
 from lm_jax.console import say
-from lm_jax.data.order import check_batch
+from lm_jax.data.columns import RowKeys
+from lm_jax.data.faults import write_faults
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
@@ -37,7 +38,7 @@ WORSE, OVER_THRESHOLD, BEYOND_FRACTION = "worse_candidate", "over_threshold", "b
 
 
 @dataclasses.dataclass(frozen=True)
-class FilterConfig:
+class FilterConfig(RowKeys):
     """`configs/main_filter.py` says what each key is for."""
 
     forward: str
@@ -58,6 +59,7 @@ class FilterConfig:
     compute: ComputeConfig
 
     def __post_init__(self):
+        super().__post_init__()
         check_selection(self.score, self.fraction)
         if not 2 <= self.max_length <= self.batch.row_length:
             raise UserError(
@@ -90,20 +92,21 @@ def filter_candidates(config: FilterConfig) -> None:
     """
     _check_output(config)
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     models = {
         name: FrozenModel(name, path, mesh, config.dtype, config.chat_template_kwargs)
         for name, path in (("forward", config.forward), ("reverse", config.reverse))
     }
-    tokenizers = [model.identity["fingerprint of its tokenizer"] for model in models.values()]
+    tokenizers = [model.read_with["fingerprint of its tokenizer"] for model in models.values()]
     if tokenizers[0] != tokenizers[1]:
         raise UserError(
             f"config.forward={config.forward} and config.reverse={config.reverse}: their tokenizers or chat templates "
             "differ, so their scores a token cannot be compared; give two models that were trained from one"
         )
     prompts = open_prompts(config.prompts, models["forward"].tokenizer, config.forward)
-    candidates = Candidates(config.input, config.cluster)
+    candidates = Candidates(config.input, config.cluster, config.columns, config.max_dropped_share)
+    dropped = f"{config.output}.dropped.jsonl"
+    candidates.faults.say(dropped)
     say(f"{config.input}: {len(candidates)} candidates for {len(candidates.first)} responses")
     for name, (reader, unit) in PASSES.items():
         run_pass(
@@ -120,6 +123,7 @@ def filter_candidates(config: FilterConfig) -> None:
         if name == ALONE:
             del models["forward"]  # its weights make room for the other's
     if jax.process_index() == 0:
+        write_faults(dropped, [candidates.faults])
         _write(config, prompts, candidates)
 
 

@@ -23,8 +23,8 @@ from lm_jax.errors import UserError
 from lm_jax.generation.answers import missing_rows
 from lm_jax.scoring.scoring import TokenScores, score
 
-NO_INSTRUCTION, TOO_LONG = "no_instruction", "too_long"
-FAULTS = (NO_INSTRUCTION, TOO_LONG)  # why a text has no cross-entropy
+NO_INSTRUCTION, TOO_LONG, REFUSED = "no_instruction", "too_long", "refused"
+FAULTS = (NO_INSTRUCTION, TOO_LONG, REFUSED)  # why a text has no cross-entropy
 BLOCK = 4096  # texts that are tokenised and packed together
 _NO_LIMIT = 2**31 - 1  # a text that is too long is left out, not cut: half a response has another likelihood
 
@@ -59,11 +59,12 @@ class FrozenModel:
         self.tokenizer = load_tokenizer(self.source.directory, self.source.config.vocab_size, chat_template_kwargs)
         end_ids = end_token_ids(self.source.directory, self.tokenizer)
         self.encoder = TextEncoder(self.tokenizer, _NO_LIMIT, end_ids)
-        self.identity = {
-            "fingerprint of its weights": self.source.fingerprint(),
-            "fingerprint of its tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "end tokens": end_ids,
-        }
+        self.read_with = {"fingerprint of its tokenizer": tokenizer_fingerprint(self.tokenizer), "end tokens": end_ids}
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What its numbers depend on."""
+        return {"fingerprint of its weights": self.source.fingerprint, **self.read_with}
 
     @functools.cached_property
     def params(self) -> dict:
@@ -155,10 +156,15 @@ def _score_block(model, block, wanted, max_length, batch, compute):
     values = {i: {"fault": item} for i, item in enumerate(block) if isinstance(item, str)}
     texts = [i for i in range(len(block)) if i not in values]
     prompts, responses, wheres = ([block[i][part] for i in texts] for part in range(3))
-    encoded = checked(encode_rows(model.encoder, prompts, responses, wheres))
+    encoded = encode_rows(model.encoder, prompts, responses, wheres)
+    if texts and all(isinstance(e, UserError) for e in encoded):
+        checked(encoded)  # no fault of a row
     segments, numbers = [], []
     for i, e in zip(texts, encoded, strict=True):
-        if len(e.prompt_ids) + len(e.response_ids) > max_length:
+        if isinstance(e, UserError):  # by the tokenizer, or by the chat template
+            say(str(e))
+            values[i] = {"fault": REFUSED}
+        elif len(e.prompt_ids) + len(e.response_ids) > max_length:
             values[i] = {"fault": TOO_LONG}
         else:
             segments.append(Segment(e.prompt_ids, e.response_ids))

@@ -25,7 +25,7 @@ import jax
 from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import to_dict
 from lm_jax.console import say
-from lm_jax.data.journal import rows_fingerprint
+from lm_jax.data.faults import write_faults
 from lm_jax.data.messages import Text
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
@@ -35,11 +35,11 @@ from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.generation.command import generate_rows
 from lm_jax.generation.requests import Generator
-from lm_jax.generation.rounds import begin_directory, do_parts, do_rounds
+from lm_jax.generation.rounds import begin_directory, do_parts, do_rounds, made_from
 from main_jax.prompts import open_prompts
 from main_jax.rounds import rows as round_rows
 from main_jax.rounds.config import INSTRUCTIONS, MAY_CHANGE, RESPONSES, SAMPLER, Round, RoundsConfig
-from main_jax.rounds.inputs import read_seeds, read_unlabelled
+from main_jax.rounds.inputs import given_rows, read_seeds, read_unlabelled
 from main_jax.rounds.report import rounds_table, training_summary
 from main_jax.rounds.rows import DIRECTIONS, FORWARD, NO_LIMIT, REVERSE
 from main_jax.training.command import train
@@ -74,7 +74,9 @@ class _Rounds:
 
     def __init__(self, config: RoundsConfig, generator: Generator | None):
         self._config, self._generator = config, generator
-        seeds, unlabelled = read_seeds(config.seeds), read_unlabelled(config.unlabelled)
+        seeds, seed_faults = read_seeds(config.seeds, config.columns, config.max_dropped_share)
+        unlabelled, faults = read_unlabelled(config.unlabelled, config.unlabelled_columns, config.max_dropped_share)
+        self._faults, self._given = (seed_faults, faults), given_rows(seeds, unlabelled)
         source, tokenizer = _open_one_tokenizer(config)
         self._encoder = TextEncoder(tokenizer, NO_LIMIT, end_token_ids(source.directory, tokenizer))
         self._context = source.config.max_position
@@ -106,11 +108,14 @@ class _Rounds:
 
     def begin(self) -> None:
         """Makes the directory, or finds the same rounds in it to continue."""
-        config, settings = self._config, to_dict(self._config)
-        for name in ("seeds", "unlabelled"):
-            path = getattr(config, name)
-            settings[name] = {"path": path, "fingerprint": rows_fingerprint(read_rows(path), path)}
-        begin_directory(config.output, "main_rounds", settings, MAY_CHANGE)
+        config = self._config
+        models = {"model": config.model, "reverse_model": config.reverse_model}
+        dropped = f"{config.output}/dropped.jsonl"
+        for faults in self._faults:
+            faults.say(dropped)
+        contents = made_from(models, self._given)
+        begin_directory(config.output, "main_rounds", to_dict(config), MAY_CHANGE, made_from=contents)
+        write_faults(dropped, self._faults)
 
     def do(self, number: int) -> Row:
         """One round, or what of it is missing; its row in the report."""

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from lm_jax.config import from_config_dict
+from lm_jax.data.columns import Renamed, RowKeys
 from lm_jax.data.supervised import ALL
 from lm_jax.errors import UserError
 from lm_jax.generation.command import GenerateConfig
@@ -21,6 +22,7 @@ SAMPLER = {INSTRUCTIONS: REVERSE, RESPONSES: FORWARD}  # what is sampled -> the 
 MAY_CHANGE = (
     "rounds",
     "output",
+    "max_dropped_share",
     *(f"{s}.{k}" for s in SAMPLED for k in ("mesh", "compute", "decode.slots", "decode.chunk", "max_failed_share")),
     *(f"{d}.{k}" for d in DIRECTIONS for k in ("mesh", "compute", "checkpoints", "loggers", "profile")),
     *(f"{d}.optim.skip_limit" for d in DIRECTIONS),
@@ -28,7 +30,7 @@ MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundsConfig:
+class RoundsConfig(RowKeys):
     """`configs/main_rounds.py` says what each key is for.
 
     `instructions` and `responses` have the keys of GenerateConfig, `forward` and `reverse` those of MainTrainConfig,
@@ -52,8 +54,11 @@ class RoundsConfig:
     responses: dict
     forward: dict
     reverse: dict
+    unlabelled_columns: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
+        Renamed(self.unlabelled_columns)
         for name, fits, must in (
             ("rounds", self.rounds >= 1, "at least 1"),
             ("candidates", self.candidates >= 1, "at least 1"),

@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm_jax.data.columns import Renamed
+from lm_jax.data.faults import Faults, RowIds
 from lm_jax.data.messages import Text
 from lm_jax.data.rows import read_rows
 from lm_jax.data.supervised import SEED, supervised_rows
@@ -21,48 +24,73 @@ class SeedPair:
     weight: float  # > 0
 
 
-def read_seeds(path: str) -> list[SeedPair]:
+def read_seeds(path: str, columns: str = "", max_dropped_share: float | None = None) -> tuple[list[SeedPair], Faults]:
     """Reads seed pairs in any layout of `supervised_rows`, each of one instruction and one response.
 
+    Args:
+      columns: as `columns.Renamed` has them.
+      max_dropped_share: see `Faults`.
+
+    Returns:
+      The pairs, and the faults of the rows that are left out: those of `supervised_rows`; a conversation of several
+      turns or with a system message, since the rounds set their own; a blank instruction or response; a row that is not
+      seed.
+
     Raises:
-      UserError: what `supervised_rows` raises; a conversation of several turns or with a system message, since the
-        rounds set their own; a blank instruction or response; a row that is not seed; no row left.
+      UserError: too many faulty rows; no row left.
     """
     where = os.path.basename(path.rstrip("/"))
+    rows, faults = read_rows(path, renamed=columns), Faults(where, max_dropped_share)
     pairs = []
-    for row in supervised_rows(read_rows(path), where).rows:
+    for row in supervised_rows(rows, where, faults=faults, named=tuple(Renamed(columns).names)).rows:
         at = f"{where} row {row.row}"
-        if row.source != SEED:
-            raise UserError(f"{at}: source is {row.source!r}; the rounds take real pairs alone: drop the row")
-        instruction, response = _single(row.prompt, "user", at), _single(row.response, "assistant", at)
-        for name, text in (("instruction", instruction), ("response", response)):
-            if not text.strip():
-                raise UserError(f"{at}: its {name} is empty; drop the row")
-        pairs.append(SeedPair(row.row, instruction, response, row.weight))
+        with faults.of(row.row):
+            if row.source != SEED:
+                raise UserError(f"{at}: source is {row.source!r}; the rounds take real pairs alone: drop the row")
+            instruction, response = _single(row.prompt, "user", at), _single(row.response, "assistant", at)
+            for name, text in (("instruction", instruction), ("response", response)):
+                if not text.strip():
+                    raise UserError(f"{at}: its {name} is empty; drop the row")
+            pairs.append(SeedPair(row.row, instruction, response, row.weight))
+    faults.check(len(rows))
     if not pairs:
         raise UserError(f"{path}: no seed pairs left, all weigh 0; give pairs that weigh something")
-    return pairs
+    return pairs, faults
 
 
-def read_unlabelled(path: str) -> list[dict[str, Any]]:
+def read_unlabelled(
+    path: str, columns: str = "", max_dropped_share: float | None = None
+) -> tuple[list[dict[str, Any]], Faults]:
     """Reads rows with `id` and `response`, as `launch.main_prepare` writes them; other columns go along.
 
+    Args:
+      columns: as `columns.Renamed` has them.
+      max_dropped_share: see `Faults`.
+
+    Returns:
+      The rows, and the faults of those that are left out: an id missing, twice or of a wrong kind; no response.
+
     Raises:
-      UserError: what `read_rows` raises; an id twice or of a wrong kind; an empty response.
+      UserError: what `read_rows` raises; too many faulty rows.
     """
     where = os.path.basename(path.rstrip("/"))
-    rows = read_rows(path, ("id", "response"))
-    first: dict[str, int] = {}
+    rows, faults = read_rows(path, renamed=columns), Faults(where, max_dropped_share)
+    ids = RowIds(faults)
     for number, row in enumerate(rows):
         if fault := response_fault(row):
-            raise UserError(f"{where} row {number}: {fault}")
-        before = first.setdefault(str(row["id"]), number)
-        if before != number:
-            raise UserError(
-                f"{where} row {number}: has the same id {row['id']!r} as row {before}; an id names a response and "
-                "decides its random draws: give each its own"
-            )
-    return rows
+            faults.add(number, f"{where} row {number}: {fault}")
+        else:
+            ids.of(number, row["id"])
+    faults.check(len(rows))
+    return [row for number, row in enumerate(rows) if number not in faults.rows], faults
+
+
+def given_rows(seeds: Sequence[Any], unlabelled: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What is used of both files, by the setting that names it; columns that go along come in one order."""
+    return {
+        "seeds": [dataclasses.asdict(pair) for pair in seeds],
+        "unlabelled": [dict(sorted(row.items())) for row in unlabelled],
+    }
 
 
 def _single(text: Text, role: str, at: str) -> str:

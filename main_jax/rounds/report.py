@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_jax.checkpoints.runs import training_records
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.generation.rounds import aligned
 from main_jax.rounds.rows import DIRECTIONS, FORWARD
 

@@ -4,6 +4,7 @@ import array
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data.columns import RowKeys
+from lm_jax.data.faults import Faults, fault_rows
+from lm_jax.data.layouts import columns_of
 from lm_jax.data.rows import stream_rows, write_jsonl
 from lm_jax.data.similarity import near_duplicates
 from lm_jax.distributed.processes import everywhere, worked
@@ -21,7 +25,7 @@ _FURNITURE_WORDS = 30  # a longer line that stands twice belongs to a copied tex
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(RowKeys):
     """`configs/main_prepare.py` says what each key is for."""
 
     input: str
@@ -32,6 +36,7 @@ class PrepareConfig:
     segments: SegmentConfig
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.near_duplicate <= 1:
             raise UserError(f"config.near_duplicate={self.near_duplicate}: must lie between 0 (off) and 1")
         if self.max_repeats < 1:
@@ -55,7 +60,9 @@ def prepare(config: PrepareConfig) -> None:
 def _prepare(config: PrepareConfig) -> None:
     sorting = _Sorting(config)
     dropped = f"{config.output}.dropped.jsonl"
-    write_jsonl(dropped, sorting.dropped())
+    faults = sorting.faults
+    write_jsonl(dropped, itertools.chain(fault_rows([faults]), sorting.dropped()))
+    faults.say(dropped)
     counts = sorting.counts() | {"output": config.output}
     write_jsonl(f"{config.output}.counts.json", [counts])
     print(table(counts), flush=True)
@@ -73,6 +80,8 @@ class _Sorting:
 
     def __init__(self, config: PrepareConfig):
         self._config = config
+        self.faults = Faults(os.path.basename(config.input.rstrip("/")), config.max_dropped_share)
+        self._repeated = _repeated_lines(config, self.faults)
         self._documents = 0
         self._lines: collections.Counter[str] = collections.Counter()
         self._segments: collections.Counter[str | None] = collections.Counter()  # None: kept
@@ -80,8 +89,8 @@ class _Sorting:
 
     def dropped(self) -> Iterator[dict[str, Any]]:
         """What is left out, as it is found; near-duplicates, which can only be seen among all, last."""
-        repeated = _repeated_lines(self._config)
-        for name, text in _documents(self._config):
+        repeated = self._repeated
+        for name, text in _documents(self._config, self.faults):
             worked()
             self._documents += 1
             pieces = cut(text, self._config.segments, lambda key: _hash(key) in repeated, self._lines)
@@ -125,8 +134,11 @@ def table(counts: dict[str, Any]) -> str:
     return "\n".join([*parts, f"{kept}, from {counts['documents_used']} of {counts['documents']} documents"])
 
 
-def _documents(config: PrepareConfig) -> Iterator[tuple[str | int, str]]:
-    """(name, text) of every document: a row, named by its `id` or number; or a .txt file, named by its own name."""
+def _documents(config: PrepareConfig, faults: Faults) -> Iterator[tuple[str | int, str]]:
+    """(name, text) of every document: a row, named by its `id` or number; or a .txt file, named by its own name.
+
+    Faulty rows are noted and left out; once all were read too many of them raise.
+    """
     path = Path(config.input)
     if path.suffix == ".txt" or (path.is_dir() and any(path.glob("*.txt"))):
         for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
@@ -136,26 +148,34 @@ def _documents(config: PrepareConfig) -> Iterator[tuple[str | int, str]]:
                 raise UserError(f"{file}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
         return
     seen: set[int] = set()
-    for number, row in enumerate(stream_rows(config.input, (config.column,))):
-        where = f"{os.path.basename(config.input.rstrip('/'))} row {number}"
-        name, text = row.get("id"), row[config.column]
+    number = -1
+    for number, row in enumerate(stream_rows(config.input, renamed=config.columns)):
+        where = f"{faults.where} row {number}"
+        name, text = row.get("id"), row.get(config.column)
         name = number if name is None else name
-        if type(name) not in (int, str) or name == "":
-            raise UserError(f"{where}: id must be a string or a whole number, got {name!r}; mend it or leave it out")
-        if (key := _hash(str(name))) in seen:
-            raise UserError(
-                f"{where}: another row has the same id {name!r} (a row without one is called by its number)"
-            )
-        seen.add(key)
-        if not isinstance(text, str):
-            raise UserError(f"{where}: {config.column} must be a text, got {type(text).__name__}; drop the row")
-        yield name, text
+        with faults.of(number):
+            if type(name) not in (int, str) or name == "":
+                raise UserError(
+                    f"{where}: id must be a string or a whole number, got {name!r}; mend or drop it"
+                )
+            if (key := _hash(str(name))) in seen:
+                raise UserError(
+                    f"{where}: another row has the same id {name!r} (a row without one is called by its number)"
+                )
+            if text is None:
+                raise UserError(f"{where}: column {config.column!r} is missing ({columns_of(row)}); see config.column")
+            if not isinstance(text, str):
+                raise UserError(f"{where}: {config.column} must be a text, got {type(text).__name__}; drop the row")
+            seen.add(key)
+        if number not in faults.rows:
+            yield name, text
+    faults.check(number + 1)
 
 
-def _repeated_lines(config: PrepareConfig) -> frozenset[int]:
+def _repeated_lines(config: PrepareConfig, faults: Faults) -> frozenset[int]:
     """Hashes of short lines that stand in more than `max_repeats` documents."""
     keys = array.array("Q")
-    for _, text in _documents(config):
+    for _, text in _documents(config, faults):
         lines = {line_key(line) for line in text.splitlines()}
         keys.extend(_hash(line) for line in lines if line and len(line.split()) <= _FURNITURE_WORDS)
     found, counts = np.unique(np.frombuffer(keys, np.uint64), return_counts=True)

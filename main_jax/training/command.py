@@ -5,22 +5,23 @@ import dataclasses
 import jax
 
 from lm_jax.checkpoints.provenance import Method
-from lm_jax.config import ModelConfig
+from lm_jax.config import ExampleBatch, ModelConfig
 from lm_jax.console import say
 from lm_jax.data.supervised import SOURCES, TRAIN_ON, load_supervised
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, train_program
-from lm_jax.training.job import Task, TrainConfig, begin_job, open_job, run_job
-from lm_jax.training.program import StepSpec
-from lm_jax.training.supervised import VALUES, supervised_objective
+from lm_jax.training.objective import Objective
+from lm_jax.training.supervised import supervised_objective
+from lm_jax.training.trainer import Data, TrainConfig, Trainer
 from main_jax.training.losses import mixed_coefficients, plain_coefficients
-from main_jax.training.weighting import AlphaConfig, alpha_carry
+from main_jax.training.weighting import AlphaConfig, alpha_state
 
 
 @dataclasses.dataclass(frozen=True)
 class MainTrainConfig(TrainConfig):
     """`configs/main_train.py` says what each key is for and why it has its value."""
 
+    batch: ExampleBatch
     train_on: str
     response_column: str | None
     alpha: AlphaConfig
@@ -29,11 +30,6 @@ class MainTrainConfig(TrainConfig):
         super().__post_init__()
         if self.train_on not in TRAIN_ON:
             raise UserError(f"config.train_on: unknown {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
-        if self.max_length > self.batch.row_length:
-            raise UserError(
-                f"config.batch.row_length={self.batch.row_length} must hold config.max_length={self.max_length} "
-                "tokens; raise the one or lower the other"
-            )
 
 
 def train(config: MainTrainConfig) -> None:
@@ -45,33 +41,28 @@ def train(config: MainTrainConfig) -> None:
     Raises:
       UserError: anything the user can mend.
     """
-    job = open_job(config)
-    rows = load_supervised(config.input, job.encoder, config.train_on, config.response_column)
-    held_out = None
-    if config.eval_input:
-        held_out = load_supervised(config.eval_input, job.encoder, config.train_on, config.response_column)
-    for read in filter(None, (rows, held_out)):
-        say("\n".join(read.report))
-    mixed = rows.sources() == frozenset(SOURCES)
-    shown = {"loss": "loss", "mean_token_accuracy": "accuracy"}
-    spec, eval_objective = step_spec(config, job.policy.config, mixed), None
+    trainer = Trainer(config)
+    model, compute = trainer.policy.config, config.compute
+    options = config.train_on, config.response_column, None, config.columns, config.max_dropped_share
+    paths = [config.input, *([config.eval_input] if config.eval_input else [])]
+    read = [load_supervised(path, trainer.encoder, *options) for path in paths]
+    for rows in read:
+        say("\n".join(rows.report))
+    mixed = read[0].sources() == frozenset(SOURCES)
     if mixed:
         say(f"alpha: {config.alpha.rule}")
-        eval_objective = supervised_objective(job.policy.config, config.compute, plain_coefficients)
     else:
-        say(f"all rows are {next(iter(rows.sources()))}: plain cross-entropy, without alpha")
-    begin_job(job, "main_train", _method(config, mixed))
-    task = Task(
-        objective=spec.objective,
-        unit="rows",
-        examples=[(segment,) for segment in rows.segments],
-        eval_examples=[(segment,) for segment in held_out.segments] if held_out else [],
-        values=spec.values,
-        describe=rows.name,
-        shown=shown | ({"alpha": "alpha"} if mixed else {}),
-        eval_objective=eval_objective,
+        say(f"all rows are {next(iter(read[0].sources()))}: plain cross-entropy, without alpha")
+    data = [Data([(segment,) for segment in rows.segments], rows.name) for rows in read]
+    faults = [rows.faults for rows in read]
+    trainer.begin("main_train", _method(config, mixed), faults, [own.examples for own in data])
+    trainer.fit(
+        objective_of(config, model, mixed),
+        data[0],
+        data[1] if config.eval_input else None,
+        shown={"loss": "loss", "mean_token_accuracy": "accuracy"} | ({"alpha": "alpha"} if mixed else {}),
+        eval_objective=supervised_objective(model, compute, plain_coefficients) if mixed else None,
     )
-    run_job(job, task)
 
 
 def _method(config: MainTrainConfig, mixed: bool) -> Method:
@@ -84,18 +75,17 @@ def _method(config: MainTrainConfig, mixed: bool) -> Method:
     )
 
 
-def step_spec(config: MainTrainConfig, model: ModelConfig, mixed: bool) -> StepSpec:
-    """What the step consists of.
+def objective_of(config: MainTrainConfig, model: ModelConfig, mixed: bool) -> Objective:
+    """What is minimised.
 
     Args:
       mixed: the rows are of both sources.
     """
     if mixed:
-        carry = alpha_carry(config.alpha)
-        return StepSpec(supervised_objective(model, config.compute, mixed_coefficients, carry), VALUES)
-    return StepSpec(supervised_objective(model, config.compute), VALUES)
+        return supervised_objective(model, config.compute, mixed_coefficients, alpha_state(config.alpha))
+    return supervised_objective(model, config.compute)
 
 
 def main_programs(config: MainTrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
     """What `train` compiles for rows of both sources."""
-    return [train_program(config, model, step_spec(config, model, mixed=True), mesh)]
+    return [train_program(config, model, objective_of(config, model, mixed=True), mesh)]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.data.supervised import SEED, SYNTHETIC
-from lm_jax.training.step import Sums
+from lm_jax.training.objective import Sums
 from lm_jax.training.supervised import mean_over_tokens, share
 
 

@@ -4,8 +4,8 @@ import jax
 
 from lm_jax.console import say
 from lm_jax.data.supervised import load_supervised
-from lm_jax.training.job import open_job
-from lm_jax.training.preview import print_examples, with_values
+from lm_jax.training.preview import print_examples, template_note, with_values
+from lm_jax.training.trainer import Trainer
 from main_jax.training.command import MainTrainConfig
 
 _VALUES = ("weights",)
@@ -17,19 +17,22 @@ def preview(config: MainTrainConfig, number: int) -> None:
     Raises:
       UserError: as `train`, as far as it concerns settings and these rows.
     """
-    job = open_job(config)
-    rows = load_supervised(config.input, job.encoder, config.train_on, config.response_column, number)
+    trainer = Trainer(config)
+    options = config.train_on, config.response_column, number, config.columns
+    rows = load_supervised(config.input, trainer.encoder, *options, max_dropped_share=1.0)
     say("\n".join(rows.report))
+    rows.faults.say()
     if jax.process_index() == 0:
         print_examples(
             [
                 (
-                    f"{rows.name(i)} ({rows.rows[i].id}, {rows.rows[i].source})",
+                    f"{rows.name(i)} ({rows.rows[i].id}, {rows.rows[i].source})"
+                    + template_note(trainer.tokenizer, rows.rows[i].prompt),
                     [with_values(segment, _VALUES)],
                     [(rows.rows[i].source, full_length)],
                 )
                 for i, (segment, full_length) in enumerate(zip(rows.segments, rows.full_lengths, strict=True))
             ],
-            job.tokenizer,
+            trainer.tokenizer,
             _VALUES,
         )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm_jax.data.supervised import SOURCES
 from lm_jax.errors import UserError
-from lm_jax.training.step import Carry, Sums
+from lm_jax.training.objective import ObjectiveState, Sums
 
 RULES = ("loss_ratio", "inverse_ratio", "fixed", "schedule")
 NEUTRAL = 0.5  # of the ratios, while a loss is not known yet and where both are 0
@@ -42,17 +42,17 @@ Averages = Mapping[
 ]  # source -> decayed sum of its losses, and of the weights in it
 
 
-def alpha_carry(config: AlphaConfig) -> Carry:
+def alpha_state(config: AlphaConfig) -> ObjectiveState:
     """What carries alpha from step to step: it reads `alpha`; a loss `loss/SOURCE` of the step updates it."""
     if config.rule == "fixed":
-        return Carry(read=lambda carried, progress: {"alpha": jnp.float32(config.value)})
+        return ObjectiveState(read=lambda kept, progress: {"alpha": jnp.float32(config.value)})
     if config.rule == "schedule":
         span = config.end - config.start
-        return Carry(read=lambda carried, progress: {"alpha": jnp.float32(config.start + span * progress)})
-    return Carry(
+        return ObjectiveState(read=lambda kept, progress: {"alpha": jnp.float32(config.start + span * progress)})
+    return ObjectiveState(
         initial={source: {"sum": 0.0, "weight": 0.0} for source in SOURCES},
-        read=lambda carried, progress: {"alpha": ratio_alpha(config.rule, carried)},
-        update=lambda carried, totals, metrics: update_averages(carried, totals, metrics, config.decay),
+        read=lambda kept, progress: {"alpha": ratio_alpha(config.rule, kept)},
+        update=lambda kept, totals, metrics: update_averages(kept, totals, metrics, config.decay),
     )
 
 

@@ -10,6 +10,7 @@ import jax
 
 from lm_jax.config import to_dict
 from lm_jax.console import say
+from lm_jax.data.faults import Faults, fault_rows
 from lm_jax.data.journal import Journal, check_output, rows_fingerprint
 from lm_jax.data.messages import TEMPLATE_KWARGS, Text, with_arguments
 from lm_jax.data.rows import check_not_input, write_jsonl
@@ -42,6 +43,7 @@ class _Inputs:
     """All that is read before the weights. `tasks` None: the model invents them. `format` is messages or text."""
 
     tasks: list[Task] | None
+    faults: Faults
     demonstrations: list[Demonstration]
     local: Local | None
     format: str
@@ -92,7 +94,10 @@ def make_pairs(config: PairsConfig, generator: Generator | None = None) -> None:
 
 
 def _read(config: PairsConfig, mesh: jax.sharding.Mesh | None) -> _Inputs:
-    tasks = None if config.input is None else read_tasks(config.input)
+    tasks, faults = None, Faults("")
+    if config.input is not None:
+        tasks, faults = read_tasks(config.input, config.columns, config.max_dropped_share)
+        faults.say(f"{config.output}.dropped.jsonl")
     demonstrations = read_demonstrations(config.examples) if config.examples else own_demonstrations()
     try:
         pick(demonstrations, config.num_examples, config.seed)
@@ -107,7 +112,7 @@ def _read(config: PairsConfig, mesh: jax.sharding.Mesh | None) -> _Inputs:
         )
     format = ("messages" if template else "text") if config.format == "auto" else config.format
     system = config.system and (local is None or format == "text" or takes_system(local.tokenizer))
-    return _Inputs(tasks, demonstrations, local, format, system)
+    return _Inputs(tasks, faults, demonstrations, local, format, system)
 
 
 def _identity(config: PairsConfig, inputs: _Inputs) -> dict[str, Any]:
@@ -211,7 +216,8 @@ def _write(
     """Writes what came out; the counts, of process 0."""
     counts, kept = tally(rows), left(rows)
     if journal is not None:
-        write_jsonl(f"{config.output}.dropped.jsonl", (_dropped(row, method) for row in rows if row.dropped))
+        dropped = [_dropped(row, method) for row in rows if row.dropped]
+        write_jsonl(f"{config.output}.dropped.jsonl", [*fault_rows([inputs.faults]), *dropped])
         write_jsonl(f"{config.output}.counts.json", [counts])
     if not kept:
         if journal is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from lm_jax.config import ComputeConfig, DecodeConfig, MeshConfig
+from lm_jax.data.columns import RowKeys
 from lm_jax.errors import UserError
 from lm_jax.generation.generator import EndpointConfig, check_one_model
 from lm_jax.generation.requests import SamplingConfig
@@ -15,14 +16,15 @@ MARKER = "{instruction}"
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """How one stage samples."""
+    """How one stage samples; see `SamplingConfig`."""
 
     temperature: float
     max_new_tokens: int
+    repetition_penalty: float
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsConfig:
+class PairsConfig(RowKeys):
     """`configs/musc_pairs.py` says what each key is for and why it has its value."""
 
     method: str
@@ -60,6 +62,7 @@ class PairsConfig:
     compute: ComputeConfig
 
     def __post_init__(self):
+        super().__post_init__()
         for name, fits, must in (
             ("method", self.method in PLANS, ", ".join(PLANS)),
             ("seed", 0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
@@ -103,6 +106,6 @@ class PairsConfig:
             label = next((line for line in reversed(labels) if line.strip()), "").strip()
             stop = (*STOP, f"\n{label}") if stage == "respond" and label else STOP
         try:
-            return SamplingConfig(keys.max_new_tokens, temperature=keys.temperature, stop=stop, seed=self.seed)
+            return SamplingConfig(**dataclasses.asdict(keys), stop=stop, seed=self.seed)
         except UserError as error:
             raise UserError(str(error).replace("config.", f"config.{stage}.", 1)) from error

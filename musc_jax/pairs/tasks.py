@@ -5,10 +5,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lm_jax.data.messages import TEMPLATE_KWARGS, messages_fault, read_template_kwargs
+from lm_jax.data.conversations import read_turns
+from lm_jax.data.faults import Faults, RowIds
+from lm_jax.data.layouts import Row, columns_of, present_columns, text_of
+from lm_jax.data.messages import TEMPLATE_KWARGS, read_template_kwargs
 from lm_jax.data.rows import read_rows
 from lm_jax.errors import UserError
 from musc_jax.pairs.demonstrations import with_input
+
+# Where the instruction is, and the material apart from it
+_COLUMNS = {"prompt": "input", "instruction": "input", "question": "context", "query": "input", "problem": "input"}
+_APART = ("system", "system_prompt", "history", "tools")  # would be lost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,60 +38,68 @@ class Task:
         return with_input(self.instruction, self.input)
 
 
-def read_tasks(path: str) -> list[Task]:
+def read_tasks(path: str, columns: str = "", max_dropped_share: float | None = None) -> tuple[list[Task], Faults]:
     """Reads instructions from a file, as `lm_jax.data.rows.read_rows` does, with ids that differ.
 
-    Columns: `prompt` (a string, or messages that are one user message) or `instruction`, both with an optional `input`,
-    `id` and `chat_template_kwargs`; others are ignored. A row without id is called by its number. Blank instructions
-    pass.
+    Columns: `prompt` (a string, or messages that are one user message) or `instruction`, both with an optional `input`
+    and `id`, or what public data sets call them; others are ignored. A row without id is called by its number. Blank
+    instructions pass.
+
+    Args:
+      columns: as `columns.Renamed` has them.
+      max_dropped_share: see `Faults`.
+
+    Returns:
+      The instructions, and the faults of the rows that are left out: a missing column, a value of the wrong type, an
+      id twice.
 
     Raises:
-      UserError: naming file and row: unreadable file, a missing column, a value of the wrong type, an id twice.
+      UserError: an unreadable file, too many faulty rows.
     """
     where = os.path.basename(path.rstrip("/"))
-    rows = read_rows(path)
-    tasks = [_task(row, number, f"{where} row {number}") for number, row in enumerate(rows)]
+    rows = read_rows(path, renamed=columns)
+    faults = Faults(where, max_dropped_share)
+    ids, tasks = RowIds(faults), []
+    for number, row in enumerate(rows):
+        given = ids.of(number, row.get("id"))
+        with faults.of(number):
+            task = _task(row, given, f"{where} row {number}")
+            if number not in faults.rows:
+                tasks.append(task)
+    faults.check(len(rows))
     if any(isinstance(task.id, str) for task in tasks):  # a column of a table has one type
         tasks = [dataclasses.replace(task, id=str(task.id)) for task in tasks]
-    first: dict[str, int] = {}
-    for number, task in enumerate(tasks):
-        if (before := first.setdefault(str(task.id), number)) != number:
-            raise UserError(
-                f"{where} row {number}: has the same id {task.id!r} as row {before} (a row without one is called by "
-                "its number); ids decide the random draws and must differ"
-            )
-    return tasks
+    return tasks, faults
 
 
-def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
-    row = {name: value for name, value in row.items() if value is not None}
-    name = next((name for name in ("prompt", "instruction") if name in row), None)
+def _task(row: Row, id: str | int, at: str) -> Task:
+    columns = present_columns(row)
+    name = next((name for name in _COLUMNS if name in columns), None)
     if name is None:
         raise UserError(
-            f"{at}: has neither 'prompt' nor 'instruction'; it has {', '.join(sorted(row)) or 'none'}; rename or add "
-            "the column"
+            f"{at}: has none of {', '.join(_COLUMNS)} ({columns_of(row)}); add one, or name yours: "
+            '--config.columns="instruction=..."'
         )
-    texts = {name: row[name], "input": row.get("input", "")}
-    if isinstance(texts[name], list):
-        texts[name] = _only_message(texts[name], f"{at}: {name}")
-    for column, value in texts.items():
-        if not isinstance(value, str):
-            raise UserError(f"{at}: {column} must be a string, got {type(value).__name__}; mend the row")
+    if isinstance(columns[name], list):
+        columns[name] = _only_message(columns[name], name, at)
+    if apart := [name for name in _APART if columns.get(name)]:
+        raise UserError(
+            f"{at}: has {apart[0]}, and pairs are made of an instruction alone; drop the row, or leave the column out: "
+            f'--config.columns="{apart[0]}="'
+        )
+    texts = [text_of(columns, column, at) for column in (name, _COLUMNS[name])]
+    for text in texts:
         try:
-            value.encode()
+            text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{at}: half a surrogate pair in {column}; remove it") from error
-    id = row.get("id", number)
-    if type(id) not in (int, str) or id == "":
-        raise UserError(f"{at}: id must be a string or a whole number, got {id!r}; mend it or leave it out")
+            raise UserError(f"{at}: half a surrogate pair in the text; remove it") from error
     kwargs = read_template_kwargs(row.get(TEMPLATE_KWARGS), f"{at}: {TEMPLATE_KWARGS}")
-    return Task(id, texts[name], texts["input"] if texts["input"].strip() else "", kwargs)
+    return Task(id, texts[0], texts[1] if texts[1].strip() else "", kwargs)
 
 
-def _only_message(messages: list[Any], what: str) -> str:
-    if fault := messages_fault(messages):
-        raise UserError(f"{what} {fault}; give a string or one user message")
-    if len(messages) != 1 or messages[0]["role"] != "user":
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"{what} has the messages {roles}; pairs are made from one user message; split the row")
+def _only_message(value: list, name: str, at: str) -> str:
+    messages = read_turns(value, name, at)
+    if [m["role"] for m in messages] != ["user"]:
+        roles = ", ".join(m["role"] for m in messages)
+        raise UserError(f"{at}: {name} has the messages {roles}; pairs are made from one user message; split the row")
     return messages[0]["content"]

@@ -16,6 +16,7 @@ import numpy as np
 
 from lm_jax.checkpoints.runs import open_model
 from lm_jax.console import say
+from lm_jax.data.columns import RowKeys
 from lm_jax.data.rows import check_file_output, check_not_input, replacing
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
@@ -29,7 +30,7 @@ _SCRIPTS = ("data.js", "state.js", "tokens.js", "charts.js", "cards.js", "main.j
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(RowKeys):
     """`configs/report.py` says what each key is for."""
 
     addresses: ClassVar = ("output",)
@@ -45,6 +46,7 @@ class ReportConfig:
     max_length: int
 
     def __post_init__(self):
+        super().__post_init__()
         check_rule(self.weights)
         if not (self.weights in (AUTO, "uniform", FROM_COLUMNS) or self.weights.startswith(FROM_STORE)):
             raise UserError(
@@ -86,15 +88,17 @@ def report_data(config: ReportConfig) -> dict[str, Any]:
         total.append(number)
         return chosen_rows(number, config.max_pairs, config.seed)
 
-    rule, tokens, said = None, None, []
+    rule, tokens = None, None
     if config.model is None:
-        rows, columns, line = read_pairs(config.input, choose)
-        said, where = [line], Path(config.input).name
+        pairs = read_pairs(config.input, choose, config.columns, config.max_dropped_share)
+        pairs.check()
     else:
-        pairs, tokens = _with_tokens(config, choose)
-        rows, columns, said, where, rule = pairs.rows, pairs.columns, pairs.report, pairs.where, pairs.rule
-    say("\n".join(said))
-    records = [pair_record(row, own, where) for row, own in zip(rows, columns, strict=True)]
+        encoded, tokens = _with_tokens(config, choose)
+        pairs, rule = encoded, encoded.rule
+    where = pairs.where
+    say("\n".join(pairs.report))
+    pairs.faults.say()
+    records = [pair_record(row, own, where) for row, own in zip(pairs.rows, pairs.columns, strict=True)]
     for record, sides in zip(records, tokens or [{}] * len(records), strict=True):
         for side, found in sides.items():
             record[side] = found  # pieces instead of the text
@@ -105,7 +109,7 @@ def report_data(config: ReportConfig) -> dict[str, Any]:
         "rule": rule,
         "rules": rules,
         "scores": scores,
-        "said": said,
+        "said": pairs.report,
         "total": total[0],
         "sampled": "evenly spaced" if config.seed is None else f"drawn with seed {config.seed}",
         "counts": _counts(config),
@@ -117,7 +121,7 @@ def _with_tokens(config: ReportConfig, choose: Choose):
     source = open_model(config.model or "")  # called where there is one
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
-    pairs = load_pairs(config.input, encoder, config.weights, choose)
+    pairs = load_pairs(config.input, encoder, config.weights, choose, config.columns, config.max_dropped_share)
     return pairs, token_records(pairs, tokenizer)
 
 

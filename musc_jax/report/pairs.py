@@ -12,6 +12,7 @@ import numpy as np
 from lm_jax.data.messages import Text
 from lm_jax.data.pieces import token_pieces
 from lm_jax.data.preference import PreferenceRow
+from lm_jax.data.text import checked
 from lm_jax.errors import UserError
 from musc_jax.pairs.perturb import Kind
 from musc_jax.report.word_diff import KEPT, word_diff
@@ -95,7 +96,7 @@ def token_records(pairs: Pairs, tokenizer: Any) -> list[dict[str, dict[str, Any]
     weights that training takes first.
     """
     special = set(tokenizer.all_special_ids)
-    stored = pairs.stored() if pairs.rule.startswith(FROM_STORE) else None
+    stored = checked(pairs.stored()) if pairs.rule.startswith(FROM_STORE) else None
     records = []
     for i in range(len(pairs)):
         sides = {}

@@ -23,12 +23,20 @@ import jax
 
 from lm_jax.config import from_config_dict, to_dict
 from lm_jax.console import say
-from lm_jax.data.journal import rows_fingerprint
+from lm_jax.data.columns import RowKeys
 from lm_jax.data.rows import write_jsonl
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.generation.requests import Generator
-from lm_jax.generation.rounds import NO_ENDPOINT, begin_directory, do_parts, do_rounds, naming, round_directory
+from lm_jax.generation.rounds import (
+    NO_ENDPOINT,
+    begin_directory,
+    do_parts,
+    do_rounds,
+    made_from,
+    naming,
+    round_directory,
+)
 from musc_jax.draws import shuffled
 from musc_jax.pairs.command import make_pairs
 from musc_jax.pairs.config import PairsConfig
@@ -45,6 +53,7 @@ _SECTIONS = ("pairs", "weights", "train")
 _MAY_CHANGE = (
     "rounds",
     "output",
+    "max_dropped_share",
     *("pairs.mesh", "pairs.compute", "pairs.decode", "pairs.max_failed_share"),
     *("weights.mesh", "weights.compute", "weights.batch"),
     *("train.mesh", "train.compute", "train.checkpoints", "train.loggers", "train.profile"),
@@ -53,7 +62,7 @@ _MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundsConfig:
+class RoundsConfig(RowKeys):
     """`configs/musc_rounds.py` says what each key is for.
 
     `pairs`, `weights` and `train` have the keys of PairsConfig, WeighConfig and MuscTrainConfig, but for those that a
@@ -74,6 +83,7 @@ class RoundsConfig:
     train: dict
 
     def __post_init__(self):
+        super().__post_init__()
         for name, fits, must in (
             ("rounds", self.rounds >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**32 - self.rounds, "between 0 and 2**32 - 1, also in the last round"),
@@ -154,6 +164,7 @@ class Round:
             num_instructions=config.num_instructions,
             output=f"{self.directory}/pairs.jsonl",
             endpoint=NO_ENDPOINT,
+            columns="",  # of the round's own file
         )
 
     def weights(self) -> WeighConfig:
@@ -217,7 +228,8 @@ def _shares(config: RoundsConfig) -> list[list[Task]] | None:
     """
     if config.input is None:
         return None
-    tasks = read_tasks(config.input)
+    tasks, faults = read_tasks(config.input, config.columns, config.max_dropped_share)
+    faults.say()
     size = len(tasks) // config.rounds if config.instructions_per_round is None else config.instructions_per_round
     if config.instructions_per_round == 0:
         return [tasks] * config.rounds
@@ -232,10 +244,11 @@ def _shares(config: RoundsConfig) -> list[list[Task]] | None:
 
 def _begin(config: RoundsConfig, shares: Sequence[Sequence[Task]] | None) -> None:
     """Makes the directory, or finds the same rounds in it to continue."""
-    settings = to_dict(config)
+    rows, derived = {}, {}
     if shares is not None and config.input is not None:
+        tasks, _ = read_tasks(config.input, config.columns, config.max_dropped_share)
+        rows["input"] = [dataclasses.asdict(task) for task in tasks]
         if config.instructions_per_round is None:
-            settings["instructions_per_round"] = len(shares[0])
-        rows = [dataclasses.asdict(task) for task in read_tasks(config.input)]  # of others the shares would overlap
-        settings["input"] = {"path": config.input, "fingerprint": rows_fingerprint(rows, config.input)}
-    begin_directory(config.output, "musc_rounds", settings, _MAY_CHANGE)
+            derived["instructions_per_round"] = len(shares[0])
+    contents = made_from({"model": config.model}, rows)  # of other instructions the shares would overlap
+    begin_directory(config.output, "musc_rounds", to_dict(config), _MAY_CHANGE, made_from=contents, derived=derived)

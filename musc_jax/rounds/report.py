@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from lm_jax.checkpoints.runs import training_records
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.generation.rounds import aligned
 
 _TRAINED = ("loss", "rewards/margins", "rewards/accuracies")
@@ -21,7 +21,7 @@ def summary(directory: str) -> dict[str, Any]:
     here = epath.Path(directory)
     counts = json.loads((here / "pairs.jsonl.counts.json").read_text())
     records = training_records(f"{directory}/train")
-    steps = [record for record in records if "loss" in record]
+    steps = [record for record in records if record.keys() >= {"pairs", *_TRAINED}]
     evaluated = [record for record in records if "eval_loss" in record][-1:]
     trained, left = dict.fromkeys(_TRAINED, 0.0), float(counts["pairs"])
     for record in reversed(steps):

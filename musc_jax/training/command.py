@@ -1,22 +1,26 @@
 """`launch.musc_train`: token-aware preference optimisation of a policy on preference rows, start to finish."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
 from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
-from lm_jax.config import FULL, ModelConfig
+from lm_jax.config import FULL, ModelConfig, PairBatch
 from lm_jax.console import say
+from lm_jax.data.batches import AuxiliaryBatch
+from lm_jax.data.packing import Example
+from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, score_program, train_program
-from lm_jax.training.job import Job, Task, TrainConfig, begin_job, open_job, run_job
-from lm_jax.training.program import StepSpec
+from lm_jax.training.objective import Objective
+from lm_jax.training.trainer import Data, TrainConfig, Trainer
 from musc_jax.training.examples import Pairs, load_pairs
 from musc_jax.training.losses import LossConfig
-from musc_jax.training.objective import given_weights, preference_objective
+from musc_jax.training.objective import preference_objective
 from musc_jax.training.reference import no_scores, reference_scores, weighted_pairs
-from musc_jax.weights.online import online_weights, responses_beside, rows_beside
+from musc_jax.weights.online import auxiliary_responses, auxiliary_rows, online_weights
 from musc_jax.weights.rules import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule, online_rule
 
 
@@ -24,6 +28,7 @@ from musc_jax.weights.rules import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule
 class MuscTrainConfig(TrainConfig):
     """`configs/musc_train.py` says what each key is for and why it has its value."""
 
+    batch: PairBatch
     reference: str | None
     weights: str
     loss: LossConfig
@@ -32,11 +37,6 @@ class MuscTrainConfig(TrainConfig):
     def __post_init__(self):
         check_rule(self.weights)
         super().__post_init__()
-        if 2 * self.max_length > self.batch.row_length:
-            raise UserError(
-                f"config.batch.row_length={self.batch.row_length} must hold a pair, 2 x config.max_length="
-                f"{2 * self.max_length} tokens; raise the one or lower the other"
-            )
 
 
 def train(config: MuscTrainConfig) -> None:
@@ -45,34 +45,55 @@ def train(config: MuscTrainConfig) -> None:
     Raises:
       UserError: anything the user can mend.
     """
-    job = open_job(config)
-    reference = open_reference(config, job)
-    train_pairs = load_pairs(config.input, job.encoder, config.weights)
-    rule = train_pairs.rule
-    eval_pairs = load_pairs(config.eval_input, job.encoder, rule) if config.eval_input else None
-    for pairs in filter(None, (train_pairs, eval_pairs)):
-        say("\n".join(pairs.report))
-    online = online_rule(rule)
-    beside, eval_beside = (
-        responses_beside(pairs, online, job) if online and pairs else None for pairs in (train_pairs, eval_pairs)
-    )
-    spec = step_spec(config, job.policy.config, rule)
-    begin_job(job, "musc_train", _method(config, rule))
-    examples, eval_examples = _examples(config, rule, job, reference, train_pairs, eval_pairs)
+    trainer = Trainer(config)
+    reference = open_reference(config, trainer)
+    pairs, auxiliary = _load(config.input, config, trainer, config.weights)
+    read, rule = [(pairs, auxiliary)], pairs.rule
+    if config.eval_input:
+        read.append(_load(config.eval_input, config, trainer, rule))
+    whole = [_all_read(*own) for own in read]
+    faults = [own.faults for own, _ in read]
+    scored_by = reference if _needs_scores(config, rule) else None
+    trainer.begin("musc_train", _method(config, rule), faults, whole, scored_by)
+    examples = _examples(config, rule, trainer, reference, [own for own, _ in read])
     say(f"weights: {rule}")
-    task = Task(
-        objective=spec.objective,
-        unit="pairs",
-        examples=examples,
-        eval_examples=eval_examples,
-        values=spec.values,
-        describe=train_pairs.name,
+    data = [
+        Data(own, pairs.name, auxiliary, (CHOSEN, REJECTED))
+        for own, (pairs, auxiliary) in zip(examples, read, strict=True)
+    ]
+    trainer.fit(
+        objective_of(config, trainer.policy.config, rule),
+        data[0],
+        data[1] if config.eval_input else None,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
-        sides=(CHOSEN, REJECTED),
-        beside=beside,
-        eval_beside=eval_beside,
     )
-    run_job(job, task)
+
+
+def _all_read(pairs: Pairs, auxiliary: AuxiliaryBatch | None) -> list[Example]:
+    """Each pair's segments, chosen then rejected, and those that travel with it."""
+    along = auxiliary.examples if auxiliary else [()] * len(pairs.segments)
+    return [
+        (*pairs.segments[i : i + 2], *(segment for example in along[i : i + 2] for segment in example))
+        for i in range(0, len(pairs.segments), 2)
+    ]
+
+
+def _needs_scores(config: MuscTrainConfig, rule: str) -> bool:
+    """Whether the reference has to score the responses."""
+    return config.loss.needs_reference or rule in RULES_ON_SCORES
+
+
+def _load(
+    path: str, config: MuscTrainConfig, trainer: Trainer, weights: str
+) -> tuple[Pairs, AuxiliaryBatch | None]:
+    """The pairs of a file, and what travels with the batches for weights that the policy computes."""
+    online, auxiliary = online_rule(weights), None
+    limits = config.columns, config.max_dropped_share
+    pairs = load_pairs(path, trainer.encoder, weights, None, *limits, last=not online)
+    if online:
+        pairs, auxiliary = auxiliary_responses(pairs, online, trainer)
+    say("\n".join(pairs.report))
+    return pairs, auxiliary
 
 
 def _method(config: MuscTrainConfig, rule: str) -> Method:
@@ -85,58 +106,61 @@ def _method(config: MuscTrainConfig, rule: str) -> Method:
     )
 
 
-def step_spec(config: MuscTrainConfig, model: ModelConfig, rule: str) -> StepSpec:
-    """What the step consists of.
+def objective_of(config: MuscTrainConfig, model: ModelConfig, rule: str) -> Objective:
+    """What is minimised.
 
     Args:
       rule: where the weights are from. Whatever is no `online` rule comes along with the batch, so that before the data
         are read `config.weights` itself will do.
     """
-    online, values = online_rule(rule), ("weights", "ref_logprobs")
-    if not online:
-        return StepSpec(preference_objective(model, config.compute, config.loss, given_weights), values)
+    if not (online := online_rule(rule)):
+        return preference_objective(model, config.compute, config.loss)
     weigh = online_weights(online, model, config.compute)
     objective = preference_objective(model, config.compute, config.loss, weigh)
-    return StepSpec(objective, values[1:], rows_beside(online, config.batch))
+    return dataclasses.replace(objective, values=("ref_logprobs",), auxiliary=auxiliary_rows(online))
 
 
 def musc_programs(config: MuscTrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
     """What `train` compiles: the step and, for a loss that reads a reference, its pass."""
-    programs = [train_program(config, model, step_spec(config, model, config.weights), mesh)]
+    programs = [train_program(config, model, objective_of(config, model, config.weights), mesh)]
     if config.loss.needs_reference:
         precision = FULL if config.reference else config.lora.base
-        programs.append(score_program(config.batch, config.compute, config.max_length, model, mesh, precision))
+        batch = config.forward_batch(mesh)
+        programs.append(score_program(batch, config.compute, config.max_length, model, mesh, precision))
     return programs
 
 
-def open_reference(config: MuscTrainConfig, job: Job) -> ModelSource:
+def open_reference(config: MuscTrainConfig, trainer: Trainer) -> ModelSource:
     """The frozen model: `config.reference`, else the policy where it starts, on a base in nf4 if the policy's is.
 
     Raises:
       UserError: none there, or one that reads other tokens or does not fit the mesh.
     """
     if not config.reference:
-        return job.policy
+        return trainer.policy
     reference = open_model(config.reference)
-    if job.policy.precision != FULL and reference.identity() == job.policy.identity():
-        return job.policy  # named or not, it is the base below the adapters
-    ours, its = job.policy.config.vocab_size, reference.config.vocab_size
+    if trainer.policy.precision != FULL and everywhere(lambda: reference.fingerprint == trainer.policy.fingerprint):
+        return trainer.policy  # named or not, it is the base below the adapters
+    ours, its = trainer.policy.config.vocab_size, reference.config.vocab_size
     if its != ours:
         raise UserError(
             f"{config.reference}: its vocabulary has {its} tokens, that of {config.model} {ours}; the reference must "
             "read the same tokens"
         )
-    param_specs(reference.config, job.mesh)  # raises where the mesh does not fit it, before anything is written
+    param_specs(reference.config, trainer.mesh)  # raises where the mesh does not fit it, before anything is written
     return reference
 
 
-def _examples(config, rule: str, job: Job, reference, train_pairs: Pairs, eval_pairs: Pairs | None):
-    """(chosen, rejected) segments with weights and reference log-probs, of the training and the evaluation pairs."""
-    segments = train_pairs.segments + (eval_pairs.segments if eval_pairs else [])
-    if config.loss.needs_reference or rule in RULES_ON_SCORES:
+def _examples(
+    config: MuscTrainConfig, rule: str, trainer: Trainer, reference: ModelSource, read: Sequence[Pairs]
+) -> Sequence[Sequence[Example]]:
+    """(chosen, rejected) segments with weights and reference log-probs, of each set of pairs."""
+    segments = [segment for pairs in read for segment in pairs.segments]
+    if _needs_scores(config, rule):
         cache = config.reference_cache or f"{config.output}/reference"
-        scores = reference_scores(segments, reference, cache, config.compute, config.batch, job.mesh)
+        batch = config.forward_batch(trainer.mesh)
+        scores = reference_scores(segments, reference, cache, config.compute, batch, trainer.mesh)
     else:
         scores = no_scores(segments)
-    examples = weighted_pairs(segments, scores, rule)
-    return examples[: len(train_pairs)], examples[len(train_pairs) :]
+    examples, first = weighted_pairs(segments, scores, rule), len(read[0])
+    return [examples[:first], examples[first:]][: len(read)]

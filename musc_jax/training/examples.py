@@ -1,44 +1,47 @@
 """Preference rows -> packed-ready pairs of segments, with a report of what was dropped and truncated."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lm_jax.data.columns import Renamed
+from lm_jax.data.faults import Faults
+from lm_jax.data.layouts import counted
 from lm_jax.data.messages import Text, messages_fault, split_arguments, with_arguments
 from lm_jax.data.packing import Segment
 from lm_jax.data.preference import PreferenceRow, check_weight_lengths, preference_rows
 from lm_jax.data.rows import read_rows
 from lm_jax.data.shares import encode_rows
-from lm_jax.data.text import EncodedResponse, TextEncoder, checked
+from lm_jax.data.text import EncodedResponse, TextEncoder, attempt
 from lm_jax.errors import UserError
 from musc_jax.weights.rules import AUTO, CHOSEN, FROM_COLUMNS, FROM_STORE, REJECTED
 from musc_jax.weights.stored import COLUMN, pair_fingerprint, stored_fields
 
+Choose = Callable[[int], Sequence[int]]  # number of pairs -> which of them, ascending
+
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Encoded preference pairs.
+class PairRows:
+    """Preference pairs of a file before they are encoded.
 
     Attributes:
-      rows: the rows they came from, in their order.
+      rows: those that are taken.
       columns: the same rows as they were read, every column.
-      segments: 2 a pair, chosen then rejected.
-      full_lengths: tokens of each segment's response before truncation.
-      rule: what the weights are, `auto` resolved.
       path: the file that they are from; `where` is its name.
-      name: how a user finds pair i.
+      faults: what is wrong with rows of the file.
+      total: rows of the file.
       report: lines that say how many rows were read, dropped, truncated, and how long they are.
     """
 
     rows: list[PreferenceRow]
     columns: list[Mapping[str, Any]]
-    segments: list[Segment]
-    full_lengths: list[int]
-    rule: str
     path: str
+    faults: Faults
+    total: int
     report: list[str]
 
     @property
@@ -46,12 +49,51 @@ class Pairs:
         return _name(self.path)
 
     def name(self, i: int) -> str:
+        """How a user finds pair i."""
         return f"{self.where} row {self.rows[i].row}"
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def stored(self) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    def check(self) -> None:
+        """Once all was looked at that may be wrong with a row.
+
+        Raises:
+          UserError: too many rows are faulty, or no pair is left.
+        """
+        self.faults.check(self.total)
+        if not self.rows:
+            raise UserError(f"{self.path}: no pairs left ({self.report[0]}); give pairs that differ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(PairRows):
+    """Encoded preference pairs.
+
+    Attributes:
+      segments: 2 a pair, chosen then rejected.
+      full_lengths: tokens of each segment's response before truncation.
+      rule: what the weights are, `auto` resolved.
+    """
+
+    segments: list[Segment]
+    full_lengths: list[int]
+    rule: str
+
+    def sound(self, *columns: Sequence[Any]) -> "tuple[Pairs, list[list[Any]]]":
+        """The pairs that have no fault so far, and of each of `columns`, with an item for each pair, theirs."""
+        kept = [i for i, row in enumerate(self.rows) if row.row not in self.faults.rows]
+        both = [k for i in kept for k in (2 * i, 2 * i + 1)]
+        pairs = dataclasses.replace(
+            self,
+            rows=[self.rows[i] for i in kept],
+            columns=[self.columns[i] for i in kept],
+            segments=[self.segments[k] for k in both],
+            full_lengths=[self.full_lengths[k] for k in both],
+        )
+        return pairs, [[column[i] for i in kept] for column in columns]
+
+    def stored(self) -> list[dict[str, tuple[np.ndarray, np.ndarray]] | UserError]:
         """All that the rows' store has of each pair; see `stored_fields`. For pairs whose weights are from a store."""
         sides = list(zip(self.segments[::2], self.segments[1::2], strict=True))
         return stored_fields(
@@ -64,69 +106,88 @@ class Pairs:
         )
 
 
-Choose = Callable[[int], Sequence[int]]  # number of pairs -> which of them, ascending
-
-
-def read_pairs(path: str, choose: Choose | None = None) -> tuple[list[PreferenceRow], list[Mapping[str, Any]], str]:
-    """The pairs of a file, all columns of each one's row, and a line that says how many rows were dropped.
+def read_pairs(
+    path: str, choose: Choose | None = None, columns: str = "", max_dropped_share: float | None = None
+) -> PairRows:
+    """The pairs of a file, those with a fault left out; the caller has to `check` how many they are.
 
     Args:
       choose: of the pairs that are not dropped those to take; None: all.
+      columns: as `columns.Renamed` has them.
+      max_dropped_share: see `Faults`.
 
     Raises:
-      UserError: no readable preference rows, or none left.
+      UserError: no readable preference rows.
     """
-    read = read_rows(path)
-    data = preference_rows(read, _name(path))
-    if not data.rows:
-        raise UserError(f"{path}: no pairs left, all dropped ({_counts(data.dropped)}); give pairs that differ")
+    read = read_rows(path, renamed=columns)
+    faults = Faults(_name(path), max_dropped_share)
+    data = preference_rows(read, _name(path), faults, tuple(Renamed(columns).names))
     rows = data.rows if choose is None else [data.rows[i] for i in choose(len(data.rows))]
     said = f"{_name(path)}: {len(read)} rows read, {len(data.rows)} pairs kept"
     if data.dropped:
-        said += f", dropped: {_counts(data.dropped)}"
+        said += f", dropped: {counted(data.dropped)}"
     if len(rows) < len(data.rows):
         said += f"; {len(rows)} of the pairs taken"
-    return rows, [read[row.row] for row in rows], said
+    said += f"; read as {data.read_as}"
+    return PairRows(rows, [read[row.row] for row in rows], path, faults, len(read), [said])
 
 
-def load_pairs(path: str, encoder: TextEncoder, weights: str, choose: Choose | None = None) -> Pairs:
-    """Reads and encodes preference rows.
+def load_pairs(
+    path: str,
+    encoder: TextEncoder,
+    weights: str,
+    choose: Choose | None = None,
+    columns: str = "",
+    max_dropped_share: float | None = None,
+    last: bool = True,
+) -> Pairs:
+    """Reads and encodes preference rows; those with a fault are left out.
 
     Args:
       weights: a rule's name, `columns`, `store`, `store:RULE` or `auto`. Where the rows' own token scores, or those
         of a store that they point at, are to be used they must fit the tokens; they become the segments' `weights`.
-      choose: see `read_pairs`; the rows that are not taken are not encoded either.
+      choose, columns, max_dropped_share: see `read_pairs`; the rows that are not taken are not encoded either.
+      last: nothing more is looked at, so that the pairs are checked here.
 
     Raises:
-      UserError: naming the file or row and the cure.
+      UserError: naming the file, or its faulty rows, and the cure.
     """
-    rows, columns, said = read_pairs(path, choose)
-    where = _name(path)
-    prompts, responses, wheres = [], [], []
-    for row in rows:
-        for side, response in ((CHOSEN, row.chosen), (REJECTED, row.rejected)):
-            prompts.append(row.prompt)
-            responses.append(response)
-            wheres.append(f"{where} row {row.row} ({side})")
-    encoded = checked(encode_rows(encoder, prompts, responses, wheres))
-    segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
-    lengths = np.array([len(s) for s in segments])
+    found = read_pairs(path, choose, columns, max_dropped_share)
+    rows, faults, where = found.rows, found.faults, found.where
+    numbers = [row.row for row in rows]
+    encoded: list[list[EncodedResponse | None]] = []
+    for side in (CHOSEN, REJECTED):
+        names = [f"{where} row {number} ({side})" for number in numbers]
+        texts = encode_rows(encoder, [row.prompt for row in rows], [getattr(row, side) for row in rows], names)
+        encoded.append(faults.sound(numbers, texts))
+    kept = [(i, *both) for i, both in enumerate(zip(*encoded, strict=True)) if None not in both]
+    whole = [text for _, *both in kept for text in both if text is not None]
+    rows, given = [rows[i] for i, *_ in kept], [found.columns[i] for i, *_ in kept]
+    lengths = np.array([len(t.prompt_ids) + len(t.response_ids) for t in whole] or [0])
     report = [
-        said,
+        *found.report,
         f"{where}: sequences of {lengths.min()} to {lengths.max()} tokens, median {int(np.median(lengths))}; "
-        f"{sum(e.truncated for e in encoded)} of {len(segments)} responses truncated to config.max_length",
+        f"{sum(t.truncated for t in whole)} of {len(whole)} responses truncated to config.max_length",
     ]
-    rule = rule_for(weights, rows, columns)
-    pairs = Pairs(rows, columns, segments, [e.full_length for e in encoded], rule, path, report)
+    segments = [Segment(t.prompt_ids, t.response_ids) for t in whole]
+    rule = rule_for(weights, rows, given)
+    pairs = Pairs(rows, given, path, faults, found.total, report, segments, [t.full_length for t in whole], rule)
     if rule.startswith(FROM_STORE):
-        found = [next(iter(fields.values())) for fields in pairs.stored()]
+        pairs = _weighed(pairs, [v if isinstance(v, UserError) else next(iter(v.values())) for v in pairs.stored()])
     elif rule == FROM_COLUMNS:
-        found = [_own_scores(*row, where) for row in zip(rows, encoded[::2], encoded[1::2], strict=True)]
-    else:
-        return pairs
+        sides = zip(rows, whole[::2], whole[1::2], strict=True)
+        pairs = _weighed(pairs, [attempt(_own_scores, *row, where) for row in sides])
+    if last:
+        pairs.check()
+    return pairs
+
+
+def _weighed(pairs: Pairs, found: Sequence[tuple[np.ndarray, np.ndarray] | UserError]) -> Pairs:
+    """The pairs whose weights, of (chosen, rejected), were found, with these."""
+    pairs, (sides,) = pairs.sound(pairs.faults.sound([row.row for row in pairs.rows], found))
     weighed = [
         Segment(s.prompt, s.response, {"weights": values[: len(s.response)]})
-        for s, values in zip(segments, (values for sides in found for values in sides), strict=True)
+        for s, values in zip(pairs.segments, itertools.chain.from_iterable(sides), strict=True)
     ]
     return dataclasses.replace(pairs, segments=weighed)
 
@@ -172,7 +233,3 @@ def rule_for(weights: str, rows: Sequence[PreferenceRow], columns: Sequence[Mapp
 
 def _name(path: str) -> str:
     return os.path.basename(path.rstrip("/"))
-
-
-def _counts(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n)

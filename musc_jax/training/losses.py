@@ -21,7 +21,7 @@ class LossConfig:
     beta: float  # strength of the pull to the reference; IPO's tau; SimPO's beta
     label_smoothing: float  # share of pairs assumed mislabelled (sigmoid: conservative DPO; robust: unbiased)
     simpo_gamma: float  # SimPO's target margin
-    nll_weight: float  # weight of the mean negative log-likelihood of the chosen response
+    nll_weight: float  # of the chosen responses' mean negative log-likelihood a token, without token weights (TRL: sft)
 
     def __post_init__(self):
         if self.kind not in KINDS:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.models.forward import packed_logprobs
-from lm_jax.training.step import Batch, Objective, Sums
+from lm_jax.training.objective import Batch, Objective, Sums
 from musc_jax.training.losses import LossConfig, preference_loss, segment_sums
 
 
@@ -30,13 +30,14 @@ def preference_objective(
 
     Batches are those of `fill_rows` with two segments an example (chosen, rejected), the value `ref_logprobs` and what
     `weigh` makes the weights [B, T] of. Metrics carry TRL's names: rewards are beta times r, `logps/*` plain sums, all
-    means over pairs.
+    means over pairs. With `loss.nll_weight` the mean of -log pi over the chosen responses' tokens is added, as TRL's
+    `sft` loss beside another one (once `rpo_alpha`): every token counts 1 there, whatever its weight.
     """
 
     def count(batch: Batch) -> Sums:
         return {
-            "pairs": jnp.sum(batch["example_ids"] >= 0).astype(jnp.float32),
-            "chosen_tokens": jnp.sum(batch["loss_mask"] * (batch["segment_ids"] % 2 == 1)),
+            "pairs": (batch["example_ids"] >= 0).sum().astype(jnp.float32),
+            "chosen_tokens": (batch["loss_mask"] * (batch["segment_ids"] % 2 == 1)).sum(),
         }
 
     def contributions(params, batch: Batch, totals: Sums):
@@ -47,7 +48,7 @@ def preference_objective(
             return segment_sums(values, batch["segment_ids"], ids.shape[1]).reshape(-1, 2)
 
         mask, weights = batch["loss_mask"], weigh(params, batch)
-        weighted = sums(weights * logprobs)
+        plain, weighted = sums(logprobs), sums(weights * logprobs)
         # The difference is formed token by token: a policy equal to its reference then gives 0, not the rounding of
         # two long sums.
         logratios = sums(weights * (logprobs - batch["ref_logprobs"])) if loss.needs_reference else weighted
@@ -57,7 +58,7 @@ def preference_objective(
         num_pairs, num_chosen = jnp.maximum(totals["pairs"], 1), jnp.maximum(totals["chosen_tokens"], 1)
         total = jnp.sum(losses) / num_pairs
         rewards = jax.lax.stop_gradient(loss.beta * logratios)
-        logps = jax.lax.stop_gradient(sums(logprobs))
+        logps = jax.lax.stop_gradient(plain)
 
         def mean(values):
             return jnp.sum(jnp.where(present, values, 0.0)) / num_pairs
@@ -72,10 +73,10 @@ def preference_objective(
             "pairs": totals["pairs"] * mean(1.0),
         }
         if loss.nll_weight:
-            nll = -jnp.sum(jnp.where(present, weighted[:, 0], 0.0)) / num_chosen
+            nll = -jnp.sum(jnp.where(present, plain[:, 0], 0.0)) / num_chosen
             total += loss.nll_weight * nll
             metrics["nll_loss"] = nll
         bad = jnp.max(jnp.where(jnp.isfinite(losses), -1, ids.reshape(-1)))
         return total, metrics, bad
 
-    return Objective(count, contributions, compute.dtype)
+    return Objective(count, contributions, ("weights", "ref_logprobs"), dtype=compute.dtype)

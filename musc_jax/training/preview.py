@@ -1,15 +1,14 @@
 """`launch.musc_train --preview=N`: the first pairs as training sees them, and nothing trained or written."""
 
-import dataclasses
-
 import jax
 import numpy as np
 
+from lm_jax.config import BatchConfig
 from lm_jax.console import say
 from lm_jax.scoring.cached_scores import FIELDS
 from lm_jax.scoring.scoring import score
-from lm_jax.training.job import open_job
-from lm_jax.training.preview import print_examples, with_values
+from lm_jax.training.preview import print_examples, template_note, with_values
+from lm_jax.training.trainer import Trainer
 from musc_jax.training.command import MuscTrainConfig, open_reference
 from musc_jax.training.examples import load_pairs
 from musc_jax.training.reference import no_scores, weighted_pairs
@@ -24,10 +23,12 @@ def preview(config: MuscTrainConfig, number: int) -> None:
     Raises:
       UserError: as `train`, as far as it concerns settings and these rows.
     """
-    job = open_job(config)
-    reference = open_reference(config, job)
-    pairs = load_pairs(config.input, job.encoder, config.weights, lambda pairs: range(min(number, pairs)))
+    trainer = Trainer(config)
+    reference = open_reference(config, trainer)
+    options = lambda n: range(min(number, n)), config.columns, 1.0  # noqa: E731
+    pairs = load_pairs(config.input, trainer.encoder, config.weights, *options)
     say("\n".join(pairs.report))
+    pairs.faults.say()
     if online_rule(pairs.rule):
         say(f"weights: {pairs.rule}; the policy computes them in every step, so they are not shown")
         values: tuple[str, ...] = ()
@@ -35,27 +36,27 @@ def preview(config: MuscTrainConfig, number: int) -> None:
         scored = pairs.rule in RULES_ON_SCORES
         say(f"weights: {pairs.rule}" + (", of the reference's scores of these rows" if scored else ""))
         values = ("weights", "ref_logprobs") if scored else ("weights",)
-    scores = _scores(pairs.segments, reference, job) if pairs.rule in RULES_ON_SCORES else no_scores(pairs.segments)
+    scores = _scores(pairs.segments, reference, trainer) if pairs.rule in RULES_ON_SCORES else no_scores(pairs.segments)
     examples = weighted_pairs(pairs.segments, scores, pairs.rule)
     if jax.process_index() == 0:
         print_examples(
             [
                 (
-                    f"{pairs.name(i)} ({pairs.rows[i].id})",
+                    f"{pairs.name(i)} ({pairs.rows[i].id})" + template_note(trainer.tokenizer, pairs.rows[i].prompt),
                     [with_values(segment, values) for segment in example],
                     list(zip((CHOSEN, REJECTED), pairs.full_lengths[2 * i : 2 * i + 2], strict=True)),
                 )
                 for i, example in enumerate(examples)
             ],
-            job.tokenizer,
+            trainer.tokenizer,
             values,
         )
 
 
-def _scores(segments, reference, job) -> dict[str, list[np.ndarray]]:
+def _scores(segments, reference, trainer) -> dict[str, list[np.ndarray]]:
     """As `reference_scores`, of a few rows and without a cache: in batches as small as the mesh allows."""
-    config, mesh = job.config, job.mesh
-    batch = dataclasses.replace(config.batch, rows=mesh.shape["data"] * mesh.shape["fsdp"], microbatches=1)
+    config, mesh = trainer.config, trainer.mesh
+    batch = BatchConfig(rows=1, row_length=config.row_length)  # of each device
     found: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.float32)] * len(segments) for name in FIELDS}
     params = reference.load_params(mesh, "float32")
     for scores in score(params, segments, reference.config, config.compute, batch, mesh):

@@ -12,6 +12,7 @@ from lm_jax.checkpoints.runs import ModelSource
 from lm_jax.config import BatchConfig, ComputeConfig
 from lm_jax.console import Progress
 from lm_jax.data.packing import Segment
+from lm_jax.distributed.processes import everywhere
 from lm_jax.scoring.cached_scores import FIELDS, cached_scores, scores_key
 from lm_jax.scoring.scoring import score
 from musc_jax.weights.rules import FULL, RULES, ResponseScores
@@ -45,7 +46,8 @@ def reference_scores(
         seen.append((time.perf_counter(), done))
         progress[0].update(done, {})
 
-    scores = cached_scores(cache, scores_key(segments, reference.fingerprint(), compute.dtype), segments, scorer, show)
+    model = everywhere(lambda: f"{reference.fingerprint} {reference.precision}", "the reference's fingerprint")
+    scores = cached_scores(cache, scores_key(segments, model, compute.dtype), segments, scorer, show)
     if seen and jax.process_index() == 0:
         progress[0].close()
         seconds, first = seen[-1][0] - seen[0][0], seen[min(1, len(seen) - 1)][0] - seen[0][0]

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,19 +14,22 @@ from lm_jax.checkpoints.buckets import is_remote
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
 from lm_jax.console import Progress, say
+from lm_jax.data.columns import RowKeys
+from lm_jax.data.faults import write_faults
 from lm_jax.data.messages import Text
-from lm_jax.data.order import check_batch
 from lm_jax.data.packing import Example, Segment, example_lengths
+from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.rows import check_file_output, check_not_input, write_jsonl
 from lm_jax.data.score_store import ScoreStore
 from lm_jax.data.shares import encode_prompts
-from lm_jax.data.text import TextEncoder, checked
+from lm_jax.data.text import TextEncoder, attempt
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer, tokenizer_fingerprint
 from lm_jax.distributed.processes import barrier, everywhere, process_0_first
 from lm_jax.errors import UserError
 from lm_jax.models.decoder import check_compute
 from lm_jax.scoring.contexts import Contrast, contrast
 from lm_jax.sharding import make_mesh
+from lm_jax.strict_json import dumps
 from musc_jax.training.examples import Pairs, load_pairs, perturbed_prompt
 from musc_jax.weights.rules import (
     CHOSEN,
@@ -47,7 +50,7 @@ _SUMMED = 4096  # responses read together for the table at the end
 
 
 @dataclasses.dataclass(frozen=True)
-class WeighConfig:
+class WeighConfig(RowKeys):
     """`configs/musc_token_weights.py` says what each key is for."""
 
     addresses: ClassVar = ("output",)
@@ -67,6 +70,7 @@ class WeighConfig:
     compute: ComputeConfig
 
     def __post_init__(self):
+        super().__post_init__()
         parse_rules(self.rules)
         if self.max_length < 2:
             raise UserError(f"config.max_length: must be at least 2, got {self.max_length}")
@@ -82,7 +86,6 @@ def weigh_rows(config: WeighConfig) -> None:
     """
     rules = parse_rules(config.rules)
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     check_compute(config.compute)
     check_file_output(config.output)
     check_not_input(config.output, config.input)
@@ -90,12 +93,22 @@ def weigh_rows(config: WeighConfig) -> None:
     param_specs(source.config, mesh)
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size, config.chat_template_kwargs)
     encoder = TextEncoder(tokenizer, config.max_length, end_token_ids(source.directory, tokenizer))
-    pairs = load_pairs(config.input, encoder, "uniform")
+    pairs = load_pairs(config.input, encoder, "uniform", None, config.columns, config.max_dropped_share, last=False)
     contexts = contexts_of(rules)
-    perturbed = perturbed_prompts(pairs, rules) if PERTURBED in contexts else None
-    examples = response_examples(pairs, contexts, perturbed, encoder, tokenizer)
-    _check_fit(pairs, examples, config.batch.row_length)
+
+    def too_long(two: Sequence[Example]) -> str | None:
+        longest = int(example_lengths(two).max())
+        if longest <= config.batch.row_length:
+            return None
+        return (
+            f"a response under {len(contexts)} prompts takes {longest} tokens and a row holds "
+            f"{config.batch.row_length}; raise config.batch.row_length or lower config.max_length"
+        )
+
+    pairs, perturbed, examples = in_contexts(pairs, rules, encoder, tokenizer, too_long)
     say("\n".join(pairs.report))
+    dropped = f"{config.output}.dropped.jsonl"
+    pairs.faults.say(dropped)
     same = sum(row.prompt == other for row, other in zip(pairs.rows, perturbed or [], strict=perturbed is not None))
     if same:
         say(
@@ -110,54 +123,81 @@ def weigh_rows(config: WeighConfig) -> None:
     store = process_0_first(lambda: ScoreStore.create_or_open(where, key, lengths, fields), "the store of weights")
     _fill(store, pairs, examples, contexts, rules, config, source, mesh)
     if jax.process_index() == 0:
+        write_faults(dropped, [pairs.faults])
         write_jsonl(config.output, _rows(pairs, store, rules[0], config.output))
         tokens = int(store.lengths.sum())
-        report = {"rows": len(pairs), "tokens": tokens, "same_prompts": same, "store": store.path}
+        report: dict[str, Any] = {"rows": len(pairs), "faulty": len(pairs.faults.rows), "tokens": tokens}
+        report |= {"same_prompts": same, "store": store.path}
         report |= {"output": config.output, "weights": _summary(store, rules)}
         if not is_remote(store.path):
             report["store_bytes_per_token"] = round(_bytes(store.path) / max(tokens, 1) / len(fields), 3)
-        print(json.dumps(report))
+        print(dumps(report))
 
 
-def perturbed_prompts(pairs: Pairs, rules: Sequence[str]) -> list[Text]:
-    """The rows' `perturbed_prompt`, in their prompts' form: beside messages a string is the last user message.
+def in_contexts(
+    pairs: Pairs,
+    rules: Sequence[str],
+    encoder: TextEncoder,
+    tokenizer: Any,
+    fault: Callable[[Sequence[Example]], str | None],
+) -> tuple[Pairs, list[Text] | None, list[Example]]:
+    """(the pairs, their perturbed prompts where a rule reads them, each response under each context: one segment a
+    context, and 2 responses a pair), without the pairs that have a fault, which are checked here.
+
+    The response's tokens are those that training sees, cut where the full instruction and it reach max_length, under
+    every context: so weights line up, and under a longer instruction the sequence may be longer than max_length.
+
+    Args:
+      pairs: as `load_pairs` gives them while more is looked at.
+      fault: what is wrong with the two examples of a pair, if anything.
+
+    Raises:
+      UserError: as `PairRows.check`.
+    """
+    contexts, perturbed, prompts = contexts_of(rules), None, {}
+    if PERTURBED in contexts:
+        names = [f"{pairs.name(i)} (perturbed_prompt)" for i in range(len(pairs))]
+        rows = zip(pairs.rows, pairs.columns, strict=True)
+        found = [attempt(perturbed_of, row, own, rules, pairs.name(i)) for i, (row, own) in enumerate(rows)]
+        pairs, (perturbed, names) = pairs.sound(pairs.faults.sound(_numbers(pairs), found), names)
+        ids = pairs.faults.sound(_numbers(pairs), encode_prompts(encoder, perturbed, names))
+        pairs, (perturbed, prompts[PERTURBED]) = pairs.sound(perturbed, ids)
+    prompts[FULL] = [s.prompt for s in pairs.segments[::2]]
+    if NONE in contexts:
+        empty = {form: no_prompt(encoder, tokenizer, form) for form in {type(row.prompt) for row in pairs.rows}}
+        prompts[NONE] = [empty[type(row.prompt)] for row in pairs.rows]
+    examples = [
+        tuple(Segment(prompts[context][i // 2], segment.response) for context in contexts)
+        for i, segment in enumerate(pairs.segments)
+    ]
+    both = list(zip(examples[::2], examples[1::2], strict=True))
+    for i, two in enumerate(both):
+        if said := fault(two):
+            pairs.faults.add(pairs.rows[i].row, f"{pairs.name(i)}: {said}")
+    pairs, (both, *others) = pairs.sound(both, *([] if perturbed is None else [perturbed]))
+    pairs.check()
+    return pairs, others[0] if others else None, [example for two in both for example in two]
+
+
+def _numbers(pairs: Pairs) -> list[int]:
+    return [row.row for row in pairs.rows]
+
+
+def perturbed_of(row: PreferenceRow, columns: Mapping[str, Any], rules: Sequence[str], name: str) -> Text:
+    """The row's `perturbed_prompt`, in its prompt's form: beside messages a string is the last user message.
 
     Raises:
       UserError: missing, or of another form.
     """
-    found: list[Text] = []
-    for i, (row, columns) in enumerate(zip(pairs.rows, pairs.columns, strict=True)):
-        value = columns.get("perturbed_prompt")
-        if value is None:
-            needing = next(rule for rule in rules if PERTURBED in WEIGHING_RULES[rule].contexts)
-            without = ", ".join(name for name, rule in WEIGHING_RULES.items() if PERTURBED not in rule.contexts)
-            raise UserError(
-                f"{pairs.name(i)}: column 'perturbed_prompt' is missing, which the rule {needing} contrasts the prompt "
-                f"with; add it, or choose a rule among {without}"
-            )
-        found.append(perturbed_prompt(row.prompt, value, pairs.name(i)))
-    return found
-
-
-def response_examples(
-    pairs: Pairs, contexts: Sequence[str], perturbed: Sequence[Text] | None, encoder: TextEncoder, tokenizer: Any
-) -> list[Example]:
-    """Each response (2 a pair, chosen then rejected) under each context: one segment a context.
-
-    The response's tokens are those that training sees, cut where the full instruction and it reach max_length, under
-    every context: so weights line up, and under a longer instruction the sequence may be longer than max_length.
-    """
-    prompts: dict[str, list[np.ndarray]] = {FULL: [s.prompt for s in pairs.segments[::2]]}
-    if perturbed is not None:
-        names = [f"{pairs.name(i)} (perturbed_prompt)" for i in range(len(pairs))]
-        prompts[PERTURBED] = checked(encode_prompts(encoder, perturbed, names))
-    if NONE in contexts:
-        empty = {form: no_prompt(encoder, tokenizer, form) for form in {type(row.prompt) for row in pairs.rows}}
-        prompts[NONE] = [empty[type(row.prompt)] for row in pairs.rows]
-    return [
-        tuple(Segment(prompts[context][i // 2], segment.response) for context in contexts)
-        for i, segment in enumerate(pairs.segments)
-    ]
+    value = columns.get("perturbed_prompt")
+    if value is None:
+        needing = next(rule for rule in rules if PERTURBED in WEIGHING_RULES[rule].contexts)
+        without = ", ".join(key for key, rule in WEIGHING_RULES.items() if PERTURBED not in rule.contexts)
+        raise UserError(
+            f"{name}: column 'perturbed_prompt' is missing, which the rule {needing} contrasts the prompt "
+            f"with; add it, or choose a rule among {without}"
+        )
+    return perturbed_prompt(row.prompt, value, name)
 
 
 def no_prompt(encoder: TextEncoder, tokenizer: Any, form: type) -> np.ndarray:
@@ -191,7 +231,7 @@ def store_key(
         "rules": list(rules),
         "tokens": digest.hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": source.fingerprint(),
+        "model": everywhere(lambda: source.fingerprint, "the model's fingerprint"),
         "dtype": config.compute.dtype,
     }
     if perturbed is not None:
@@ -266,17 +306,6 @@ def _score_fields(contexts: Sequence[str]) -> list[str]:
 
 def _raw_scores(scores: Contrast, contexts: Sequence[str]) -> dict[str, np.ndarray]:
     return dict(zip(_score_fields(contexts), [*scores.logprobs, *scores.entropies], strict=True))
-
-
-def _check_fit(pairs: Pairs, examples: Sequence[Example], row_length: int) -> None:
-    lengths = example_lengths(examples)
-    if lengths.max() > row_length:
-        worst = int(lengths.argmax())
-        raise UserError(
-            f"{pairs.name(worst // 2)} ({_SIDES[worst % 2]}): the response under {len(examples[worst])} prompts takes "
-            f"{lengths[worst]} tokens and a row holds {row_length}; raise config.batch.row_length or lower "
-            "config.max_length"
-        )
 
 
 def _rows(pairs: Pairs, store: ScoreStore, rule: str, output: str) -> Iterator[Mapping[str, Any]]:

@@ -10,46 +10,51 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from lm_jax.config import BatchConfig, ComputeConfig, ModelConfig
-from lm_jax.data.order import Beside
+from lm_jax.config import ComputeConfig, ModelConfig
+from lm_jax.data.batches import AuxiliaryBatch
 from lm_jax.data.packing import Example, example_lengths
-from lm_jax.errors import UserError
 from lm_jax.models.lora import without_dropout
 from lm_jax.scoring.contexts import packed_contrast
-from lm_jax.training.job import Job
-from lm_jax.training.step import Batch
+from lm_jax.training.objective import Batch
+from lm_jax.training.trainer import Trainer
 from musc_jax.training.examples import Pairs
 from musc_jax.training.losses import segment_sums
-from musc_jax.weights.command import perturbed_prompts, response_examples
-from musc_jax.weights.rules import PERTURBED, WEIGHING_RULES, ResponseScores
+from musc_jax.weights.command import in_contexts
+from musc_jax.weights.rules import WEIGHING_RULES, ResponseScores
 
 _NAME = "weigh"
 
 
-def responses_beside(pairs: Pairs, rule: str, job: Job) -> Beside:
-    """What the batches carry so that `online_weights` can weigh them.
+def auxiliary_responses(pairs: Pairs, rule: str, trainer: Trainer) -> tuple[Pairs, AuxiliaryBatch]:
+    """The pairs without those that have a fault, and what the batches carry so that `online_weights` can weigh them.
+
+    A fault is a missing perturbed prompt where the rule needs it, or one so long that the contexts fit no row.
+
+    Args:
+      pairs: as `load_pairs` gives them while more is looked at.
 
     Raises:
-      UserError: no perturbed prompt where the rule needs it, or one so long that the responses' contexts fit no row.
+      UserError: as `PairRows.check`.
     """
-    contexts = WEIGHING_RULES[rule].contexts
-    perturbed = perturbed_prompts(pairs, (rule,)) if PERTURBED in contexts else None
-    examples = response_examples(pairs, contexts, perturbed, job.encoder, job.tokenizer)
-    beside = rows_beside(rule, job.config.batch, examples)
-    row_length = beside.row_length
-    lengths = example_lengths(examples).reshape(-1, 2).sum(axis=1)
-    if lengths.max() > row_length:
-        worst = int(lengths.argmax())
-        raise UserError(
-            f"{pairs.name(worst)}: both responses under {len(contexts)} prompts take {lengths[worst]} tokens and "
-            f"{len(contexts)} rows hold {row_length}; raise config.batch.row_length or lower config.max_length"
+    number = len(WEIGHING_RULES[rule].contexts)
+    most = number * trainer.config.row_length
+
+    def too_long(two: Sequence[Example]) -> str | None:
+        length = int(example_lengths(two).sum())
+        if length <= most:
+            return None
+        return (
+            f"both responses under {number} prompts take {length} tokens and {number} rows hold {most}; shorten its "
+            "perturbed_prompt or raise config.max_length"
         )
-    return beside
+
+    pairs, _, examples = in_contexts(pairs, (rule,), trainer.encoder, trainer.tokenizer, too_long)
+    return pairs, auxiliary_rows(rule, examples)
 
 
-def rows_beside(rule: str, batch: BatchConfig, examples: Sequence[Example] = ()) -> Beside:
-    """The rows that go along with those of `batch`: of both responses of a pair under every context of the rule."""
-    return Beside(_NAME, examples, 2, len(WEIGHING_RULES[rule].contexts) * batch.row_length)
+def auxiliary_rows(rule: str, examples: Sequence[Example] = ()) -> AuxiliaryBatch:
+    """The rows that travel with a batch's: both responses of each pair under every context of the rule."""
+    return AuxiliaryBatch(_NAME, examples, 2, len(WEIGHING_RULES[rule].contexts))
 
 
 def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Callable[[dict, Batch], jax.Array]:
@@ -57,9 +62,9 @@ def online_weights(rule: str, model: ModelConfig, compute: ComputeConfig) -> Cal
     weighing = WEIGHING_RULES[rule]
 
     def weigh(params: dict, batch: Batch) -> jax.Array:
-        beside = {k.removeprefix(f"{_NAME}/"): v for k, v in batch.items() if k.startswith(f"{_NAME}/")}
+        auxiliary = {k.removeprefix(f"{_NAME}/"): v for k, v in batch.items() if k.startswith(f"{_NAME}/")}
         params = jax.lax.stop_gradient(without_dropout(params))
-        scores = packed_contrast(params, beside, model, compute, len(weighing.contexts), weighing.divergences)
+        scores = packed_contrast(params, auxiliary, model, compute, len(weighing.contexts), weighing.divergences)
         mask, segment_ids = batch["loss_mask"] > 0, batch["segment_ids"]
         at = jnp.cumsum(mask, axis=1) - 1
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lm_jax.data.messages import Text
 from lm_jax.data.score_store import ScoreStore
+from lm_jax.data.text import attempt
 from lm_jax.errors import UserError
 from musc_jax.weights.rules import FROM_STORE, WEIGHING_RULES
 
@@ -51,8 +52,11 @@ def stored_fields(
     names: Sequence[str],
     path: str,
     weights: str,
-) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+) -> list[dict[str, tuple[np.ndarray, np.ndarray]] | UserError]:
     """All that the stores hold of each pair: field -> (chosen [R], rejected [R]) float32, first the rule asked for.
+
+    In a pair's place what is wrong with it: it points nowhere, at another store than there is, at one without the rule,
+    or at weights that were made for other tokens.
 
     Args:
       columns: the rows as read from `path`.
@@ -63,41 +67,52 @@ def stored_fields(
       weights: `store`, or `store:RULE`.
 
     Raises:
-      UserError: a row that points nowhere, at another store than there is, at one without the rule, or at weights that
-        were made for other tokens.
+      UserError: no such store.
     """
     asked = weights.removeprefix(FROM_STORE).removeprefix(":") or None
-    pointers = [_pointer(row.get(COLUMN), name, weights) for row, name in zip(columns, names, strict=True)]
-    found: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{}] * len(columns)
-    for where in dict.fromkeys(pointer["store"] for pointer in pointers):
+    pointers = [attempt(_pointer, row.get(COLUMN), name, weights) for row, name in zip(columns, names, strict=True)]
+    found: list[Any] = list(pointers)
+    for where in dict.fromkeys(pointer["store"] for pointer in pointers if isinstance(pointer, Mapping)):
         store = ScoreStore.open(where if "://" in where or os.path.isabs(where) else _base(path) + where)
         digest = key_digest(store.key)
-        mine = [i for i, pointer in enumerate(pointers) if pointer["store"] == where]
-        for i in mine:
-            pointer, rule = pointers[i], asked or pointers[i]["rule"]
-            if pointer["key"] != digest or not 0 <= pointer["row"] < len(store.lengths) // 2:
-                raise UserError(
-                    f"{names[i]}: the store {store.path} is not the one that the row's weights were written to; run "
-                    "launch.musc_token_weights again"
-                )
-            if rule not in store.fields:
-                has = [field for field in store.fields if field in WEIGHING_RULES]
-                raise UserError(
-                    f"{names[i]}: the store {store.path} has no weights of {rule}; it has {', '.join(has)}: choose "
-                    f"config.weights={FROM_STORE} or {FROM_STORE}:RULE of these, or weigh with config.rules={rule}"
-                )
-            there = tuple(int(n) for n in store.lengths[2 * pointer["row"] : 2 * pointer["row"] + 2])
-            if pointer["tokens"] != fingerprints[i] or there != tuple(lengths[i]):
-                raise UserError(
-                    f"{names[i]}: its weights in {store.path} were made for other texts, another tokenizer or another "
-                    f"config.max_length ({there[0]} and {there[1]} tokens there, {lengths[i][0]} and {lengths[i][1]} "
-                    "here); run launch.musc_token_weights again on these rows with this model and max_length"
-                )
-        values = store.read([2 * pointers[i]["row"] + side for i in mine for side in (0, 1)])
-        for k, i in enumerate(mine):
-            first = asked or pointers[i]["rule"]
+        mine: list[tuple[int, Mapping[str, Any]]] = []
+        for i, pointer in enumerate(pointers):
+            if isinstance(pointer, Mapping) and pointer["store"] == where:
+                fault = _pointer_fault(pointer, store, digest, asked, fingerprints[i], tuple(lengths[i]))
+                if fault is None:
+                    mine.append((i, pointer))
+                else:
+                    found[i] = UserError(f"{names[i]}: {fault}")
+        values = store.read([2 * pointer["row"] + side for _, pointer in mine for side in (0, 1)])
+        for k, (i, pointer) in enumerate(mine):
+            first = asked or pointer["rule"]
             found[i] = {f: (values[f][2 * k], values[f][2 * k + 1]) for f in dict.fromkeys((first, *values))}
     return found
+
+
+def _pointer_fault(
+    pointer: Mapping[str, Any], store: ScoreStore, digest: str, asked: str | None, tokens: str, lengths: tuple[int, ...]
+) -> str | None:
+    rule = asked or pointer["rule"]
+    if pointer["key"] != digest or not 0 <= pointer["row"] < len(store.lengths) // 2:
+        return (
+            f"the store {store.path} is not the one that the row's weights were written to; run "
+            "launch.musc_token_weights again"
+        )
+    if rule not in store.fields:
+        has = [field for field in store.fields if field in WEIGHING_RULES]
+        return (
+            f"the store {store.path} has no weights of {rule}; it has {', '.join(has)}: choose "
+            f"config.weights={FROM_STORE} or {FROM_STORE}:RULE of these, or weigh with config.rules={rule}"
+        )
+    there = tuple(int(n) for n in store.lengths[2 * pointer["row"] : 2 * pointer["row"] + 2])
+    if pointer["tokens"] != tokens or there != lengths:
+        return (
+            f"its weights in {store.path} were made for other texts, another tokenizer or another config.max_length "
+            f"({there[0]} and {there[1]} tokens there, {lengths[0]} and {lengths[1]} here); run "
+            "launch.musc_token_weights again on these rows with this model and max_length"
+        )
+    return None
 
 
 def _pointer(value: Any, name: str, weights: str) -> Mapping[str, Any]:

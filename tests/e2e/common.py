@@ -13,8 +13,9 @@ from pathlib import Path
 from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.conftest import ROOT
 
-# Sequences of at most 64 tokens, two pairs and more a row, a handful of steps an epoch.
-SMALL_TRAIN = ("max_length=64", "batch.row_length=128", "batch.rows=2")
+# Sequences of at most 64 tokens, steps of several microbatches, a handful of them an epoch.
+SMALL_TRAIN = ("max_length=64", "batch.pairs=5")
+SMALL_TUNE = ("max_length=64", "batch.examples=7")
 SMALL_SCORE = ("max_length=64", "batch.row_length=64", "batch.rows=2")
 # Not the same on every machine and in every run.
 TIMING = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization", "num_compiles"}
@@ -103,7 +104,10 @@ class Fork:
         self.process.start()
 
     def wait(self) -> Done:
-        self.process.join(300)
+        self.process.join(900)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
         with self._directory:
             return Done(self.process.exitcode, *(p.read_text() if p.exists() else "" for p in (self._out, self._err)))
 

@@ -1,6 +1,8 @@
-"""`launch.musc_train`, disturbed from inside, where no signal from outside comes at the right moment.
+"""`launch.musc_train` or `launch.main_train`, disturbed from inside: no signal from outside comes at the right moment.
 
+--command=main_train
 --sigterm_in=save|evaluation   of the last step
+--stop_after=N                 steps
 --leak                         memory, a thread and a file in every step, a process in every tenth
 """
 
@@ -14,6 +16,8 @@ from absl import flags
 
 from launch import cli
 
+_COMMAND = flags.DEFINE_enum("command", "musc_train", ["musc_train", "main_train"], "")
+_STOP_AFTER = flags.DEFINE_integer("stop_after", None, "")
 _SIGTERM_IN = flags.DEFINE_string("sigterm_in", None, "")
 _LEAK = flags.DEFINE_bool("leak", False, "")
 _BYTES = 1 << 20
@@ -21,9 +25,11 @@ _BYTES = 1 << 20
 
 def command():
     from lm_jax.checkpoints.orbax import Checkpoints
-    from lm_jax.training import job
+    from lm_jax.training import loop
     from lm_jax.training.skipping import Skips
-    from musc_jax.training.command import MuscTrainConfig, train
+    from lm_jax.training.trainer import Trainer
+    from main_jax.training import command as main_train
+    from musc_jax.training import command as musc_train
 
     def within(owner, name, does):
         """The function, which does something before its own work."""
@@ -43,7 +49,7 @@ def command():
             if done[0] % 10 == 0:
                 kept.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
 
-        def step(_, number, values):
+        def step(_, number, *given):
             done[0] = number
             if _LEAK.value:
                 leak()
@@ -52,12 +58,18 @@ def command():
             evaluate = made(*args)
             return lambda trained: (stop("evaluation"), evaluate(trained))[1]
 
-        made, job._evaluation = job._evaluation, evaluation
-        within(Skips, "look", step)
-        within(Checkpoints, "save", lambda *_: stop("save"))
-        train(config)
+        def ask(where):
+            if where == f"step {(_STOP_AFTER.value or -1) + 1}":
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    return MuscTrainConfig, main
+        made, Trainer._evaluation = Trainer._evaluation, evaluation
+        within(loop, "stops_before", ask)
+        within(Skips, "on_metrics", step)
+        within(Checkpoints, "save", lambda *_: stop("save"))
+        module.train(config)
+
+    module = {"musc_train": musc_train, "main_train": main_train}[_COMMAND.value]
+    return {musc_train: musc_train.MuscTrainConfig, main_train: main_train.MainTrainConfig}[module], main
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def names(line: str, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        ([], ["no config file given", "--config=configs/NAME.py"]),
-        (["--config.model=x"], ["no config file given", "--config=configs/NAME.py"]),
+        ([], ["config.input: not set"]),  # the command's own config file
+        (["--config.model=x"], ["config.input: not set"]),
         (["--config=configs/absent.py", "--config.model=x"], ["configs/absent.py", "no such config file"]),
         (["--config=configs/musc_train.py:huge"], ["configs/musc_train.py:huge", "unknown preset", "choose tiny"]),
         (["--config=configs/score.py:tiny"], ["configs/score.py:tiny", "has no presets"]),
@@ -113,11 +113,10 @@ def test_what_is_not_set():
         ("eval_every=0", ["config.eval_every"]),
         ("checkpoints.every=0", ["config.checkpoints.every"]),
         ("checkpoints.keep=0", ["config.checkpoints.keep"]),
-        ("batch.rows=0", ["config.batch", "at least 1"]),
-        ("batch.microbatches=0", ["config.batch", "at least 1"]),
-        ("batch.max_examples_per_row=0", ["config.batch", "at least 1"]),
-        ("batch.microbatches=3", ["config.batch.rows=2", "microbatches=3", "next one is 3"]),
-        ("batch.row_length=100", ["config.batch.row_length=100", "128"]),
+        ("batch.pairs=0", ["config.batch.pairs", "at least 1"]),
+        ("batch.rows_per_device=0", ["config.batch.rows_per_device", "at least 1"]),
+        ("batch.row_lengths=0", ["config.batch.row_lengths", "at least 1"]),
+        ("batch.rows=2", ["rows"]),
         ("mesh.data=3", ["config.mesh", "1 cpu device"]),
         ("mesh.data=-1", ["config.mesh", "at most one -1"]),
     ],
@@ -128,7 +127,6 @@ def test_settings(train, tmp_path, setting, parts):
 
 
 def test_a_mesh_that_does_not_fit(train, tmp_path):
-    names(train("mesh.fsdp=8", devices=8), "config.batch.rows=2", "next one is 8")
     names(train("mesh.fsdp=1", "mesh.tensor=8", devices=8), "axis heads of size 4", "config.mesh.tensor")
     assert not (tmp_path / "run").exists()
 
@@ -196,7 +194,7 @@ def test_nan_among_parquet_scores(train, tmp_path):
 
 
 def test_real_scores_of_another_tokenizer(train, shared_data):
-    line = train(f"input={shared_data}/musc_tdpo_demo.json", "max_length=8192", "batch.row_length=16384")
+    line = train(f"input={shared_data}/musc_tdpo_demo.json", "max_length=8192")
     names(line, "musc_tdpo_demo.json row 0", "chosen_token_scores has", "another tokenizer")
 
 
@@ -333,7 +331,7 @@ def test_scoring_rows(score):
     ("setting", "parts"),
     [
         ("batch.row_length=32", ["config.batch.row_length=32", "config.max_length=64"]),
-        ("batch.rows=0", ["config.batch", "at least 1"]),
+        ("batch.rows=0", ["config.batch.rows", "at least 1"]),
         ("max_length=0", ["config.max_length"]),
         ("compute.attention=flashy", ["config.compute.attention", "flashy"]),
         ("compute.remat=some", ["config.compute.remat", "some"]),
@@ -354,7 +352,7 @@ def test_a_loss_that_is_not_finite(train, tmp_path):
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert step == 7 and saved == [1], (line, saved)  # six after the one that broke it, none of them saved
     for record in common.read_rows(tmp_path / "run" / "metrics.jsonl"):
-        assert np.isfinite(list(record.values())).all(), record
+        assert record.get("num_nonfinite", 0) == [*record.values()].count(None), record
     from lm_jax.checkpoints.orbax import Checkpoints
 
     with Checkpoints(f"{tmp_path}/run/checkpoints", keep=None) as checkpoints:

@@ -85,7 +85,7 @@ def test_what_differs_is_seen():
 def test_a_missing_peer_is_a_clear_line(monkeypatch, tmp_path):
     find = module.importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "trl" else find(name))
-    config = BenchConfig(None, None, str(tmp_path / "out"), ("train", "growth"), "float32", 8, 64, 2, 2, 1, (1,))
+    config = BenchConfig(None, None, str(tmp_path / "out"), ("train", "growth"), "float32", 8, 64, 4, 2, 2, 1, (1,))
     with pytest.raises(UserError, match=r"train needs trl.*pip install.*--config.rows=.*growth"):
         module.bench(config)
     assert not (tmp_path / "out").exists()

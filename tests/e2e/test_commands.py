@@ -68,7 +68,7 @@ def test_a_score_depends_on_its_row_alone(model, tmp_path):
     """Not on its neighbours in a packed row, nor on the shape of a batch."""
     rows = [{"prompt": f"say {i}", "response": "yes " * i} for i in range(1, 9)]
     fork("score", *flags(model, rows, tmp_path / "together.jsonl", "batch.row_length=256")).ok()
-    fork("score", *flags(model, rows, tmp_path / "alone.jsonl", "batch.max_examples_per_row=1", "batch.rows=3")).ok()
+    fork("score", *flags(model, rows, tmp_path / "alone.jsonl", "batch.row_length=64", "batch.rows=3")).ok()
     together, alone = (common.read_rows(tmp_path / f"{n}.jsonl") for n in ("together", "alone"))
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a["token_logprobs"], b["token_logprobs"], rtol=0, atol=1e-5)
@@ -154,7 +154,7 @@ def test_out_of_memory_is_one_line_with_a_cure(raised):
     last = done.stderr.splitlines()[-1]
     assert (
         last.startswith("error: out of memory")
-        and "config.batch.microbatches" in last
+        and "config.batch.rows_per_device" in last
         and "docs/troubleshooting" in last
     )
     other = [word.replace(raised, "KeyError('x')") for word in command]

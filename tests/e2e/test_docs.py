@@ -17,9 +17,9 @@ from tests.e2e.common import Done, fork
 PATHS = ("model", "input", "output", "forward", "reverse")
 SMALL = {
     "musc_token_weights": ("max_length=128", "batch.row_length=512", "batch.rows=2"),
-    "musc_train": ("max_length=128", "batch.row_length=256", "batch.rows=2", "max_steps=2", "compute.remat=none"),
+    "musc_train": ("max_length=128", "max_steps=2", "compute.remat=none"),
     "main_filter": ("max_length=200", "batch.row_length=256", "batch.rows=2"),
-    "main_train": ("max_length=200", "batch.row_length=256", "batch.rows=2", "max_steps=2", "compute.remat=none"),
+    "main_train": ("max_length=200", "max_steps=2", "compute.remat=none"),
     "report": ("max_length=128",),
 }
 SCRIPTED = {"musc_pairs": "tests.e2e.scripted_pairs"}

@@ -126,6 +126,27 @@ def test_a_run_goes_on_from_adapters(place, trained):
     assert first["logps/chosen"] != pytest.approx(last["logps/chosen"], rel=1e-4)  # the last step moved it
 
 
+def test_adapters_on_adapters_are_taken_home_as_one(place, trained, tmp_path):
+    """Trained one on the other with other ranks, scales and targets; PEFT loads one adapter, on the model below all."""
+    place.train("stacked", f"model={place.path / 'run'}", "lora.rank=2", "lora.targets=q_proj,down_proj", "max_steps=8")
+    ours = place.score(place.path / "stacked")
+    assert np.abs(ours - place.score(place.path / "run")).max() > 1e-2
+    adapter = place.export("stacked", "adapter=True")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == place.model and settings["r"] == 5
+    base = transformers.AutoModelForCausalLM.from_pretrained(place.model, dtype=torch.float32)
+    joined = peft.PeftModel.from_pretrained(base, adapter)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+    np.testing.assert_allclose(torch_logprobs(joined, tokenizer), ours, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(place.score(adapter), ours, rtol=0, atol=1e-4)  # and here
+    # On a run that has trained every parameter there is no model that PEFT could load
+    place.train("whole", f"model={place.path / 'run'}", "lora.rank=0", "max_steps=1")
+    place.train("above", f"model={place.path / 'whole'}", "max_steps=1")
+    flags = arguments("export_hf", f"model={place.path / 'above'}", f"output={tmp_path / 'no'}", "adapter=True")
+    line = refused("export_hf", *flags)
+    assert f"its adapters belong to the run {place.path / 'whole'}, which PEFT cannot load; leave" in line
+
+
 @pytest.mark.slow
 def test_killed_and_continued(place, trained):
     flags = place.flags("killed")

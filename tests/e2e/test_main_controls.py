@@ -35,9 +35,9 @@ class Controls:
     def flags(self, *settings: str) -> list[str]:
         small = {
             "max_length=96": ("train", "rounds.forward", "rounds.reverse", "filter", "evaluation"),
-            "batch.row_length=192": ("train", "rounds.forward", "rounds.reverse"),
+            "batch.examples=6": ("train", "rounds.forward", "rounds.reverse"),
             "batch.row_length=96": ("filter", "evaluation"),
-            "batch.rows=2": ("train", "rounds.forward", "rounds.reverse", "filter", "evaluation"),
+            "batch.rows=2": ("filter", "evaluation"),
             "compute.scan_unroll=1": ("train", "rounds.forward", "rounds.reverse"),
             "checkpoints.every=1": ("train", "rounds.forward", "rounds.reverse"),
             "optim.learning_rate=1e-2": ("train", "rounds.forward", "rounds.reverse"),

@@ -181,7 +181,7 @@ def test_quota_and_threshold(place, filtered):
 def test_killed_and_continued(place):
     """In every pass, twice in a row: the same bytes; what was there is not scored again."""
     rows = common.write_rows(place.path / "many.jsonl", [candidate(i) for i in range(120)])
-    settings = (f"input={rows}", "batch.rows=1", "batch.max_examples_per_row=2")
+    settings = (f"input={rows}", "batch.rows=1", "batch.row_length=200")
     place.filter("undisturbed", *settings)
     expected = place.scores("undisturbed")
     directory = place.path / "killed.jsonl.scores"
@@ -274,7 +274,7 @@ def test_a_model_that_gives_nan(place, tmp_path):
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     rows = [candidate(i, **({"instruction": "Z cats"} if i == 5 else {})) for i in range(9)]
     path = common.write_rows(tmp_path / "rows.jsonl", rows)
-    settings = (f"reverse={model}", f"input={path}", "batch.max_examples_per_row=1")
+    settings = (f"reverse={model}", f"input={path}", "batch.row_length=200")  # one a row: NaN spreads to neighbours
     line = place.refused("nan", *settings)
     assert "rows.jsonl row 5 (instruction): the log-prob of token " in line and "by the reverse model is nan" in line
 

@@ -24,8 +24,7 @@ RESPONSES = [{"id": f"u{i}", "response": f"the {thing} sat on the mat"} for i, t
 def training(*settings: str) -> list[str]:
     small = (
         "max_length=96",
-        "batch.row_length=256",
-        "batch.rows=1",
+        "batch.examples=3",
         "optim.learning_rate=1e-2",
         "compute.scan_unroll=1",
     )
@@ -53,7 +52,7 @@ class Runs:
 
 class Scripted(Runs):
     def flags(self, *settings: str) -> list[str]:
-        learning = training("epochs=2", "batch.rows=2", "checkpoints.every=1", "optim.schedule=constant")
+        learning = training("epochs=2", "batch.examples=6", "checkpoints.every=1", "optim.schedule=constant")
         return super().flags("rounds=2", "start=previous", *sampling(), *learning, *settings)
 
     def run(self, *settings: str) -> Done:
@@ -145,7 +144,7 @@ def assert_rounds(output: Path, done: Done, runs: Runs) -> None:
 def test_two_adapters_write_for_each_other_and_filter(tmp_path):
     """A tiny model learns the seeds by heart as adapters, writes with them, and what it wrote is filtered."""
     runs = Runs(tmp_path)
-    lora = ("lora.rank=8", "lora.alpha=16", "epochs=40", "batch.rows=4", "checkpoints.every=1000")
+    lora = ("lora.rank=8", "lora.alpha=16", "epochs=40", "batch.examples=12", "checkpoints.every=1000")
     settings = (*training(*lora), *sampling("temperature=0.5"), "sharing=adapters", "rounds=1", "candidates=2")
     fork("main_rounds", *runs.flags(*settings)).ok()
     for number in range(2):

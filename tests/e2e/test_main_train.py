@@ -10,11 +10,11 @@ import pytest
 
 from lm_jax.checkpoints.orbax import Checkpoints
 from tests.e2e import common
-from tests.e2e.common import SMALL_TRAIN, TIMING, Fork, arguments, fork
+from tests.e2e.common import SMALL_TUNE, TIMING, Fork, arguments, fork
 
 STEPS = 120
 SETTINGS = (
-    *SMALL_TRAIN,
+    *SMALL_TUNE,
     "compute.attention=reference",
     "epochs=100",
     f"max_steps={STEPS}",
@@ -151,7 +151,7 @@ GOOD = {"prompt": "say", "response": "yes"}
         ([GOOD], ["train_on=first"], ["config.train_on", "first", "all, last"]),
         ([GOOD], ["alpha.rule=paper"], ["config.alpha.rule", "paper", "loss_ratio"]),
         ([GOOD], ["alpha.decay=1.0"], ["config.alpha.decay", "[0, 1)"]),
-        ([GOOD], ["batch.row_length=32"], ["config.batch.row_length=32", "config.max_length=64", "raise"]),
+        ([GOOD], ["batch.examples=0"], ["config.batch.examples", "at least 1"]),
         ([GOOD, {"prompt": "say"}], [], ["rows.jsonl row 1", "'response' is missing", "config.response_column"]),
         ([GOOD, GOOD | {"weight": -2}], [], ["rows.jsonl row 1", "weight is -2", "mend"]),
         ([GOOD, GOOD | {"response": ""}], [], ["rows.jsonl row 1", "response is empty", "drop the row"]),

@@ -21,7 +21,7 @@ from tests.e2e.common import TIMING, Done, Fork, arguments, fork
 
 SMALL = (
     *("pairs.near_duplicate=0.0", "weights.max_length=128", "weights.batch.row_length=512", "weights.batch.rows=2"),
-    *("train.max_length=128", "train.batch.row_length=256", "train.batch.rows=1", "train.checkpoints.every=2"),
+    *("train.max_length=128", "train.batch.pairs=3", "train.checkpoints.every=2"),
     *("train.epochs=2", "train.compute.scan_unroll=1"),
 )
 THINGS = "tea rain bread chess wool salt snow glass moss clay ink corn rope smoke".split()
@@ -138,7 +138,7 @@ def test_rounds_of_a_model_that_runs_here(tmp_path, monkeypatch):
     config.pairs.update({"method": "self_correct", "near_duplicate": 0.0, "decode": {"slots": 4}})
     for stage in ("respond", "critique", "revise"):
         config.pairs[stage].update({"temperature": 1.0, "max_new_tokens": 16})
-    config.train.update({"max_length": 64, "batch": {"rows": 2, "row_length": 128}, "optim": {"learning_rate": 1e-2}})
+    config.train.update({"max_length": 64, "batch": {"pairs": 4}, "optim": {"learning_rate": 1e-2}})
 
     def watched(part):
         def run(*given):
@@ -155,7 +155,7 @@ def test_rounds_of_a_model_that_runs_here(tmp_path, monkeypatch):
     assert len(alive) == 4 and max(alive) < before + size / 10
 
     first, second = (tmp_path / f"out/round_{n}" for n in (1, 2))
-    trained = open_model(f"{first}/train").fingerprint()
+    trained = open_model(f"{first}/train").fingerprint
     assert trained in (second / "pairs.jsonl.run.json").read_text()
     assert trained not in (first / "pairs.jsonl.run.json").read_text()
     for run in (first / "train", second / "train"):

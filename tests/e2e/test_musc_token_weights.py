@@ -162,7 +162,7 @@ def test_killed_between_batches_and_continued(place):
     settings = (
         f"input={pairs}",
         "batch.rows=1",
-        "batch.max_examples_per_row=2",
+        "batch.row_length=128",
         "rules=calibrated_entropy,kl,shuffled",
     )
     place.weigh("undisturbed", *settings)
@@ -214,13 +214,15 @@ def test_a_row_without_a_perturbed_prompt(place, tmp_path):
 def test_a_model_that_gives_nan(place, tmp_path):
     model = shutil.copytree(place.model, tmp_path / "model")
     pairs = common.read_rows(place.pairs)
+    for row in pairs:  # as long as may be, so that each is alone in its row: NaN spreads to neighbours
+        row |= {side: row[side] * 9 for side in ("chosen", "rejected")}
     pairs[5]["chosen"] = "Z" + pairs[5]["chosen"]
     tensors = load_file(model / "model.safetensors")
     token = make_tokenizer(tmp_path / "tokenizer").convert_tokens_to_ids("Z")
     tensors["model.embed_tokens.weight"][token] = np.finfo(np.float32).max  # what bfloat16 rounds to infinity
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     rows = common.write_rows(tmp_path / "pairs.jsonl", pairs)
-    settings = (f"model={model}", f"input={rows}", "batch.max_examples_per_row=1", "dtype=bfloat16")
+    settings = (f"model={model}", f"input={rows}", "batch.row_length=128", "dtype=bfloat16")
     line = fork("musc_token_weights", *place.flags("nan", *settings)).error()
     assert "pairs.jsonl row 5 (chosen): the log-prob of token " in line and "under the full prompt is nan" in line
     assert not (place.path / "nan.jsonl").exists()

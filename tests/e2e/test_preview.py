@@ -103,7 +103,7 @@ def test_supervised_rows(model, tmp_path):
     turns = [("user", "say 1"), ("assistant", "the cat"), ("user", "and 2"), ("assistant", "the hat")]
     rows = [{"messages": [{"role": r, "content": c} for r, c in turns], "weight": 0.5}] * 3
     path = common.write_rows(tmp_path / "rows.jsonl", rows)
-    given = (f"model={model}", f"input={path}", f"output={tmp_path}/none", "max_length=128", "batch.row_length=128")
+    given = (f"model={model}", f"input={path}", f"output={tmp_path}/none", "max_length=128")
     done = fork("main_train", *arguments("main_train", *given, preset="tiny"), "--preview=2").ok()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     start = tokenizer.apply_chat_template(rows[0]["messages"][:1], add_generation_prompt=True)["input_ids"]

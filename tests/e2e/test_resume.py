@@ -175,7 +175,7 @@ def test_a_finished_run_stays_as_it_is(runs, undisturbed):
     [
         ("optim.learning_rate=1e-4", ["config.optim.learning_rate=5e-06", "now 0.0001", "config.output"]),
         ("weights=uniform", ["config.weights='entropy'", "now 'uniform'"]),
-        ("batch.rows=4", ["config.batch.rows=2", "now 4"]),
+        ("batch.pairs=4", ["config.batch.pairs=5", "now 4"]),
     ],
 )
 def test_going_on_with_other_settings_is_refused(runs, undisturbed, setting, parts):

@@ -13,10 +13,10 @@ from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import end_token_ids, load_tokenizer
 from tests.e2e import common
-from tests.e2e.common import SMALL_TRAIN, TIMING, arguments, fork
+from tests.e2e.common import TIMING, arguments, fork
 
 BAD, EPOCHS, STEPS, EVERY = 5, 3, 18, 5
-SETTINGS = (*SMALL_TRAIN, "batch.max_examples_per_row=1", f"epochs={EPOCHS}", "seed=7", "optim.learning_rate=1e-3")
+SETTINGS = ("max_length=64", f"epochs={EPOCHS}", "seed=7", "optim.learning_rate=1e-3")
 SETTINGS += ("optim.warmup_ratio=0", "compute.attention=reference", f"checkpoints.every={EVERY}", "checkpoints.keep=9")
 NAME = f"pairs.jsonl row {BAD}"
 
@@ -39,7 +39,7 @@ class Place:
     def flags(self, name: str, *settings: str) -> list[str]:
         given = (f"model={self.model}", f"input={self.pairs}", f"output={self.path / name}", "weights=columns")
         given += (f"reference_cache={self.path}/reference",)
-        return arguments("musc_train", *given, *SETTINGS, *settings, preset="tiny")
+        return arguments("musc_train", *given, "batch.pairs=2", *SETTINGS, *settings, preset="tiny")
 
     def command(self, name: str, *settings: str):
         return fork("musc_train", *self.flags(name, *settings))
@@ -94,7 +94,8 @@ def test_a_step_an_epoch_is_skipped(whole):
     assert [r["skipped_steps"] for r in records] == [sum(s <= r["step"] for s in skipped) for r in records]
     assert [r["step"] for r in records] == [*range(1, STEPS + 1)]
     for record in records:
-        assert np.isfinite([*record.values()]).all(), record
+        assert record.get("num_nonfinite", 0) == [*record.values()].count(None), record
+        assert (record["loss"] is None or record["grad_norm"] is None) == (record["step"] in skipped), record
     lines = [line for line in stderr.splitlines() if "skipped" in line]
     for number, (line, step) in enumerate(zip(lines, skipped, strict=True), 1):
         assert line.startswith(f"step {step}: ") and NAME in line, line
@@ -139,10 +140,11 @@ def test_one_too_many_and_then_allowed(place, whole):
     parts = (f"step {second}: ", NAME, "1 steps were skipped", "skip_limit=1", str(path), "intact")
     assert [] == [part for part in parts if part not in line], line
     with np.load(path, allow_pickle=False) as batch:
-        assert NAME in batch["rows"] and batch["weights"].max() == np.float32(3e38)
-        assert sorted(batch["example_ids"][batch["example_ids"] >= 0]) == [
-            int(name.split()[-1]) for name in batch["rows"]
-        ]
+        stacks = {name.split("/")[0] for name in batch if "/" in name}
+        assert NAME in batch["rows"]
+        assert max(batch[f"{stack}/weights"].max() for stack in stacks) == np.float32(3e38)
+        ids = np.concatenate([batch[f"{stack}/example_ids"].ravel() for stack in stacks])
+        assert sorted(ids[ids >= 0]) == [int(name.split()[-1]) for name in batch["rows"]]
     assert max(saved_steps(output)) < second
     again = place.command("limited", "optim.skip_limit=1").error()
     assert again == line  # what restarts a failed command comes no further
@@ -153,7 +155,7 @@ def test_one_too_many_and_then_allowed(place, whole):
 @pytest.mark.parametrize("settings", [("lora.rank=3", "lora.dropout=0.1"), ("lora.rank=3", "lora.base=nf4")])
 def test_adapters(place, settings):
     name = settings[-1]
-    place.command(name, *settings, "batch.microbatches=2", "max_steps=6").ok()
+    place.command(name, *settings, "max_steps=6").ok()
     output = place.path / name
     assert len(skipped_steps(output)) == 1 and metrics(output)[-1]["skipped_steps"] == 1
     for leaf in jax.tree.leaves(contents(output, 6)["params"]):
@@ -169,7 +171,7 @@ def test_supervised(place):
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     rows = [{"prompt": f"say that {i} cats sat", "response": f"{i} cats {'@' * (i == 3)} sat"} for i in range(8)]
     given = (f"model={model}", f"input={common.write_rows(place.path / 'rows.jsonl', rows)}", "dtype=bfloat16")
-    given += (*SETTINGS, "epochs=2", "batch.max_examples_per_row=1")
+    given += (*SETTINGS, "epochs=2", "batch.examples=2")
 
     def train(name, *settings):
         flags = (*given, f"output={place.path / name}", *settings)
@@ -198,8 +200,7 @@ def test_a_run_of_skipped_steps_alone_trains_nothing(place):
         *given,
         f"output={place.path / 'nothing'}",
         "max_length=64",
-        "batch.row_length=128",
-        "batch.rows=1",
+        "batch.examples=4",
         "epochs=8",
     )
     line = fork("main_train", *arguments("main_train", *flags, preset="tiny")).error()

@@ -2,30 +2,37 @@
 
 import random
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.e2e import test_main_rounds, test_musc_rounds
-from tests.e2e.common import arguments
+from tests.e2e.common import Done, arguments
 from tests.footprint import Work
 from tests.multi_process import test_commands, test_training
-from tests.multi_process.common import Group, assert_same
+from tests.multi_process.common import TIMEOUT, Group, assert_same
 
 COMMANDS = ("score", "generate", "musc_token_weights", "main_filter", "export_hf", "musc_pairs")
-
+LATE = 30  # seconds that ending may take on a machine that does other things too
 
 _ROUNDS = {
     "main_rounds": ("tests.e2e.scripted_main_rounds", test_main_rounds.Scripted, ()),
-    "musc_rounds": ("tests.e2e.scripted_rounds", test_musc_rounds.Runs, ("train.batch.rows=2",)),
+    "musc_rounds": ("tests.e2e.scripted_rounds", test_musc_rounds.Runs, ("train.batch.pairs=6",)),
 }
 
 
 class Bench:
-    """What the faults share: inputs, and undisturbed outputs to compare with, made when first asked for."""
+    """What the faults share: inputs, and undisturbed outputs to compare with, made when first asked for.
 
-    def __init__(self, directory: Path, rng: random.Random):
-        self.directory, self.rng = directory, rng
+    Attributes:
+      rng: of this try.
+      waited: seconds that a process of this try waited for another one; None where none did.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory, self.rng = directory, random.Random()
+        self.waited: float | None = None
         for part in ("train", "rows", "main_rounds", "musc_rounds"):
             (directory / part).mkdir()
         self.training, self.rows = test_training.Runs(directory / "train"), test_commands.Place(directory / "rows")
@@ -37,12 +44,19 @@ class Bench:
     def undisturbed(self) -> Path:
         return self._once("training", lambda: self.training.finish("undisturbed", 2, 1))
 
-    def command(self, name: str, out: Path) -> Group:
+    def ended(self, group: Group, since: float | None = None) -> dict[int, Done]:
+        """All processes have ended in time: after the first one, or since a moment of `time.time`."""
+        done = group.wait()
+        self.waited = group.lasted if since is None else time.time() - since
+        assert self.waited < TIMEOUT + LATE, (self.waited, done)
+        return done
+
+    def command(self, name: str, out: Path, fault: dict | None = None) -> Group:
         """One of COMMANDS on two processes."""
         flags = dict(self.rows.flags(out))[name]
         preset = "tiny" if name == "main_filter" else ""
         module = "tests.e2e.scripted_pairs" if name == "musc_pairs" else name
-        return Group(module, *arguments(name, *flags, preset=preset), processes=2, devices=1)
+        return Group(module, *arguments(name, *flags, preset=preset), processes=2, devices=1, fault=fault)
 
     def rounds(self, name: str) -> Group:
         """`main_rounds` or `musc_rounds` on two processes; they go on with what lies at `rounds_output`."""

@@ -54,7 +54,7 @@ def damaged_store(bench: Bench, number: int) -> str:
     file = rng.choice(files)
     how = _damage(file, rng)
     flags = [f"model={bench.rows.model}", f"input={rows}", f"output={out}/run", "weights=store:calibrated_entropy"]
-    flags += ["max_length=64", "batch.row_length=192", "batch.rows=2", "max_steps=1"]
+    flags += ["max_length=64", "max_steps=1"]
     done = Fork("musc_train", *arguments("musc_train", *flags, preset="tiny")).wait()
     line = done.error(noise=True)
     assert "weighed.weights" in line, (how, file, line)

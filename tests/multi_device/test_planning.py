@@ -24,8 +24,9 @@ def computed(topology):
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from lm_jax.config import BatchConfig, ComputeConfig, LoraConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
-    from lm_jax.data.order import batch_shapes
+    from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig, ModelConfig, OptimConfig, RopeConfig
+    from lm_jax.data.batches import batch_shapes
+    from lm_jax.data.plans import Stack
     from lm_jax.planning.compiled import compile_program
     from lm_jax.planning.programs import Program
     from lm_jax.planning.traced import matmul_flops
@@ -68,7 +69,7 @@ def computed(topology):
         num_steps=1,
         seed=0,
     )
-    batch = batch_shapes(BatchConfig(rows=2, row_length=64, microbatches=1, max_examples_per_row=2), mesh, VALUES)
+    batch = batch_shapes([Stack(1, 64)], 2, 2, mesh, VALUES)
 
     def given(*shape, spec=None):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec or PartitionSpec()))

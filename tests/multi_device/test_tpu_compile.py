@@ -107,7 +107,7 @@ def computed():
     step = jax.jit(make_train_step(objective, optimizer, schedule), donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(mesh):
         programs = {
-            "train": step.lower(placed(state, shardings), batch(1, ROWS)),
+            "train": step.lower(placed(state, shardings), [batch(1, ROWS)]),
             "score": packed_statistics.lower(
                 placed(shapes, param_shardings(model, mesh)), batch(ROWS), model, compute, ("logprobs", "entropies")
             ),

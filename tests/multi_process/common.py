@@ -1,10 +1,12 @@
 """Runs of several real processes on this machine, with fake devices each."""
 
 import json
+import math
 import shutil
 import socket
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import jax
@@ -13,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.e2e.common import TIMING, Done, Fork, read_rows
 
-TIMEOUT = 20  # seconds; of both of a run's time-outs
+TIMEOUT = 30  # seconds without a sign of a process until all end
 
 
 def free_port() -> int:
@@ -23,7 +25,13 @@ def free_port() -> int:
 
 
 class Group:
-    """The same command in `processes` processes of `devices` devices; `absent` ones are never started."""
+    """The same command in `processes` processes of `devices` devices; `absent` ones are never started.
+
+    `fault`: what goes wrong in one of them, see `tests.faults.disturbed`. `settings`: environment variables.
+
+    Attributes:
+      lasted: seconds between the first one's end and the last one's, once all have ended.
+    """
 
     def __init__(
         self,
@@ -33,11 +41,16 @@ class Group:
         devices: int = 2,
         absent: tuple[int, ...] = (),
         cache: Path | None = None,
+        fault: dict | None = None,
+        settings: dict[str, str] | None = None,
     ):
+        if fault is not None:
+            settings = {"FAULT": json.dumps({"command": name, **fault})}
+            name = "tests.faults.disturbed"
         one_run = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={processes}"]
-        one_run += [f"--start_timeout={TIMEOUT}", f"--process_timeout={TIMEOUT}"]
+        one_run += ["--start_timeout=120", f"--process_timeout={TIMEOUT}"]
         self.members = {
-            i: Fork(name, *one_run, f"--process_id={i}", *flags, devices=devices, cache=cache)
+            i: Fork(name, *one_run, f"--process_id={i}", *flags, devices=devices, cache=cache, settings=settings)
             for i in range(processes)
             if i not in absent
         }
@@ -45,8 +58,15 @@ class Group:
     def pids(self) -> dict[int, int]:
         return {i: member.process.pid for i, member in self.members.items()}
 
-    def wait(self) -> dict[int, Done]:
-        return {i: member.wait() for i, member in self.members.items()}
+    def wait(self, but: tuple[int, ...] = ()) -> dict[int, Done]:
+        """How those ended that are not in `but`."""
+        members = {i: member for i, member in self.members.items() if i not in but}
+        left, ended = {member.process.sentinel for member in members.values()}, []
+        while left and (now := wait(left, 900)):
+            left -= {*now}
+            ended.append(time.monotonic())
+        self.lasted = ended[-1] - ended[0] if ended and not left else math.inf
+        return {i: member.wait() for i, member in members.items()}
 
     def ok(self) -> dict[int, Done]:
         return {i: done.ok() for i, done in self.wait().items()}

@@ -1,6 +1,6 @@
 """A command whose processes meet, step and sum over their devices; one of them misbehaves as told.
 
-    --fault=ID:WHAT:STEP   WHAT: error, crash, exit, hang, busy, memory; of process ID before that step
+    --fault=ID:WHAT:STEP   WHAT: error, crash, exit, hang, busy, memory, disk; of process ID or of all, before that step
     --alone=SECONDS        process 0 works by itself at first, and the others wait for what comes of it
     --pids=FILE            FILE.ID appears with that process's id, once it steps
     --steps=N --pause=SECONDS
@@ -27,7 +27,7 @@ def command():
     from jax.experimental import multihost_utils
 
     from lm_jax.checkpoints.export import ExportConfig
-    from lm_jax.distributed.processes import barrier, everywhere, reached, worked
+    from lm_jax.distributed.processes import barrier, everywhere, moving, reached, worked
     from lm_jax.errors import UserError
 
     def misbehave(what: str) -> None:
@@ -39,6 +39,9 @@ def command():
             raise RuntimeError("RESOURCE_EXHAUSTED: 12 GB")
         if what == "exit":
             os._exit(9)
+        if what == "disk":
+            with moving("the file"):
+                time.sleep(1e6)
         begin = time.monotonic()
         while what == "hang" or time.monotonic() < begin + 2.5 * flags.FLAGS.process_timeout:
             time.sleep(0.1)
@@ -54,11 +57,14 @@ def command():
             Path(f"{_PIDS.value}.{me}").write_text(str(os.getpid()))
         who, what, when = (_FAULT.value or "-1::0").split(":")
         for step in range(_STEPS.value):
-            if me == int(who) and step == int(when):
+            if who in (str(me), "all") and step == int(when):
                 misbehave(what)
             time.sleep(_PAUSE.value)
             reached(f"step {step}")
-            total += int(multihost_utils.process_allgather(np.int32(me + step)).sum())
+            try:
+                total += int(multihost_utils.process_allgather(np.int32(me + step)).sum())
+            except Exception as error:
+                raise UserError("the sum could not be written down; look at the disk") from error  # of another's end
         barrier("the last line")
         print(total)
 

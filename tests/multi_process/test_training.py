@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +23,15 @@ class Runs:
         self.pairs = common.make_pairs(directory / "pairs.jsonl", 40)
         self.held_out = common.make_pairs(directory / "held_out.jsonl", 4)
 
-    def start(self, name: str, processes: int, devices: int, *settings: str) -> Group:
-        given = (f"model={self.model}", f"input={self.pairs}", f"eval_input={self.held_out}")
-        given += (f"output={self.directory / name}", f"reference_cache={self.directory}/reference")
-        given += ("max_length=64", "batch.row_length=128", "batch.rows=4", "weights=entropy", "seed=7", "epochs=9")
-        given += (f"max_steps={STEPS}", "checkpoints.every=5", f"eval_every={STEPS}", *settings)
-        flags = arguments("musc_train", *given, preset="tiny")
-        return Group("musc_train", *flags, processes=processes, devices=devices, cache=self.directory / "cache")
+    def start(self, name: str, processes: int, devices: int, *settings: str, **given: Any) -> Group:
+        """`given`: as `Group` has it, a fault or environment variables."""
+        keys = (f"model={self.model}", f"input={self.pairs}", f"eval_input={self.held_out}")
+        keys += (f"output={self.directory / name}", f"reference_cache={self.directory}/reference")
+        keys += ("max_length=64", "batch.pairs=5", "weights=entropy", "seed=7", "epochs=9")
+        keys += (f"max_steps={STEPS}", "checkpoints.every=5", f"eval_every={STEPS}", *settings)
+        flags = arguments("musc_train", *keys, preset="tiny")
+        cache = self.directory / "cache"
+        return Group("musc_train", *flags, processes=processes, devices=devices, cache=cache, **given)
 
     def finish(self, name: str, processes: int, devices: int, *settings: str) -> Path:
         self.start(name, processes, devices, *settings).ok()

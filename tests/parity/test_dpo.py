@@ -7,11 +7,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lm_jax.checkpoints.hf import load_params
 from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
+from lm_jax.data.batches import BatchIterator
 from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack
+from lm_jax.data.plans import plan_steps
 from lm_jax.data.text import TextEncoder, checked
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.models.decoder import REMAT_POLICIES
@@ -19,6 +22,7 @@ from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import flatten
 from lm_jax.scoring.scoring import score
 from lm_jax.sharding import make_mesh
+from lm_jax.training.step import TrainState, make_train_step
 from musc_jax.training.losses import LossConfig
 from musc_jax.training.objective import preference_objective
 from tests.checkpoints import make_checkpoint, make_tokenizer
@@ -27,7 +31,7 @@ from tests.trl_oracle import dpo_oracle
 RTOL = 1e-4
 BETA = 0.3
 COMPUTE = ComputeConfig("float32", logprob_chunk=16)
-ROW_LENGTH, MAX_PAIRS = 96, 3
+ROW_LENGTH, MAX_PAIRS = 96, 5
 PAIRS = [
     {"prompt": "what is this?\n", "chosen": "the hat and the cat", "rejected": "that"},
     {"prompt": "cat\n", "chosen": "the cat is what this hat is, and that is that", "rejected": "a cat"},
@@ -69,11 +73,12 @@ def segments(models):
     return [Segment(e.prompt_ids, e.response_ids) for e in encoded]
 
 
-def score_all(params, config, segments, rows=2, row_length=ROW_LENGTH, per_row=4, compute=COMPUTE):
+def score_all(params, config, segments, rows=2, row_length=ROW_LENGTH, alone=False):
     """The response log-probs of every segment, in the segments' order."""
+    if alone:
+        return [one for s in segments for one in score_all(params, config, [s], rows, row_length)]
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    scores = [s for part in score(params, segments, config, compute, BatchConfig(rows, row_length, 1, per_row), mesh)
-              for s in part]  # fmt: skip
+    scores = [s for part in score(params, segments, config, COMPUTE, BatchConfig(rows, row_length), mesh) for s in part]
     assert sorted(s.row for s in scores) == list(range(len(segments)))
     return [s.logprobs for s in sorted(scores, key=lambda s: s.row)]
 
@@ -124,9 +129,9 @@ def loss_and_gradients(params, config, pairs, loss, rows, compute=COMPUTE):
 
 
 def packed_rows(pairs):
-    rows = pack(example_lengths(pairs), ROW_LENGTH, MAX_PAIRS)
+    rows = pack(example_lengths(pairs), ROW_LENGTH)
     assert len(rows) < len(pairs), "nothing is packed"
-    return [list(row) for row in rows]
+    return rows
 
 
 def hf_gradients(grads, config):
@@ -189,6 +194,51 @@ def test_nll_term_equals_trls_sft_loss(models, config, params, segments, referen
     check_against_trl(theirs, got, config)
 
 
+def test_a_step_of_eight_pairs_equals_trls(models, config, params):
+    """Of 22 pairs of any length, each step's loss and gradient are TRL's for the very pairs that it holds."""
+    rng = np.random.default_rng(0)
+    words = "what is this hat that the cat says to a user of the system".split()
+
+    def text(most):
+        return " ".join(rng.choice(words, rng.integers(1, most)))
+
+    rows = [{"prompt": text(4) + "\n", "chosen": text(9), "rejected": text(9)} for _ in range(22)]
+    encoder = TextEncoder(load_tokenizer(models[0]), 48)
+    encoded = [encoder.encode(row["prompt"], row[side], "row") for row in rows for side in ("chosen", "rejected")]
+    assert not any(e.truncated for e in encoded)
+    segments = [Segment(e.prompt_ids, e.response_ids) for e in encoded]
+    pairs = make_pairs(segments, score_all(params[1], config, segments))
+    plan = plan_steps(example_lengths(pairs), 8, 1, seed=0, rows=1, row_length=96)
+    assert len(plan) == 3 and len(plan.shapes[0]) > 1, "one row length shows little"
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    objective = preference_objective(config, COMPUTE, LossConfig("sigmoid", BETA, 0.0, 0.0, 0.0))
+    keep = optax.chain(optax.trace(0.0), optax.scale(0.0))  # the gradient in its state, and nothing learnt
+    step = jax.jit(make_train_step(objective, keep, lambda step: 0.0))
+    state = TrainState.create(params[0], keep)
+    for number, batch in enumerate(BatchIterator(plan, pairs, mesh, ("weights", "ref_logprobs"))):
+        held = plan.examples(number)
+        assert len(held) == (8, 8, 6)[number]
+        state, metrics = step(state, batch)
+        assert metrics["pairs"] == len(held)
+        theirs = dpo_oracle(*models, [rows[i] for i in held], beta=BETA)
+        check_against_trl(theirs, (metrics["loss"], metrics, flatten(state.opt_state[0].trace)), config)
+
+
+def test_nll_term_is_unweighted(models, config, params, segments, reference_logprobs):
+    """With token weights it adds what TRL's sft loss is without them, to the loss and to its gradients."""
+    sft = dpo_oracle(*models, PAIRS, loss_type="sft", beta=BETA)
+    pairs = make_pairs(segments, reference_logprobs, random_weights(segments))
+    without, got = (
+        loss_and_gradients(params[0], config, pairs, LossConfig("sigmoid", BETA, 0.0, 0.0, weight), packed_rows(pairs))
+        for weight in (0.0, 0.7)
+    )
+    np.testing.assert_allclose(got[1]["nll_loss"], sft["loss"], rtol=RTOL)
+    np.testing.assert_allclose(got[0] - without[0], 0.7 * sft["loss"], rtol=RTOL)
+    before, after = (hf_gradients(grads, config) for _, _, grads in (without, got))
+    for name, gradient in sft["grads"].items():
+        assert_near(after[name] - before[name], 0.7 * gradient, name, rtol=1e-3)  # two near numbers' difference
+
+
 def test_messages_equal_trl(models, config, params, tmp_path):
     """Conversational rows, with a template that sets nothing after the end token (TRL would train on it)."""
     rows = [
@@ -215,7 +265,7 @@ def test_messages_equal_trl(models, config, params, tmp_path):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_step_zero(weighted, params, config, segments):
     """Policy equal to the reference, whose log-probs come from passes that pack the responses otherwise."""
-    logprobs = score_all(params[0], config, segments, rows=3, row_length=64, per_row=3)
+    logprobs = score_all(params[0], config, segments, rows=3, row_length=64)
     weights = random_weights(segments) if weighted else None
     pairs = make_pairs(segments, logprobs, weights)
     loss = LossConfig("sigmoid", BETA, 0.0, 0.0, 0.0)
@@ -226,11 +276,11 @@ def test_step_zero(weighted, params, config, segments):
 
 
 LAYOUTS = {
-    # name: rows of segments, row length, segments a row
-    "packed": (2, ROW_LENGTH, 4),
-    "packed-otherwise": (3, 64, 3),
-    "padded": (10, 50, 1),
-    "one-at-a-time": (1, 50, 1),
+    # name: rows of segments, row length, one segment a batch
+    "packed": (2, ROW_LENGTH, False),
+    "packed-otherwise": (3, 64, False),
+    "padded": (10, 50, True),
+    "one-at-a-time": (1, 50, True),
 }
 
 

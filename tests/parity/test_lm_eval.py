@@ -7,6 +7,7 @@ import pytest
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import postprocess_generated_text
 from tokenizers.processors import TemplateProcessing
 
 from lm_jax.checkpoints.runs import open_model
@@ -14,6 +15,7 @@ from lm_jax.config import BatchConfig, ComputeConfig, DecodeConfig, MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.evaluation.harness import JaxLM
 from lm_jax.evaluation.tasks import Tasks
+from lm_jax.generation.requests import Completion, Sample
 from lm_jax.sharding import make_mesh
 from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.lm_eval_tasks import make_tasks
@@ -34,7 +36,7 @@ def ours(checkpoint) -> JaxLM:
     return make_ours(checkpoint)
 
 
-def make_ours(checkpoint: str) -> JaxLM:
+def make_ours(checkpoint: str, kwargs: str = "", think_end: str = "</think>") -> JaxLM:
     return JaxLM(
         open_model(checkpoint),
         checkpoint,
@@ -42,9 +44,11 @@ def make_ours(checkpoint: str) -> JaxLM:
         "float32",
         2048,  # more than the model's context, which then decides
         ComputeConfig("float32"),
-        BatchConfig(4, 2 * CONTEXT, 1, 8),
+        BatchConfig(4, 2 * CONTEXT),
         DecodeConfig(8, 2048, 4),
         seed=0,
+        chat_template_kwargs=kwargs,
+        think_end=think_end,
     )
 
 
@@ -152,3 +156,47 @@ def test_a_draw_repeats(ours):
     request = ("the cat", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5, "top_p": 0.9})
     first, second = (ours.generate_until(asked("generate_until", request, request)) for _ in range(2))
     assert first == second and first[0] != first[1]
+
+
+class Said:
+    """A generator that says what it is told to, and keeps what it was asked."""
+
+    def __init__(self, tokenizer, texts):
+        self.ids, self.asked = [tuple(tokenizer(text)["input_ids"]) for text in texts], []
+
+    def generate(self, requests, sampling):
+        self.asked += requests
+        yield [Completion(r.id, (Sample("", "stop", 1, self.ids[int(r.id)]),)) for r in requests]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_answers_without_thoughts(checkpoint, tmp_path, special):
+    """As lm-eval's own postprocessing, which takes thoughts off before it cuts at a stop; also of special tokens."""
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    if special:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+        tokenizer.save_pretrained(path)
+    texts = ["<think>a\n\nb</think> hat\n\ncat", "a\n\nb</think>hat", "hat\n\ncat", "<think>a\n\nb", "a\n\nb"]
+    contexts = ["the", "the<think>\n", "the", "the", "the<think>\n"]
+    stops = {"until": ["\n\n"], "max_gen_toks": 5}
+    for end, expected in (("</think>", ["hat", "hat", "hat", "", ""]), ("", None)):
+        lm = make_ours(str(path), think_end=end)
+        lm._generator = Said(lm.tokenizer, texts)
+        found = lm.generate_until(asked("generate_until", *((c, stops) for c in contexts)))
+        assert {request.think_end for request in lm._generator.asked} == {end}
+        if expected is None:  # all of it, and cut in the thoughts
+            decoded = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in lm._generator.ids]
+            expected = [postprocess_generated_text(text, ["\n\n"], None) for text in decoded]
+        assert found == expected
+
+
+def test_arguments_reach_the_chat_template(checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'aloud' if enable_thinking is false else 'hm' }}"
+    (path / "chat_template.jinja").write_text(template)
+    kwargs = {"enable_thinking": False}
+    ours = make_ours(str(path), kwargs='{"enable_thinking": false}')
+    theirs = HFLM(pretrained=str(path), device="cpu", dtype="float32", chat_template_args=kwargs)
+    chat = [{"role": "user", "content": "what is this "}]
+    assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat) == "what is this aloud"

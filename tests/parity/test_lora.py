@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from lm_jax.checkpoints.hf import load_params
-from lm_jax.checkpoints.peft import export_peft
+from lm_jax.checkpoints.peft import export_peft, peft_tensors
 from lm_jax.config import ComputeConfig, LoraConfig, MeshConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.errors import UserError
@@ -95,8 +95,6 @@ def test_equal_to_peft(name, tmp_path):
 
 
 def peft_names(adapters, config, lora):
-    from lm_jax.models.lora import peft_tensors
-
     return peft_tensors(jax.device_get(adapters), config, lora)
 
 

@@ -135,7 +135,7 @@ def test_scoring_without_entropies_and_of_some_batches(tmp_path):
         Segment(*(random.integers(0, 320, size).astype(np.int32) for size in random.integers(1, 20, 2)))
         for _ in range(40)
     ]
-    batch = BatchConfig(rows=2, row_length=64, microbatches=1, max_examples_per_row=8)
+    batch = BatchConfig(rows=2, row_length=64)
 
     def scored(**options):
         groups = score(params, segments, source.config, compute, batch, mesh, **options)

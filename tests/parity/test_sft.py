@@ -4,18 +4,23 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
 
 from lm_jax.checkpoints.hf import load_params
-from lm_jax.config import ComputeConfig
+from lm_jax.config import ComputeConfig, MeshConfig
+from lm_jax.data.batches import BatchIterator
 from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack
+from lm_jax.data.plans import plan_steps
 from lm_jax.data.supervised import load_supervised
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer
 from lm_jax.models.registry import read_model_config, weight_table
 from lm_jax.models.weights import flatten
+from lm_jax.sharding import make_mesh
+from lm_jax.training.step import TrainState, make_train_step
 from lm_jax.training.supervised import VALUES, supervised_objective
 from main_jax.training.losses import mixed_coefficients
 from tests.checkpoints import CHATML, make_checkpoint, make_tokenizer
@@ -107,14 +112,14 @@ def gradient_fn(config, chunk, mixed):
 def loss_and_gradients(params, config, segments, rows, chunk=16, alpha=None):
     """(loss, metrics, {path: gradient}) of segments laid out in `rows`; always ROWS rows: one shape to compile."""
     rows = [list(row) for row in rows] + [[]] * (ROWS - len(rows))
-    batch = fill_rows(rows, [(s,) for s in segments], ROW_LENGTH, 3, VALUES)
+    batch = fill_rows(rows, [(s,) for s in segments], ROW_LENGTH, 4, VALUES)
     (total, metrics), grads = gradient_fn(config, chunk, alpha is not None)(params, batch, alpha or 0.0)
     assert metrics.pop("bad") == -1
     return float(total), metrics, flatten(grads)
 
 
 def packed_rows(segments):
-    rows = pack(example_lengths([(s,) for s in segments]), ROW_LENGTH, 3)
+    rows = pack(example_lengths([(s,) for s in segments]), ROW_LENGTH)
     assert len(rows) < len(segments), "nothing is packed"
     return rows
 
@@ -151,6 +156,35 @@ def test_equals_trl(kind, model, config, params, segments_of):
     np.testing.assert_allclose(metrics["mean_token_accuracy"], theirs["mean_token_accuracy"], rtol=1e-6)
     assert 0 < metrics["mean_token_accuracy"] < 1
     check_gradients(grads, theirs["grads"], config)
+
+
+def test_steps_of_three_rows_equal_trls(model, config, params, segments_of):
+    """Each step's loss, accuracy and gradient are TRL's for the very rows that it holds."""
+    rng = np.random.default_rng(0)
+    words = "what is this hat that the cat says to a user of the system".split()
+
+    def text(most):
+        return " ".join(rng.choice(words, rng.integers(1, most)))
+
+    rows = [{"prompt": text(4) + "\n", "response": text(12)} for _ in range(8)]
+    examples = [(s,) for s in segments_of(rows)]
+    lengths = example_lengths(examples)
+    plan = plan_steps(lengths, 3, 1, seed=0, rows=1, row_length=int(lengths.max()))
+    assert len(plan) == 3 and sum(stack.microbatches for stack in plan.shapes[0]) > 1
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    objective = supervised_objective(config, ComputeConfig("float32", attention="reference", logprob_chunk=16))
+    keep = optax.chain(optax.trace(0.0), optax.scale(0.0))  # the gradient in its state, and nothing learnt
+    step = jax.jit(make_train_step(objective, keep, lambda step: 0.0))
+    state = TrainState.create(params, keep)
+    for number, batch in enumerate(BatchIterator(plan, examples, mesh, VALUES)):
+        held = plan.examples(number)
+        assert len(held) == (3, 3, 2)[number]
+        state, metrics = step(state, batch)
+        given = [{"prompt": rows[i]["prompt"], "completion": rows[i]["response"]} for i in held]
+        theirs = sft_oracle(model, given)
+        np.testing.assert_allclose(metrics["loss"], theirs["loss"], rtol=RTOL)
+        np.testing.assert_allclose(metrics["mean_token_accuracy"], theirs["mean_token_accuracy"], rtol=1e-6)
+        check_gradients(flatten(state.opt_state[0].trace), theirs["grads"], config)
 
 
 def weighted(segments):

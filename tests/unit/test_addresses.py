@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from lm_jax.checkpoints.runs import flat_settings
+from lm_jax.checkpoints.settings import flat_settings
 from lm_jax.config import from_config_dict
 from lm_jax.errors import UserError
 from tests.conftest import ROOT

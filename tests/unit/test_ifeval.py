@@ -7,6 +7,7 @@ import pytest
 
 from lm_jax.errors import UserError
 from lm_jax.evaluation import lm_eval_setup
+from lm_jax.evaluation.command import IfevalConfig, evaluate_ifeval
 from lm_jax.evaluation.ifeval import read_prompts, score_responses
 from lm_jax.evaluation.responses import read_responses
 
@@ -189,3 +190,26 @@ def test_without_the_extra(monkeypatch, prompts):
 def test_lm_eval_is_imported_only_where_it_is_used(run_python):
     code = "import sys, lm_jax.evaluation.command; print(sorted({'lm_eval', 'nltk', 'langdetect'} & set(sys.modules)))"
     assert run_python("-c", code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("response", "end", "followed"),
+    [
+        ("<think>no commas, please, ...</think>Hi there", "</think>", True),
+        ("no commas, please, ...</think>\n\nHi there", "</think>", True),  # the prompt of generation began them
+        ("[THINK]no, no[/THINK]Hi there", "[/THINK]", True),
+        ("<think>no, no</think>Hi, there", "</think>", False),
+        ("<think>no commas please", "</think>", False),  # thoughts that do not end are no answer
+        ("<think>no commas, please, ...</think>Hi there", "", False),
+        ("Hi there", "</think>", True),
+        ("It is <think> that I mean", "</think>", True),
+    ],
+)
+def test_thoughts_are_not_scored(tmp_path, prompts, response, end, followed):
+    given = write(tmp_path / "given.jsonl", [{"prompt": ROWS[0][0], "response": response}])
+    prompts()
+    evaluate_ifeval(IfevalConfig(str(tmp_path / "prompts.jsonl"), given, f"{tmp_path}/scores.json", True, end))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["prompt_level_strict_acc"] == scores["inst_level_loose_acc"] == followed
+    thinking = bool(end) and (end in response or response.startswith("<think>"))
+    assert (scores["num_thinking"], scores["num_unended"]) == (thinking, thinking and end not in response)

@@ -15,7 +15,7 @@ from lm_jax.evaluation.followbench_rules import follows, has_form
 from lm_jax.evaluation.intervals import estimate
 from lm_jax.evaluation.judged import Item, Verdict, markdown
 from lm_jax.evaluation.pairwise import Pairwise
-from lm_jax.evaluation.responses import read_responses
+from lm_jax.evaluation.responses import answers_of, read_responses
 
 YES, NO = True, False
 
@@ -268,6 +268,21 @@ def test_requirements_that_are_refused(tmp_path, row, part):
 def test_pairs_that_are_refused(tmp_path):
     with pytest.raises(UserError, match="row 0: output must be a text"):
         Pairwise(write(tmp_path / "p.jsonl", [{"instruction": "i", "output": None}]), None)
+
+
+def test_pairs_are_compared_without_thoughts(tmp_path):
+    file = write(tmp_path / "p.jsonl", [{"instruction": "i", "output": "<think>hm</think>\nTheirs"}])
+    answers = answers_of(["so</think> Ours"], "</think>")
+    prompts = [q.prompt for q in Pairwise(file, None, "</think>").questions(answers.texts)]
+    assert all("Ours" in p and "Theirs" in p and "think" not in p for p in prompts) and len(prompts) == 2
+    assert "<think>hm</think>" in Pairwise(file, None, "").questions(["Ours"])[0].prompt
+
+
+def test_answers_of_responses():
+    given = ["<think>a</think>\n\nb", None, "b", " <think>a", "a</think>b</think>c", ""]
+    found = answers_of(given, "</think>")
+    assert found.texts == ("b", None, "b", "", "c", "") and (found.thinking, found.unended) == (3, 1)
+    assert answers_of(given, "").texts == tuple(given)
 
 
 # --- responses -------------------------------------------------------------------------------------------------------

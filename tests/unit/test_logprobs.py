@@ -55,6 +55,31 @@ def theirs(hidden, embedding, targets, mask, cotangents):
     return [x.numpy() for x in (picked.detach(), entropy.detach(), hidden.grad, embedding.grad)]
 
 
+@pytest.mark.parametrize("block", BLOCKS, indirect=True)
+@pytest.mark.parametrize("padding", [1, 3, 19])
+def test_rows_of_padding_count_for_nothing(padding, block):
+    """Though their logits would be the largest, and fill whole blocks."""
+    hidden, embedding, targets, cotangents = inputs()
+    padded = np.concatenate([embedding, np.full((padding, D), 9.0, np.float32) * np.sign(hidden[0, -1])])
+    names = ("logprobs", "entropies", "top1")
+
+    def statistics(hidden, embedding):
+        found = token_statistics(hidden, embedding, targets, MASKS["ragged"], 4, names, V)
+        return (found["logprobs"], found["entropies"]), found["top1"]
+
+    outputs, pull_back, top1 = jax.vjp(statistics, hidden, padded, has_aux=True)
+    d_hidden, d_embedding = pull_back(tuple(cotangents))
+    for found, expected in zip(
+        [*outputs, d_hidden, d_embedding[:V]],
+        theirs(hidden, embedding, targets, MASKS["ragged"], cotangents),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert not np.asarray(d_embedding[V:]).any()
+    likeliest = (hidden @ embedding.T).argmax(-1) == targets
+    np.testing.assert_array_equal(top1, likeliest * MASKS["ragged"])
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("chunk", "block"), [*((c, BLOCKS[0]) for c in CHUNKS), (4, 8), (11, 1)], indirect=["block"])
 def test_equals_torch(mask, chunk, block):

@@ -15,7 +15,7 @@ from lm_jax.models.lora import dropout_key, init_adapters, join, without_dropout
 from lm_jax.models.weights import flatten
 from lm_jax.sharding import make_mesh
 from lm_jax.training.program import step_program
-from lm_jax.training.step import make_evaluate
+from lm_jax.training.step import host_totals, make_evaluate
 from lm_jax.training.supervised import VALUES, supervised_objective
 
 MODEL = ModelConfig("llama", 64, 2, 16, 24, 4, 2, 4, RopeConfig(10_000.0), 1e-5, 64)
@@ -103,7 +103,7 @@ def steps(lora, number, seed=0, state=None):
     state = made.begin(jax.tree.map(jnp.copy, adapters())) if state is None else state
     metrics = []
     for _ in range(number):
-        state, found = made.step(state, batch(), params())
+        state, found = made.step(state, [batch()], params())
         metrics.append(float(found["loss"]))
     return jax.device_get(state), metrics
 
@@ -128,11 +128,12 @@ def test_what_a_step_depends_on():
     # The same rows twice, as two microbatches: with one mask for both the mean would be that of the rows once
     twice = {k: jnp.concatenate([x, x]) for k, x in batch().items()}
     state = program(LORA).begin(jax.tree.map(jnp.copy, adapters()))
-    assert abs(float(program(LORA).step(state, twice, params())[1]["loss"]) - first) > 1e-4
+    assert abs(float(program(LORA).step(state, [twice], params())[1]["loss"]) - first) > 1e-4
 
 
 def test_evaluation_has_none():
-    evaluate, objective = make_evaluate(supervised_objective(MODEL, COMPUTE)), join(params(), adapters(), LORA)
-    found = evaluate(objective, [batch()])["loss"]
+    objective = supervised_objective(MODEL, COMPUTE)
+    totals = host_totals(objective, [batch()])
+    found = make_evaluate(objective)(join(params(), adapters(), LORA), [batch()], totals)["loss"]
     assert found == pytest.approx(steps(OFF, 1)[1][0], rel=1e-6)
     assert abs(found - steps(LORA, 1)[1][0]) > 1e-4

@@ -263,8 +263,8 @@ def test_more_rounds_follow(run, trainings):
         ({"start": "previous"}, "config.start='base', now 'previous'"),
         ({"prompts": {"seed_system": "T"}}, "config.prompts.seed_system='S', now 'T'"),
         ({"instructions": {"temperature": 0.5}}, "config.instructions.temperature=0.7, now 0.5"),
-        ({"seeds": SEEDS[:5]}, "config.seeds.fingerprint="),
-        ({"unlabelled": RESPONSES[:5]}, "config.unlabelled.fingerprint="),
+        ({"seeds": SEEDS[:5]}, "other rows than config.seeds="),
+        ({"unlabelled": RESPONSES[:5]}, "other rows than config.unlabelled="),
     ],
 )
 def test_other_settings_are_refused(run, changed, part):
@@ -288,11 +288,11 @@ def test_other_settings_are_refused(run, changed, part):
         ({"instructions": {"temperature": 0.0}}, "config.instructions.temperature=0.0: config.candidates=4"),
         ({"responses": {"top_p": 2.0}}, "config.responses.top_p=2.0"),
         ({"reverse": {"epochs": 0}}, "config.reverse.epochs: must be at least 1"),
-        ({"forward": {"max_length": 9000}}, "config.forward.batch.row_length=1024 must hold config.forward.max_length"),
+        ({"forward": {"batch": {"examples": 0}}}, "config.forward.batch.examples: must be at least 1"),
         ({"prompts": {"format": "text", "reverse_text": "x"}}, "config.prompts.reverse_text"),
         ({"seeds": []}, "seeds.jsonl: the file is empty"),
         ({"unlabelled": []}, "responses.jsonl: the file is empty"),
-        ({"seeds": [{"question": "a"}]}, "seeds.jsonl row 0: none of the columns"),
+        ({"seeds": [{"question": "a"}]}, "seeds.jsonl row 0: column 'response' is missing"),
         ({"seeds": [{"instruction": "Say."}]}, "seeds.jsonl row 0: column 'output' is missing"),
         ({"seeds": [{"instruction": "", "output": "a"}]}, "seeds.jsonl row 0: instruction and input are both empty"),
         ({"seeds": [*SEEDS, {"instruction": "Say.", "output": " "}]}, "seeds.jsonl row 6: its response is empty"),
@@ -339,7 +339,7 @@ def test_nothing_that_could_be_used(run, tmp_path):
 )
 def test_layouts_of_seeds(tmp_path, row):
     write_jsonl(f"{tmp_path}/seeds.jsonl", [row])
-    (pair,) = read_seeds(f"{tmp_path}/seeds.jsonl")
+    (pair,), _ = read_seeds(f"{tmp_path}/seeds.jsonl")
     assert (pair.instruction, pair.response, pair.weight) == ("Q", "A", row.get("weight", 1.0))
 
 

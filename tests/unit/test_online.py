@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lm_jax.config import BatchConfig, ComputeConfig, LoraConfig, MeshConfig, ModelConfig, RopeConfig
-from lm_jax.data.order import BatchIterator, Beside, plan_batches
+from lm_jax.data.batches import AuxiliaryBatch, BatchIterator
 from lm_jax.data.packing import Segment, example_lengths, fill_rows
+from lm_jax.data.plans import plan_steps
 from lm_jax.models.decoder import Decoder
 from lm_jax.models.lora import dropout_key, init_adapters, join
 from lm_jax.scoring.contexts import contrast
@@ -61,8 +62,8 @@ def under(contexts):
 
 def batch(rule):
     contexts = WEIGHING_RULES[rule].contexts
-    beside = Beside("weigh", under(contexts), 2, len(contexts) * LENGTH)
-    return fill_rows(ROWS, pairs(), LENGTH, MAX_PAIRS) | beside.fill(ROWS, MAX_PAIRS)
+    auxiliary = AuxiliaryBatch("weigh", under(contexts), 2, len(contexts))
+    return fill_rows(ROWS, pairs(), LENGTH, MAX_PAIRS) | auxiliary.fill(ROWS, LENGTH, MAX_PAIRS)
 
 
 @pytest.mark.parametrize("rule", ONLINE_RULES)
@@ -70,7 +71,7 @@ def test_equal_to_the_weighing_pass(rule):
     weights = np.asarray(jax.jit(online_weights(rule, MODEL, COMPUTE))(params(), batch(rule)))
     contexts, examples = WEIGHING_RULES[rule].contexts, under(WEIGHING_RULES[rule].contexts)
     mesh = make_mesh(MeshConfig(1, 1, 1))
-    rows = BatchConfig(rows=2, row_length=64, microbatches=1, max_examples_per_row=4)
+    rows = BatchConfig(rows=2, row_length=64)
     wanted, divergences = np.ones(len(examples), bool), WEIGHING_RULES[rule].divergences
     scores = dict(
         pair for part in contrast(params(), examples, wanted, MODEL, COMPUTE, rows, mesh, divergences) for pair in part
@@ -120,19 +121,21 @@ def test_no_dropout_in_the_weights():
 def test_what_belongs_together_shares_a_row():
     """Responses whose other prompts are long take the room that those need."""
     examples = [(s, Segment(np.ones(25, np.int32), s.response)) for pair in pairs() for s in pair]
-    beside = Beside("weigh", examples, 2, 2 * LENGTH)
-    lengths = np.maximum(example_lengths(pairs()), beside.lengths(LENGTH))
-    plan = plan_batches(lengths, BatchConfig(2, LENGTH, 1, MAX_PAIRS), 1, 0)
+    auxiliary = AuxiliaryBatch("weigh", examples, 2, 2)
+    lengths = np.maximum(example_lengths(pairs()), auxiliary.lengths())
+    assert (lengths > example_lengths(pairs())).any()
+    plan = plan_steps(lengths, 3, 1, seed=0, rows=1, row_length=2 * LENGTH)
     seen = []
-    for step, arrays in enumerate(BatchIterator(plan, pairs(), make_mesh(MeshConfig(1, 1, 1)), (), beside)):
-        for b, row in enumerate(plan[step]):
-            own = [2 * item + i for item in row for i in range(2)]
-            assert [i for i in arrays["weigh/example_ids"][0, b].tolist() if i >= 0] == own
-            responses = np.asarray(arrays["targets"][0, b])[np.asarray(arrays["loss_mask"][0, b]) > 0]
-            beside_ids = np.asarray(arrays["weigh/segment_ids"][0, b]), np.asarray(arrays["weigh/loss_mask"][0, b])
-            of_first = (beside_ids[0] % 2 == 1) & (beside_ids[1] > 0)
-            np.testing.assert_array_equal(np.asarray(arrays["weigh/targets"][0, b])[of_first], responses)
-            seen += row.tolist()
+    for step, stacks in enumerate(BatchIterator(plan, pairs(), make_mesh(MeshConfig(1, 1, 1)), (), auxiliary)):
+        for (_, rows), arrays in zip(plan.steps[step], map(jax.device_get, stacks), strict=True):
+            assert arrays["weigh/tokens"].shape[-1] == 2 * arrays["tokens"].shape[-1]
+            for m, row in enumerate(rows):
+                own = [2 * item + i for item in row for i in range(2)]
+                assert [i for i in arrays["weigh/example_ids"][m, 0].tolist() if i >= 0] == own
+                responses = arrays["targets"][m, 0][arrays["loss_mask"][m, 0] > 0]
+                of_first = (arrays["weigh/segment_ids"][m, 0] % 2 == 1) & (arrays["weigh/loss_mask"][m, 0] > 0)
+                np.testing.assert_array_equal(arrays["weigh/targets"][m, 0][of_first], responses)
+                seen += row
     assert sorted(seen) == list(range(6))
 
 

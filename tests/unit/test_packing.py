@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lm_jax.config import BatchConfig, MeshConfig
-from lm_jax.data.order import BatchIterator, check_batch, plan_batches
-from lm_jax.data.packing import Segment, example_lengths, fill_rows, pack, response_slice
+from lm_jax.data.batches import BatchIterator, batch_shapes
+from lm_jax.data.packing import Segment, balance, example_lengths, fill_rows, first_fit, pack, response_slice
+from lm_jax.data.plans import plan_passes, plan_steps
 from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
 
@@ -24,70 +25,36 @@ def segment(prompt, response, **values):
     return Segment(np.array(prompt, np.int32), np.array(response, np.int32), values)
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("max_examples", [1, 3, 64])
-def test_every_example_is_in_one_row_and_fits(shuffled, max_examples):
+def test_every_example_is_in_one_row_and_fits():
     lengths = lengths_like_real(2500)  # over two windows of 1024
-    rows = pack(lengths, 2048, max_examples, np.random.default_rng(0) if shuffled else None)
+    rows = pack(lengths, 2048)
     assert sorted(i for row in rows for i in row) == list(range(2500))
     assert max(lengths[row].sum() for row in rows) <= 2048
-    assert max(map(len, rows)) <= max_examples
     assert min(map(len, rows)) >= 1
-
-
-def test_rows_are_dense():
-    lengths = lengths_like_real(3000)
-    for rng in (None, np.random.default_rng(0)):
-        rows = pack(lengths, 4096, 64, rng)
-        assert lengths.sum() / (len(rows) * 4096) > 0.97
-
-
-def test_shuffled_rows_hold_short_and_long_examples():
-    """Of examples far below a row's length; in order of length each row would have those of one length alone."""
-    rng = np.random.default_rng(0)
-    lengths = np.concatenate([rng.integers(10, 20, 2000), rng.integers(100, 150, 500)])
-    rows = pack(lengths, 1000, 1000, rng)
-    assert lengths.sum() / (len(rows) * 1000) > 0.98
-    long = [np.mean(lengths[row] >= 100) for row in rows]
-    assert 0.2 == pytest.approx(np.mean(long), abs=0.04) and np.std(long) < 0.15
-    assert np.std([np.mean(lengths[row] >= 100) for row in pack(lengths, 1000, 1000)]) > 0.2
+    assert lengths.sum() / (len(pack(lengths, 4096)) * 4096) > 0.97
 
 
 def test_exact_fit_and_no_examples():
-    assert [list(row) for row in pack(np.array([3, 7, 10, 10]), 10, 4)] == [[2], [3], [1, 0]]
-    assert pack(np.array([], np.int64), 10, 4) == []
+    assert pack(np.array([3, 7, 10, 10]), 10) == [[2], [3], [1, 0]]
+    assert pack(np.array([], np.int64), 10) == []
+    assert first_fit([3, 1, 0, 2], [3, 7, 2, 9], 10) == [[3], [1, 0], [2]]
+    assert balance([3, 1, 0, 2], [3, 7, 2, 9], 2) == [[3, 2], [1, 0]]
+    assert balance([3, 1, 0, 2], [3, 7, 2, 9], 5)[4] == []
 
 
-def test_deterministic_and_shuffled_by_seed_and_epoch():
-    lengths, batch = lengths_like_real(300), BatchConfig(4, 2048, 1, 8)
-
-    def plan(seed, epochs=2):
-        return [tuple(row) for row in plan_batches(lengths, batch, epochs, seed).rows]
-
-    assert plan(7) == plan(7)
-    assert plan(7) != plan(8)
-    one_epoch = len(plan(7)) // 2
-    first, second = plan(7)[:one_epoch], plan(7)[one_epoch:]
-    assert first != second and plan(7, 1) == plan(7)[: len(plan(7, 1))]
-    assert plan(None, 1) == plan(None, 1)
-    assert plan(None)[: len(plan(None, 1))] == plan(None, 1) == plan(None)[len(plan(None, 1)) :]
-
-
-def test_each_epoch_holds_every_example_once():
-    lengths, batch = lengths_like_real(101), BatchConfig(8, 2048, 2, 8)
-    plan = plan_batches(lengths, batch, 3, seed=0)
-    assert len(plan) == sum(plan.steps_per_epoch) and len(plan.rows) == 8 * len(plan)
-    step = 0
-    for steps in plan.steps_per_epoch:
-        rows = [row for s in range(step, step + steps) for row in plan[s]]
-        assert sorted(i for row in rows for i in row) == list(range(101))
-        assert all(len(plan[s]) == 8 for s in range(step, step + steps))
-        step += steps
+def test_passes_hold_every_example_once():
+    lengths = lengths_like_real(101)
+    plan = plan_passes(lengths, BatchConfig(rows=6, row_length=2048), parts=4)
+    assert plan.rows == 8, "the next multiple"
+    assert sorted(i for step in range(len(plan)) for i in plan.examples(step)) == list(range(101))
+    wanted = np.isin(np.arange(101), plan.examples(1))
+    (found,) = plan.with_any(wanted).steps
+    assert found == plan.steps[1]
 
 
 def test_too_long():
     with pytest.raises(UserError, match="example 2 takes 11 tokens and a row holds 10; raise config.batch.row_length"):
-        pack(np.array([3, 10, 11, 2]), 10, 4)
+        pack(np.array([3, 10, 11, 2]), 10)
 
 
 def test_token_by_token():
@@ -126,28 +93,39 @@ def test_response_slice_predicts_the_response():
     np.testing.assert_array_equal(batch["targets"][0, response_slice(s, 0)], [8, 9])
 
 
-def make_iterator(epochs=2):
+def make_iterator(size=4, rows=2):
+    """Steps of `size` pairs, in several microbatches unless a step has one pair alone."""
     rng = np.random.default_rng(0)
     pairs = [
         tuple(segment(rng.integers(1, 99, 3), r := rng.integers(1, 99, rng.integers(1, 9)), w=r) for _ in "cr")
         for _ in range(13)
     ]
-    batch = BatchConfig(rows=2, row_length=32, microbatches=2, max_examples_per_row=2)
-    plan = plan_batches(example_lengths(pairs), batch, epochs, seed=3)
+    plan = plan_steps(example_lengths(pairs), size, 2, seed=3, rows=rows, row_length=32)
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     return plan, pairs, BatchIterator(plan, pairs, mesh, ("w",))
 
 
-def test_iterator_gives_the_plan():
-    plan, pairs, iterator = make_iterator()
+def described_as(stacks):
+    return [{name: (array.shape, array.dtype) for name, array in arrays.items()} for arrays in stacks]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_iterator_gives_the_plan(size):
+    plan, pairs, iterator = make_iterator(size)
     batches = list(iterator)
-    assert len(batches) == len(plan) > 4
-    for step, batch in enumerate(batches):
-        expected = fill_rows(plan[step], pairs, 32, 2, ("w",))
-        assert set(batch) == set(expected)
-        for name, array in batch.items():
-            assert array.shape[:2] == (2, 1), "[microbatches, rows of one]"
-            np.testing.assert_array_equal(np.asarray(array).reshape(expected[name].shape), expected[name])
+    assert len(batches) == len(plan) == 2 * -(-13 // size)
+    assert (max(stack.microbatches for shape in plan.shapes for stack in shape) > 1) == (size > 1)
+    mesh = make_mesh(MeshConfig(1, 1, 1))
+    described = [described_as(batch_shapes(shape, 2, plan.max_examples, mesh, ("w",))) for shape in plan.shapes]
+    for step, stacks in enumerate(batches):
+        assert described_as(stacks) in described
+        for (stack, rows), arrays in zip(plan.steps[step], stacks, strict=True):
+            padded = [*rows] + [()] * (2 * stack.microbatches - len(rows))
+            expected = fill_rows(padded, pairs, stack.row_length, plan.max_examples, ("w",))
+            assert set(arrays) == set(expected)
+            for name, array in arrays.items():
+                assert array.shape[:2] == (stack.microbatches, 2)
+                np.testing.assert_array_equal(np.asarray(array).reshape(expected[name].shape), expected[name])
 
 
 @pytest.mark.parametrize("done", [0, 1, 4])
@@ -163,37 +141,4 @@ def test_state_round_trip(done):
         again.set_state(state)
         batches = list(again)
         assert len(batches) == len(rest)
-        for a, b in zip(batches, rest, strict=True):
-            for name in a:
-                np.testing.assert_array_equal(a[name], b[name])
-
-
-class FakeMesh:
-    shape = {"data": 2, "fsdp": 3, "tensor": 4}
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (BatchConfig(12, 64, 1, 1), None),
-        (BatchConfig(24, 64, 4, 1), None),
-        (BatchConfig(8, 64, 1, 1), r"rows=8 must be a multiple of .*microbatches=1 times .*fsdp=6; the next one is 12"),
-        (BatchConfig(12, 64, 4, 1), r"rows=12 must be a multiple of .*microbatches=4 times .* the next one is 24"),
-        (BatchConfig(13, 64, 2, 1), r"rows=13 must .* the next one is 24"),
-        (BatchConfig(0, 64, 1, 1), "config.batch: every size must be at least 1"),
-        (BatchConfig(12, 64, 0, 1), "config.batch: every size must be at least 1"),
-        (BatchConfig(12, 64, 1, 0), "config.batch: every size must be at least 1"),
-    ],
-)
-def test_check_batch(batch, message):
-    if message is None:
-        check_batch(batch, FakeMesh)
-    else:
-        with pytest.raises(UserError, match=message):
-            check_batch(batch, FakeMesh)
-
-
-def test_iterator_checks_its_batch():
-    plan, pairs, _ = make_iterator()
-    with pytest.raises(UserError, match="rows=2 must be a multiple"):
-        BatchIterator(plan, pairs, FakeMesh)
+        jax.tree.map(np.testing.assert_array_equal, batches, rest)

@@ -523,16 +523,26 @@ def test_reading_tasks(tmp_path):
         {"prompt": message, "instruction": "x", "id": 9},
     ]
     write_jsonl(f"{tmp_path}/a.jsonl", rows)
-    assert read_tasks(f"{tmp_path}/a.jsonl") == [Task(0, "a"), Task(1, "b", "with"), Task(9, "c")]
+    assert read_tasks(f"{tmp_path}/a.jsonl")[0] == [Task(0, "a"), Task(1, "b", "with"), Task(9, "c")]
     write_jsonl(f"{tmp_path}/a.jsonl", [*rows, {"prompt": "d", "id": "x"}])
-    assert [task.id for task in read_tasks(f"{tmp_path}/a.jsonl")] == ["0", "1", "9", "x"]
+    assert [task.id for task in read_tasks(f"{tmp_path}/a.jsonl")[0]] == ["0", "1", "9", "x"]
 
 
 @pytest.mark.parametrize(
     ("row", "parts"),
     [
-        ({"text": "a"}, ["a.jsonl row 1", "'prompt' nor 'instruction'", "it has text"]),
-        ({"prompt": None}, ["neither"]),
+        (
+            {"text": "a"},
+            [
+                "a.jsonl row 1",
+                "none of prompt, instruction, question",
+                "it has text",
+                '--config.columns="instruction=..."',
+            ],
+        ),
+        ({"prompt": None}, ["none of prompt"]),
+        ({"prompt": "a", "system": "b"}, ["has system, and pairs are made of an instruction alone", "system="]),
+        ({"prompt": "a", "history": [["b", "c"]]}, ["has history"]),
         ({"prompt": 5}, ["a.jsonl row 1", "prompt must be a string, got int"]),
         ({"prompt": "a", "input": ["b"]}, ["input must be a string, got list"]),
         ({"prompt": []}, ["prompt is an empty list"]),

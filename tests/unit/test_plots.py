@@ -6,7 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lm_jax.checkpoints.runs import training_records
+from lm_jax.checkpoints.settings import training_records
 from lm_jax.data.packing import Segment
 from lm_jax.training import plots
 from lm_jax.training.plots import plot_run

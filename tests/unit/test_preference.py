@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm_jax.data.faults import Faults
 from lm_jax.data.preference import IDENTICAL, check_weight_lengths, preference_rows
 from lm_jax.data.rows import read_rows
 from lm_jax.data.text import EncodedResponse
@@ -65,6 +66,56 @@ def test_layouts_of_the_same_messages(row):
     assert pair.id == "5"
 
 
+def test_system_messages():
+    """D9: a column beside any prompt becomes the first message, once, and never without a word."""
+    said = [{"role": "system", "content": "S"}, user("Hi")]
+    for row in (
+        {"prompt": "Hi", "system": "S"},
+        {"question": "Hi", "System_Prompt": "S"},
+        {"prompt": [user("Hi")], "system": "S"},
+        {"prompt": said, "system": "S "},
+        {"conversations": [{"from": "human", "value": "Hi"}], "system": "S"},
+        {"instruction": "Hi", "system": "S"},
+    ):
+        pair = one(row | {"chosen": "a", "rejected": "b"})
+        assert (pair.prompt, pair.chosen) == (said, [assistant("a")]), row
+    whole = {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"), assistant("b")]}
+    assert one(whole | {"system": "S"}).prompt == said
+    assert "has a system message and another text in the column" in raised({**GOOD, "prompt": said, "system": "T"})
+    # In one file with such rows those without it are chats as well
+    data = preference_rows([GOOD | {"system": ""}, GOOD | {"system": "S"}], "f")
+    assert [row.prompt for row in data.rows] == [[user("p")], [said[0], user("p")]]
+    assert one(GOOD | {"system": ""}).prompt == "p"
+
+
+def test_a_prompt_beside_conversations_must_be_asked_in_them():
+    talk = [user("1"), assistant("2"), user("3")]
+    row = {"chosen": [*talk, assistant("a")], "rejected": [*talk, assistant("b")]}
+    for prompt in ("3", " 3\n", "1", talk):
+        assert one(row | {"prompt": prompt}).prompt == talk
+    assert "prompt is no question" in raised(row | {"prompt": "2"})
+    assert one(row | {"prompt": "3", "instruction": "x", "system": "S"}).prompt[0]["content"] == "S"
+
+
+def test_a_layout_that_has_the_columns_that_were_named_goes_first():
+    row = GOOD | {"output_1": "x", "output_2": "y", "label": 2, "instruction": "i"}
+    (pair,) = preference_rows([row], "f", named=("label",)).rows
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([user("i")], [assistant("y")], [assistant("x")])
+
+
+def test_faulty_rows_are_all_named_and_few_are_left_out():
+    rows = [GOOD] * 97 + [GOOD | {"chosen": 3}, GOOD | {"rejected": None}, GOOD | {"chosen": 4}]
+    faults = Faults("f", 0.03)
+    assert len(preference_rows(rows, "f", faults).rows) == 97 and sorted(faults.rows) == [97, 98, 99]
+    faults.check(100)
+    with pytest.raises(UserError) as caught:
+        preference_rows(rows, "f")
+    assert str(caught.value) == (
+        "f: 3 of 100 rows are faulty: 2 (row 97, 99) chosen must be a string or messages, got int; 1 (row 98) column "
+        "'rejected' is missing, of prompt, chosen, rejected (it has chosen, prompt); mend or drop them"
+    )
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -114,10 +165,39 @@ SCORED = GOOD | {"chosen_token_scores": [0.0, 2], "rejected_token_scores": [1]}
     [
         ({"prompt": "p", "chosen": "a"}, "column 'rejected' is missing", "it has chosen, prompt"),
         ({"prompt": "p", "chosen": "a", "rejected": None}, "column 'rejected' is missing", "it has chosen, prompt"),
-        ({"chosen": "a", "rejected": "b"}, "column 'prompt' (or 'instruction') is missing; add it", "chosen, rejected"),
-        (GOOD | {"chosen": 3}, "chosen must be a string or messages, got int", "mend"),
-        (GOOD | {"chosen": [assistant("a")]}, "one of chosen and rejected is a string", "make them alike"),
-        (GOOD | {"chosen": [assistant("a")], "rejected": [assistant("b")]}, "prompt is a string but", "remove it"),
+        ({"chosen": "a", "rejected": "b"}, "chosen is a text without turns", '--config.columns="prompt=..."'),
+        ({"question": "a", "best": "b"}, "column 'chosen' is missing, of question", '--config.columns="chosen=..."'),
+        (
+            {"ask": "a", "best": "b"},
+            "it has ask, best, no layout that is known",
+            '"prompt=...,chosen=...,rejected=..."',
+        ),
+        (GOOD | {"chosen": 3}, "chosen must be a string or messages, got int", "give a list"),
+        (GOOD | {"chosen": ["a"]}, "chosen is a list of str, neither a string nor messages", "mend"),
+        (
+            GOOD | {"chosen": [user("x"), assistant("a")], "rejected": [user("x"), assistant("b")]},
+            "prompt is no question of the conversation in chosen or rejected",
+            '--config.columns="prompt="',
+        ),
+        (GOOD | {"images": ["a.png"]}, "has images, and models here read text alone", '--config.columns="images="'),
+        (GOOD | {"input": "this"}, "input would be left out", '--config.columns="instruction=prompt,input=input"'),
+        (GOOD | {"system": 3}, "system must be a string", "mend"),
+        (GOOD | {"system": "s", "system_prompt": "t"}, "system and system_prompt differ", "keep one"),
+        (
+            {"prompt": [user("x")], "chosen": [assistant("a") | {"weight": 0}], "rejected": "b"},
+            "a turn of another weigh",
+            "only supervised",
+        ),
+        (
+            {"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": "x"},
+            "preference_strength is 'x'",
+            "a number, below 0 for the first",
+        ),
+        (
+            {"instruction": "p", "output_1": "a", "output_2": "b", "label": 3},
+            "label is 3, which must be 1 or 2",
+            "mend",
+        ),
         (GOOD | {"prompt": []}, "prompt is an empty list", "give a list"),
         (GOOD | {"prompt": 3}, "prompt must be a string or messages, got int", "give a list"),
         (GOOD | {"prompt": [{"role": "user"}]}, "prompt message 0 has no content", "give a list"),
@@ -129,10 +209,9 @@ SCORED = GOOD | {"chosen_token_scores": [0.0, 2], "rejected_token_scores": [1]}
             "mend the row",
         ),
         ({"instruction": "", "input": "", "chosen": "a", "rejected": "b"}, "both empty", "drop the row"),
-        ({"instruction": 1, "chosen": "a", "rejected": "b"}, "instruction must be a string", "mend"),
-        ({"instruction": "i", "chosen": [assistant("a")], "rejected": [assistant("b")]}, "chosen must be a st", "mend"),
+        ({"instruction": 1, "chosen": "a", "rejected": "b"}, "instruction must be a string", "give a list"),
         ({"instruction": "i", "history": "q", "chosen": "a", "rejected": "b"}, "history must be a list", "mend"),
-        ({"instruction": "i", "history": [["q"]], "chosen": "a", "rejected": "b"}, "history must be a list", "mend"),
+        ({"instruction": "i", "history": [["q"]], "chosen": "a", "rejected": "b"}, "history message 0 is no", "give a"),
         (SCORED | {"chosen_token_scores": None}, "has only one of chosen_token_scores and rejected", "both or neither"),
         (SCORED | {"chosen_token_scores": [1, float("nan")]}, "chosen_token_scores[1] is nan", "compute"),
         (SCORED | {"rejected_token_scores": [float("inf")]}, "rejected_token_scores[0] is inf", "compute the weights"),
@@ -151,9 +230,12 @@ def test_faulty_rows_are_named(row, says, cure):
 
 def test_a_mixture_of_layouts_is_named():
     error = raised([GOOD, GOOD, {"instruction": "i", "chosen": "a", "rejected": "b"}])
-    assert error.startswith("pairs.jsonl row 2: the columns are instruction") and "row 0: prompt, chosen" in error
+    assert error.startswith("pairs.jsonl row 2: the columns are instruction") and "most rows prompt, chosen" in error
     assert "split it (it has chosen, instruction, rejected)" in error
-    assert "row 1: prompt, chosen and rejected are strings, without token scores" in raised([SCORED, GOOD])
+    assert (
+        "row 1: the prompt is a string, without token scores, but in most rows the prompt is a string, with"
+        in raised([SCORED, GOOD])
+    )
 
 
 def encoded(length, full_length):

@@ -60,6 +60,7 @@ def config(path, **settings):
         "input": str(path),
         "output": str(path.parent / "page.html"),
         "counts": None,
+        "chat_template_kwargs": "",
         "weights": "auto",
         "max_pairs": 200,
         "seed": None,

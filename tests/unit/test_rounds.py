@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from configs.musc_rounds import get_config
 from lm_jax.config import from_config_dict
 from lm_jax.data.rows import write_jsonl
 from lm_jax.errors import UserError
+from lm_jax.generation import rounds as rounds_of_any
 from musc_jax.pairs.tasks import read_tasks
 from musc_jax.rounds import command as rounds
 from musc_jax.rounds.report import rounds_table, summary
@@ -29,7 +31,7 @@ class Parts:
 
     def make_pairs(self, config, generator):
         self.record("pairs", config)
-        count = len(read_tasks(config.input)) if config.input else config.num_instructions
+        count = len(read_tasks(config.input)[0]) if config.input else config.num_instructions
         stages = [{"stage": "decompose", "rows": count, "dropped": 1, "reasons": {"refusal": 1}}]
         counts = {"input": count, "pairs": count - 1, "dropped": 1, "stages": stages, "left_out": {}}
         write_jsonl(f"{config.output}.counts.json", [counts])
@@ -54,6 +56,9 @@ class Parts:
 @pytest.fixture
 def parts(monkeypatch) -> Parts:
     parts = Parts()
+    monkeypatch.setattr(
+        rounds_of_any, "open_model", lambda name: SimpleNamespace(content=lambda: {"fingerprint": name})
+    )
     for name in ("make_pairs", "weigh_rows", "train"):
         monkeypatch.setattr(rounds, name, getattr(parts, name))
     return parts
@@ -205,10 +210,7 @@ def test_means_over_the_last_epoch(tmp_path):
         ({"pairs": {"num_examples": 0}}, "config.pairs.num_examples=0: must be at least 1"),
         ({"pairs": {"respond": {"temperature": -1.0}}}, "config.pairs.respond.temperature=-1.0"),
         ({"weights": {"rules": "best"}}, "config.weights.rules"),
-        (
-            {"train": {"max_length": 9000}},
-            "config.train.batch.row_length=4096 must hold a pair, 2 x config.train.max_length",
-        ),
+        ({"train": {"batch": {"pairs": 0}}}, "config.train.batch.pairs: must be at least 1"),
         ({"train": {"loss": {"kind": "dpo"}}}, "config.train.loss"),
         ({"input": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"train": {"weights": "columns"}}, "config.train.weights=columns: the rounds' pairs bring no token scores"),
@@ -234,7 +236,11 @@ def test_settings(run, parts, tmp_path, settings, part):
         ({"pairs": {"seed_": 1}}, "config.pairs.seed_: unknown key"),
         ({"reference": "seed"}, "config.reference='previous', now 'seed'"),
         ({"rounds": 2}, "config.instructions_per_round=4, now 6"),
-        ({"rows": 13}, "config.input.fingerprint="),
+        (
+            {"rows": 13},
+            "other rows than config.input={tmp_path}/in.jsonl holds now (12, now 13); put the old rows back",
+        ),
+        ({"model": "other"}, "on other weights than config.model=other holds now"),
         ({"weights": {"dtype": "bfloat16"}}, "config.weights.dtype='float32', now 'bfloat16'"),
     ],
 )
@@ -248,7 +254,9 @@ def test_other_settings_are_refused(run, parts, tmp_path, changed, part):
         return
     with pytest.raises(UserError) as raised:
         run(**changed)
-    assert part in str(raised.value) and str(tmp_path / "out/config.json") in str(raised.value)
+    assert part.format(tmp_path=tmp_path) in str(raised.value) and str(tmp_path / "out/config.json") in str(
+        raised.value
+    )
     parts.called.clear()
     run(train={"checkpoints": {"every": 7}}, pairs={"decode": {"slots": 2}, "mesh": {"fsdp": 1}})
     assert not parts.called

@@ -413,6 +413,21 @@ def test_samples_are_whole(expected):
         assert 0 not in sample.token_ids[:-1]
 
 
+def test_stop_texts_wait_for_the_end_of_thoughts(walker):
+    """Every `g` ends the response, unless it stands in the thoughts that the prompt opened."""
+    thinks, stop = walker("\nfgj[/x]kg"), SamplingConfig(20, 0.0, stop=("g",))
+    prompts = {"opened": "b[x]\n", "closed": "b[x][/x]\n"}
+    asked = [Request(f"{name} {end}", text, think_end=end) for name, text in prompts.items() for end in ("", "[/x]")]
+    found = {c.id: c.samples[0] for batch in thinks.generate(asked, stop) for c in batch}
+    assert {name: sample.text for name, sample in found.items()} == {
+        "opened ": "f",
+        "opened [/x]": "fgj[/x]k",
+        "closed ": "f",
+        "closed [/x]": "f",
+    }
+    assert all(sample.finish_reason == "stop" for sample in found.values())
+
+
 @pytest.mark.parametrize("fields", [{"temperature": 0.0}, {}, {"top_k": 40, "top_p": 0.9, "temperature": 1.5}])
 def test_ids_without_a_token_are_never_drawn(parts, generator, fields):
     """Of a padded vocabulary, however likely its last rows are."""

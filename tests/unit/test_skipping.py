@@ -12,19 +12,21 @@ import pytest
 from lab.controls import config as controls_config
 from lm_jax.checkpoints import runs
 from lm_jax.checkpoints.orbax import Checkpoints
-from lm_jax.config import BatchConfig, MeshConfig
-from lm_jax.data.order import BatchIterator, plan_batches
+from lm_jax.config import MeshConfig
+from lm_jax.data.batches import BatchIterator
 from lm_jax.data.packing import example_lengths
+from lm_jax.data.plans import BatchPlan, plan_steps
 from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
-from lm_jax.training.loop import checkpoint_items, resume
+from lm_jax.training.checkpointing import checkpoint_items, resume
+from lm_jax.training.objective import Objective
 from lm_jax.training.optim import make_optimizer, make_schedule
 from lm_jax.training.skipping import Skips
-from lm_jax.training.step import Objective, TrainState, make_train_step
+from lm_jax.training.step import TrainState, make_train_step
 from lm_jax.training.supervised import supervised_objective
 from main_jax.rounds import config as rounds_config
 from main_jax.training.losses import mixed_coefficients
-from main_jax.training.weighting import alpha_carry
+from main_jax.training.weighting import alpha_state
 from musc_jax.rounds import command as rounds
 from musc_jax.training.objective import preference_objective
 from tests.unit import test_step, test_supervised_objective
@@ -67,8 +69,8 @@ def program(method, dtype="float32"):
     if method == "preference":
         objective = preference_objective(module.MODEL, compute, module.LOSS)
     else:
-        objective = supervised_objective(module.MODEL, compute, mixed_coefficients, carry := alpha_carry(module.ALPHA))
-        carried = carry.initial
+        objective = supervised_objective(module.MODEL, compute, mixed_coefficients, kept := alpha_state(module.ALPHA))
+        carried = kept.initial
     schedule = make_schedule(dataclasses.replace(test_step.OPTIM, schedule="cosine"), STEPS)
     optimizer = make_optimizer(test_step.OPTIM, schedule)
     params = jax.tree.map(np.array, module.params())
@@ -82,7 +84,7 @@ def program(method, dtype="float32"):
 
 def batch(method, rows, microbatches, given=None):
     make, given = METHODS[method].batch_of, given or examples(method)
-    return make(rows, microbatches, given)
+    return [make(rows, microbatches, given)]
 
 
 ROWS = {"preference": [test_step.ROWS, test_step.ROWS[::-1]], "supervised": test_supervised_objective.STEPS[::2]}
@@ -126,7 +128,7 @@ def test_a_skipped_step_leaves_no_trace(method, dtype, how, microbatches):
     assert [m["skipped_steps"] for m in metrics] == [0, 1, 2, 2]
     assert [bool(np.isfinite([m["loss"], m["grad_norm"]]).all()) for m in metrics] == [True, False, False, True]
     for state, (whole, _) in zip(states, (expected[0], expected[0], expected[0], expected[1]), strict=True):
-        for part in ("params", "opt_state", "carried"):
+        for part in ("params", "opt_state", "objective_state"):
             assert same(getattr(state, part), getattr(whole, part)), part
     assert not same(states[0].params, states[3].params), "nothing was learnt, nothing is seen"
     rates = [m["learning_rate"] for m in metrics]
@@ -153,12 +155,12 @@ def test_by_hand(bad, start, not_finite):
         return jax.lax.cond(micro["bad"][0], bad, lambda p: p, params["kernel"][0]), {}, jnp.int32(-1)
 
     optimizer = optax.sgd(lambda step: 0.1 + step, momentum=0.5)
-    step = jax.jit(make_train_step(Objective(lambda micro: {}, loss, "float32"), optimizer, lambda step: 0.1 + step))
+    step = jax.jit(make_train_step(Objective(lambda micro: {}, loss), optimizer, lambda step: 0.1 + step))
     state = TrainState.create({"kernel": jnp.array([start, 5.0])}, optimizer)
-    state, metrics = step(state, {"bad": jnp.array([[True]])})
+    state, metrics = step(state, [{"bad": jnp.array([[True]])}])
     assert {name for name in ("loss", "grad_norm") if not np.isfinite(metrics[name])} == not_finite
     assert state.params["kernel"].tolist() == [start, 5] and state.skipped == metrics["skipped_steps"] == 1
-    state, metrics = step(state, {"bad": jnp.array([[False]])})
+    state, metrics = step(state, [{"bad": jnp.array([[False]])}])
     assert metrics["learning_rate"] == np.float32(0.1) and metrics["grad_norm"] == metrics["skipped_steps"] == 1
     assert state.params["kernel"].tolist() == [np.float32(start) - np.float32(0.1), 5]
     assert optax.tree_utils.tree_get(state.opt_state, "trace")["kernel"].tolist() == [1, 0]
@@ -183,10 +185,10 @@ def test_the_count_is_in_the_checkpoint(tmp_path):
 
 @pytest.fixture
 def batches():
-    """Steps of two rows in two microbatches, of one to three pairs."""
+    """Steps of three pairs, in microbatches of one row."""
     pairs = examples("preference")
-    layout = BatchConfig(rows=2, row_length=test_step.LENGTH, microbatches=2, max_examples_per_row=3)
-    plan = plan_batches(example_lengths(pairs), layout, 1, seed=0)
+    plan = plan_steps(example_lengths(pairs), 3, 1, seed=0, rows=1, row_length=test_step.LENGTH)
+    assert len(plan) == 3 and max(stack.microbatches for stack in plan.shapes[0]) > 1
     return BatchIterator(plan, pairs, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), ("weights", "ref_logprobs"))
 
 
@@ -194,48 +196,53 @@ def values(skipped, bad=-1, loss=np.nan, grad_norm=np.nan):
     return {"loss": loss, "grad_norm": grad_norm, "bad_example": bad, "skipped_steps": skipped}
 
 
-def test_what_a_skip_says(batches, tmp_path):
-    skips = Skips(str(tmp_path), 2, batches, lambda i: f"rows.jsonl row {10 * i}")
-    assert skips.look(1, values(0, loss=0.5, grad_norm=1.0)) is None and skips.last == 0
-    rows = [f"rows.jsonl row {10 * i}" for i in batches.examples(1)]
-    said = skips.look(2, values(1, batches.examples(1)[0]))
-    assert said == (
+def test_what_a_skip_says(batches, tmp_path, capsys):
+    skips = Skips(str(tmp_path), 2, 9, batches, lambda i: f"rows.jsonl row {10 * i}")
+
+    def said(step, metrics):
+        skips.on_metrics(step, metrics, None)
+        return capsys.readouterr().err.removesuffix("\n")
+
+    assert said(1, values(0, loss=0.5, grad_norm=1.0)) == "" and skips.last == 0
+    rows = [f"rows.jsonl row {10 * i}" for i in batches.plan.examples(1)]
+    assert said(2, values(1, batches.plan.examples(1)[0])) == (
         f"step 2: loss is nan (in {rows[0]}); skipped, number 1 of at most 2; the step's rows: {', '.join(rows)}"
     )
-    assert skips.look(3, values(2, loss=0.5, grad_norm=np.inf)).startswith("step 3: grad_norm is inf; skipped")
+    assert said(3, values(2, loss=0.5, grad_norm=np.inf)).startswith("step 3: grad_norm is inf; skipped")
     assert skips.last == 3 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("limit", [0, 2])
 def test_one_too_many(batches, tmp_path, limit):
     """The batch that is written down is the one that was trained on."""
-    skips = Skips(str(tmp_path), limit, batches, lambda i: f"rows.jsonl row {10 * i}")
+    skips = Skips(str(tmp_path), limit, 9, batches, lambda i: f"rows.jsonl row {10 * i}")
     next(batches)
     trained = next(batches)
     with pytest.raises(UserError) as error:
-        skips.look(2, values(limit + 1, 4))
+        skips.on_metrics(2, values(limit + 1, 4), None)
     path = tmp_path / "skipped" / "step_2.npz"
     for part in ("step 2", "row 40", f"{limit} steps", f"skip_limit={limit}", str(path), "learning_rate", "intact"):
         assert part in str(error.value), error.value
     with np.load(path, allow_pickle=False) as written:
-        assert {*written} == {"rows", *trained}
-        for name, array in trained.items():
+        arrays = {f"{len(s['tokens'][0, 0])}/{name}": array for s in trained for name, array in s.items()}
+        assert {*written} == {"rows", *arrays}
+        for name, array in arrays.items():
             assert np.array_equal(written[name], array), name
-        ids = written["example_ids"]
+        ids = np.concatenate([a.ravel() for name, a in arrays.items() if name.endswith("/example_ids")])
         assert [f"rows.jsonl row {10 * i}" for i in sorted(ids[ids >= 0])] == [*written["rows"]]
-        assert ids.shape[:2] == (2, 1) and (ids >= 0).any()
     assert [p.name for p in path.parent.iterdir()] == ["step_2.npz"]
 
 
 def test_a_batch_that_cannot_be_written_hides_nothing(batches, tmp_path):
     (tmp_path / "skipped").write_text("a file where a directory should be")
     with pytest.raises(UserError, match=r"step 1: loss is nan.*could not be written.*learning_rate"):
-        Skips(str(tmp_path), 0, batches, str).look(1, values(1))
+        Skips(str(tmp_path), 0, 9, batches, str).on_metrics(1, values(1), None)
 
 
-def test_rows_beyond_some_are_counted(batches, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "examples", lambda step: [*range(128)])
-    said = Skips(str(tmp_path), 5, batches, lambda i: f"p.jsonl row {i}").look(1, values(1))
+def test_rows_beyond_some_are_counted(batches, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(BatchPlan, "examples", lambda plan, step: [*range(128)])
+    Skips(str(tmp_path), 5, 9, batches, lambda i: f"p.jsonl row {i}").on_metrics(1, values(1), None)
+    said = capsys.readouterr().err
     assert "p.jsonl row 7 and 120 more" in said and "row 8" not in said
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from lm_jax.config import ComputeConfig, ModelConfig, OptimConfig, RopeConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.models.decoder import Decoder
 from lm_jax.models.weights import flatten
+from lm_jax.training.objective import Objective
 from lm_jax.training.optim import make_optimizer, make_schedule
-from lm_jax.training.step import Objective, TrainState, make_evaluate, make_train_step
+from lm_jax.training.step import TrainState, host_totals, make_evaluate, make_train_step
 from musc_jax.training.losses import LossConfig
 from musc_jax.training.objective import preference_objective
 
@@ -47,8 +49,8 @@ def pairs():
     return made
 
 
-def batch_of(rows, microbatches=1, pairs_=None):
-    arrays = fill_rows(rows, pairs_ or pairs(), LENGTH, MAX_PAIRS, ("weights", "ref_logprobs"))
+def batch_of(rows, microbatches=1, pairs_=None, length=LENGTH):
+    arrays = fill_rows(rows, pairs_ or pairs(), length, MAX_PAIRS, ("weights", "ref_logprobs"))
     return {k: v.reshape(microbatches, -1, *v.shape[1:]) for k, v in arrays.items()}
 
 
@@ -81,7 +83,7 @@ def train_step(optim=OPTIM):
 @functools.cache
 def one_batch():
     step, state = train_step()
-    return step(state, batch_of(ROWS))
+    return step(state, [batch_of(ROWS)])
 
 
 @functools.cache
@@ -89,7 +91,7 @@ def four_microbatches():
     batch = batch_of(ROWS, 4)
     assert [bool(m.any()) for m in batch["loss_mask"]] == [True, True, True, False], "the last is padding alone"
     step, state = train_step()
-    return step(state, batch)
+    return step(state, [batch])
 
 
 def gradients(state):
@@ -98,9 +100,17 @@ def gradients(state):
     return {path: np.asarray(x) / (1 - OPTIM.beta1) for path, x in flatten(first_moment).items()}
 
 
-def test_accumulated_equals_one_batch():
-    """Rows with 2 to 20 response tokens, and a microbatch of padding alone."""
-    (got_state, got), (expected_state, expected) = four_microbatches(), one_batch()
+@functools.cache
+def stacks_of_three_lengths():
+    """Rows that are full, rows that are longer than any needs, and a stack that holds nothing."""
+    step, state = train_step()
+    return step(state, [batch_of(ROWS[:3], 3), batch_of(ROWS[3:], 5, length=32), batch_of([[]] * 2, 2, length=8)])
+
+
+@pytest.mark.parametrize("cut", [four_microbatches, stacks_of_three_lengths])
+def test_accumulated_equals_one_batch(cut):
+    """Rows with 2 to 20 response tokens, and microbatches of padding alone."""
+    (got_state, got), (expected_state, expected) = cut(), one_batch()
     assert set(got) == set(expected)
     for name in expected:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, err_msg=name)
@@ -118,7 +128,8 @@ def test_accumulated_equals_one_batch():
 
 @functools.cache
 def evaluate():
-    return make_evaluate(objective())
+    run = make_evaluate(objective())
+    return lambda params, batches: run(params, batches, host_totals(objective(), batches))
 
 
 def test_one_batch_by_hand():
@@ -147,9 +158,52 @@ def test_evaluation_is_exact_over_uneven_batches():
         np.testing.assert_allclose(whole[name], trained[name], rtol=1e-5, err_msg=name)
 
 
+def test_totals_are_counted_on_the_host():
+    """What the count gives on a device, to the bit, without one."""
+    batches = [batch_of(ROWS[i : i + 4], 2) for i in (0, 4)]
+    with jax.transfer_guard("disallow"):
+        totals = host_totals(objective(), batches)
+    counted = [jax.vmap(objective().count)(batch) for batch in batches]
+    assert {name: float(number) for name, number in totals.items()} == {
+        name: sum(float(c[name].sum()) for c in counted) for name in counted[0]
+    }
+    assert totals["pairs"] == 9 and 9 < totals["chosen_tokens"] == sum(len(chosen.response) for chosen, _ in pairs())
+
+
+def test_totals_count_by_ones_beyond_what_fp32_does():
+    def tokens(number):
+        ones = {"loss_mask": np.float32(1), "segment_ids": np.int32(1), "example_ids": np.int32(0)}
+        return {name: np.broadcast_to(one, (1, number // 4096 or 1, min(number, 4096))) for name, one in ones.items()}
+
+    batches = [tokens(2**24), *[tokens(1)] * 4]
+    assert host_totals(objective(), batches)["chosen_tokens"] == 2**24 + 4
+
+
+def test_an_evaluation_holds_two_batches_at_most():
+    def total(params, batch, totals):
+        return (params * batch["x"]).sum() / totals["n"], {}, jnp.int32(-1)
+
+    held: list[weakref.ref] = []
+    most = [0]
+
+    def batches(make):
+        for number in range(12):
+            most[0] = max(most[0], sum(ref() is not None for ref in held))
+            batch = {"x": make(np.full((2, 3), number, np.float32))}
+            held.append(weakref.ref(batch["x"]))
+            yield batch
+            del batch
+
+    adds = Objective(lambda batch: {"n": batch["x"].size}, total)
+    totals = host_totals(adds, batches(np.asarray))
+    held.clear()
+    assert make_evaluate(adds)(2.0, batches(jnp.asarray), totals) == {"loss": pytest.approx(2 * 5.5)}
+    assert len(held) == 12 and 1 <= most[0] <= 2
+
+
 def test_padding_alone_is_zero():
     step, state = train_step()
-    _, metrics = step(state, batch_of([[]] * 8))
+    _, metrics = step(state, [batch_of([[]] * 8)])
     assert metrics["loss"] == 0 and metrics["pairs"] == 0 and metrics["grad_norm"] == 0
     assert metrics["bad_example"] == -1
 
@@ -281,8 +335,8 @@ def test_clipping_and_what_is_reported():
         total = jnp.sum(micro["x"] * params["kernel"] ** 2) / totals["rows"]
         return total, {"squares": total}, jnp.int32(-1)
 
-    objective = Objective(lambda micro: {"rows": jnp.float32(micro["x"].shape[0])}, loss, "float32")
-    batch = {"x": jnp.array([[[3.0, 0.0]], [[0.0, 12.0]], [[6.0, 0.0]]])}
+    objective = Objective(lambda micro: {"rows": jnp.float32(micro["x"].shape[0])}, loss)
+    batch = [{"x": jnp.array([[[3.0, 0.0]], [[0.0, 12.0]], [[6.0, 0.0]]])}]
     optimizer = make_optimizer(dataclasses.replace(OPTIM, eps=1e-8, weight_decay=0.0), lambda step: 0.25)
     state = TrainState.create({"kernel": jnp.array([1.0, 1.0])}, optimizer)
     state, metrics = jax.jit(make_train_step(objective, optimizer, lambda step: 0.25 + step))(state, batch)
@@ -290,6 +344,23 @@ def test_clipping_and_what_is_reported():
     assert metrics["learning_rate"] == 0.25 and state.step == 1
     np.testing.assert_allclose(gradients(state)["kernel"], [0.3, 0.4], rtol=1e-5)  # clipped to a norm of 0.5
     np.testing.assert_allclose(state.params["kernel"], [0.75, 0.75], rtol=1e-5)  # Adam's first step is the rate
+
+
+def test_a_microbatch_that_holds_nothing_is_not_computed():
+    """Its loss would be NaN. One whose count is NaN holds something, which must not stay unseen."""
+
+    def loss(params, micro, totals):
+        x = micro["x"][0]
+        return x * params["kernel"] / jnp.where(x == 0, jnp.nan, 1) / totals["rows"], {}, jnp.int32(-1)
+
+    objective = Objective(lambda micro: {"rows": jnp.sum(micro["x"])}, loss)
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(make_train_step(objective, optimizer, lambda step: 0.1))
+    state = TrainState.create({"kernel": jnp.float32(3)}, optimizer)
+    filled = [{"x": jnp.array([[0.0], [2.0]])}, {"x": jnp.array([[0.0]])}, {"x": jnp.array([[6.0], [0.0]])}]
+    assert step(state, filled)[1]["loss"] == 3
+    assert np.isnan(step(state, [*filled[:2], {"x": jnp.array([[jnp.nan], [0.0]])}])[1]["loss"])
+    assert np.isnan(step(state, [{"x": jnp.array([[0.0], [jnp.nan]])}])[1]["loss"])
 
 
 @pytest.mark.parametrize(("bad", "value"), [(5, np.nan), (0, np.inf), (8, -np.inf)])
@@ -303,7 +374,7 @@ def test_bad_example_is_named(bad, value, side):
     segments[side] = dataclasses.replace(segments[side], values={**segments[side].values, "weights": weights})
     spoiled[bad] = tuple(segments)
     step, state = train_step()
-    _, metrics = step(state, batch_of(ROWS, 4, spoiled))
+    _, metrics = step(state, [batch_of(ROWS, 4, spoiled)])
     assert metrics["bad_example"] == bad
     assert not np.isfinite(metrics["loss"])
     assert one_batch()[1]["bad_example"] == -1

@@ -94,6 +94,32 @@ def test_the_prompts_text_is_no_stop(byte_level):
     assert Stops(byte_level, prompt, ("ha",)).find(ids, len(ids))[1] == " "
 
 
+@pytest.mark.parametrize("sizes", [[1] * 99, [3] * 40, [7] * 20, [99]])
+@pytest.mark.parametrize(
+    ("prompt", "response", "end", "expected"),
+    [
+        # Stops inside thoughts do not count, whoever opens them
+        ("what", "<think>the cat.\n\nso</think>hat.\n\nmore", "</think>", "<think>the cat.\n\nso</think>hat."),
+        ("what\n<think>\n", "the cat.\n\nso</think>hat.\n\nmore", "</think>", "the cat.\n\nso</think>hat."),
+        ("what", "[T]a\n\nb[/T]c\n\nd", "[/T]", "[T]a\n\nb[/T]c"),
+        # Thoughts that do not end, or have not: none counts
+        ("what", "<think>the cat.\n\nso", "</think>", None),
+        ("what\n<think>\n", "the cat.\n\nso", "</think>", None),
+        # No thoughts, or a prompt that closes them
+        ("what", "the cat.\n\nso", "</think>", "the cat."),
+        ("what<think>\n\n</think>\n\n", "the cat.\n\nso", "</think>", "the cat."),
+        ("what", "a <think> b.\n\nso</think>", "</think>", "a <think> b."),
+        # An end that does not say how thoughts begin: all before it may be thoughts
+        ("what", "the cat.\n\nso END hat.\n\nmore", "END", "the cat.\n\nso END hat."),
+        ("what", "<think>the cat.\n\nso</think>hat", "", "<think>the cat."),
+    ],
+)
+def test_stops_inside_thoughts(byte_level, prompt, response, end, expected, sizes):
+    prompt, ids = (byte_level(text)["input_ids"] for text in (prompt, response))
+    found = as_they_arrive(byte_level, prompt, ids, ("\n\n", "zz"), sizes, end)
+    assert (None if found is None else found[1]) == expected
+
+
 def test_resolve(byte_level):
     ids, texts = resolve_stops(("\n\n", "<|im_start|>", 7, "<b>", 0, 7), byte_level, (0, 5))
     assert ids == (0, 5, 1, 7)

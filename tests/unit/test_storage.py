@@ -270,13 +270,13 @@ def test_a_model_is_read_from_a_bucket_and_downloaded_once(server, bucket, tmp_p
     (tmp_path / "source/pytorch_model.bin").write_bytes(b"not to be touched")
     storage.upload(tmp_path / "source", os.listdir(tmp_path / "source"), f"{bucket}/model")
     local, there = open_model(str(tmp_path / "source")), open_model(f"{bucket}/model")
-    assert there.identity() == local.identity()
+    assert there.fingerprint == local.fingerprint
     assert not list((tmp_path / "cache").rglob("*.bin"))
     asked = len(server.asked)
     assert open_model(f"{bucket}/model") == there
     assert not [path for method, path in server.asked[asked:] if method == "GET" and path.endswith(".safetensors")]
     make_checkpoint(tmp_path / "source", "llama", seed=1)
     storage.upload(tmp_path / "source", ["model.safetensors"], f"{bucket}/model")
-    assert open_model(f"{bucket}/model").identity() == open_model(str(tmp_path / "source")).identity()
+    assert open_model(f"{bucket}/model").fingerprint == open_model(str(tmp_path / "source")).fingerprint
     assert "no config.json there" in line_of(lambda: open_model(f"{bucket}/absent"))
     assert "gs://" in line_of(lambda: open_model("ftp://host/model"))

@@ -11,11 +11,11 @@ from lm_jax.checkpoints.orbax import Checkpoints
 from lm_jax.config import ComputeConfig, ModelConfig, RopeConfig
 from lm_jax.data.packing import Segment, fill_rows
 from lm_jax.models.decoder import Decoder
-from lm_jax.training.loop import checkpoint_items, resume
-from lm_jax.training.step import TrainState, make_evaluate, make_train_step
+from lm_jax.training.checkpointing import checkpoint_items, resume
+from lm_jax.training.step import TrainState, host_totals, make_evaluate, make_train_step
 from lm_jax.training.supervised import VALUES, supervised_objective
 from main_jax.training.losses import mixed_coefficients, plain_coefficients
-from main_jax.training.weighting import AlphaConfig, alpha_carry
+from main_jax.training.weighting import AlphaConfig, alpha_state
 
 MODEL = ModelConfig("llama", 64, 2, 16, 24, 4, 2, 4, RopeConfig(10_000.0), 1e-5, 64)
 COMPUTE = ComputeConfig("float32", attention="reference", logprob_chunk=8)  # what compiles fastest
@@ -59,13 +59,13 @@ OPTIMIZER = optax.sgd(0.1)
 
 @functools.cache
 def train_step():
-    objective = supervised_objective(MODEL, COMPUTE, mixed_coefficients, alpha_carry(ALPHA))
+    objective = supervised_objective(MODEL, COMPUTE, mixed_coefficients, alpha_state(ALPHA))
     return jax.jit(make_train_step(objective, OPTIMIZER, lambda step: 0.1, num_steps=3))
 
 
 @functools.cache
 def start():
-    return TrainState.create(params(), OPTIMIZER, jax.tree.map(jnp.float32, alpha_carry(ALPHA).initial))
+    return TrainState.create(params(), OPTIMIZER, jax.tree.map(jnp.float32, alpha_state(ALPHA).initial))
 
 
 @functools.cache
@@ -73,14 +73,16 @@ def trained(microbatches):
     """[(state, metrics)] of the steps."""
     state, found = start(), []
     for rows in STEPS:
-        state, metrics = train_step()(state, batch_of(rows, microbatches))
+        state, metrics = train_step()(state, [batch_of(rows, microbatches)])
         found.append((state, {k: float(v) for k, v in metrics.items()}))
     return found
 
 
 @functools.cache
 def evaluate():
-    return make_evaluate(supervised_objective(MODEL, COMPUTE, plain_coefficients))
+    objective = supervised_objective(MODEL, COMPUTE, plain_coefficients)
+    run = make_evaluate(objective)
+    return lambda params, batches: run(params, batches, host_totals(objective, batches))
 
 
 def means(rows, params):
@@ -128,7 +130,7 @@ def test_accumulated_equals_one_batch():
     for (state, metrics), (one, expected) in zip(trained(4), trained(1), strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-        for a, b in zip(jax.tree.leaves(state.carried), jax.tree.leaves(one.carried), strict=True):
+        for a, b in zip(jax.tree.leaves(state.objective_state), jax.tree.leaves(one.objective_state), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
         for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(one.params), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
@@ -156,8 +158,9 @@ def test_what_is_carried_is_in_the_checkpoint(tmp_path):
         checkpoints.wait()
         restored, position = resume(checkpoints, jax.eval_shape(start))
     assert position == {"next": 2}
-    assert float(restored.carried["seed"]["weight"]) == 0.75 and float(restored.carried["synthetic"]["weight"]) == 0.5
-    again, metrics = train_step()(jax.device_get(restored), batch_of(STEPS[2]))
+    kept = restored.objective_state
+    assert float(kept["seed"]["weight"]) == 0.75 and float(kept["synthetic"]["weight"]) == 0.5
+    again, metrics = train_step()(jax.device_get(restored), [batch_of(STEPS[2])])
     last, expected = trained(1)[2]
     assert {k: float(v) for k, v in metrics.items()} == expected
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(last), strict=True))
@@ -170,6 +173,6 @@ def test_a_bad_example_is_named():
     (segment,) = spoiled[5]
     outside = np.where(np.arange(len(segment.prompt)) == 1, 10**6, segment.prompt)  # fill mode: its embedding is NaN
     spoiled[5] = (Segment(outside, segment.response, segment.values, segment.loss_mask),)
-    _, metrics = train_step()(start(), batch_of(STEPS[0], 1, spoiled))
+    _, metrics = train_step()(start(), [batch_of(STEPS[0], 1, spoiled)])
     assert metrics["bad_example"] == 5 and not np.isfinite(metrics["loss"])
     assert trained(1)[0][1]["bad_example"] == -1

@@ -204,19 +204,19 @@ GOOD = {"prompt": "p", "response": "a"}
 @pytest.mark.parametrize(
     ("row", "says", "cure"),
     [
-        ({"text": "a"}, "none of the columns messages, conversations, prompt, instruction", "it has text"),
-        ({"prompt": "p", "chosen": "a"}, "column 'response' is missing", "config.response_column (it has chosen, pro"),
+        ({"text": "a"}, "text is a text without turns", '--config.columns="prompt=..."'),
+        ({"ask": "a"}, "it has ask, no layout that is known", '--config.columns="messages=..."'),
+        ({"prompt": "p", "chosen": "a"}, "column 'response' is missing", '--config.columns="response=..."'),
         ({"instruction": "p"}, "column 'output' is missing", "it has instruction"),
-        ({"prompt": "p", "response": [assistant("a")]}, "prompt is a string but response is messages", "remove the pr"),
-        ({"prompt": "p", "response": 3}, "prompt is a string but response is neither", "make them alike"),
+        ({"prompt": "p", "response": 3}, "response must be a string or messages, got int", "give a list"),
         ({"prompt": 3, "response": "a"}, "prompt must be a string or messages, got int", "give a list"),
-        ({"messages": "a"}, "messages", "give a list"),
+        ({"messages": "a"}, "messages is a text without turns", "give messages"),
         ({"messages": []}, "messages is an empty list", "give a list"),
         ({"messages": [{"role": "user"}]}, "messages message 0 has no content", "give a list"),
         (
             {"messages": [{"role": "template_arguments", "content": "hello"}]},
             "the role template_arguments, kept for",
-            "give a list",
+            "rename the role",
         ),
         (
             {"messages": [user("a"), assistant("b")], "chat_template_kwargs": "no"},
@@ -228,23 +228,43 @@ GOOD = {"prompt": "p", "response": "a"}
             "chat_template_kwargs: tokenize is set by the command itself",
             "leave it out",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "message 0 has a part of type 'image_url'",
+            "drop the row",
+        ),
+        (
+            {"messages": [user("a") | {"train": True}, assistant("b")]},
+            "message 0 is to be learnt, but is of the user",
+            "only the assistant's",
+        ),
+        ({"messages": [user("a"), assistant("b") | {"weight": "x"}]}, "message 1 has the weight 'x'", "mend"),
+        (
+            {"messages": [user("a"), assistant("b") | {"weight": 0.5}, user("c"), assistant("d")]},
+            "has turns of the weights 0.5, 1",
+            "give the other turns 0",
+        ),
+        ({"messages": [user("a"), assistant("b")], "image": "x.png"}, "has image, and models here read text", "image="),
         ({"messages": [user("a")]}, "no assistant message", "drop the row"),
-        ({"messages": [assistant("a"), user("b")]}, "begins with an assistant message", "drop that message"),
-        ({"conversations": [{"role": "user"}]}, "conversations must be a list of {'from'", "mend the row"),
-        ({"conversations": [{"from": "bard", "value": "x"}]}, "a turn from 'bard'; known are human", "drop it"),
-        ({"conversations": []}, "conversations is empty", "drop the row"),
-        ({"conversations": [{"from": "function_call", "value": "{"}]}, "a function_call that is no JSON of", "mend"),
+        ({"messages": [assistant("a"), user("b")]}, "begins with an assistant message", "drop the row"),
+        ({"conversations": [{"role": "user"}]}, "message 0 has no content", "give a list"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "is from 'narrator'; known are user", "drop it"),
+        ({"conversations": []}, "conversations is an empty list", "drop the row"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "is a function_call that is no JSON of", "mend"),
         ({"messages": [user("a"), assistant("b")], "tools": "{"}, "tools must be a list of JSON schemas", "mend"),
         ({"messages": [user("a"), assistant("b")], "tools": [1]}, "tools must be a list of JSON schemas", "mend"),
         ({"instruction": "", "output": "a"}, "both empty", "drop the row"),
-        ({"instruction": "p", "output": ["a"]}, "output must be a string", "mend"),
-        ({"instruction": "p", "output": "a", "history": [["q"]]}, "history must be a list", "mend"),
+        ({"instruction": "p", "output": ["a"]}, "output is a list of str, neither", "mend"),
+        (
+            {"instruction": "p", "output": "a", "history": [["q"]]},
+            "history message 0 is no object but list",
+            "give a l",
+        ),
         (GOOD | {"weight": -1}, "weight is -1, no finite number >= 0", "mend the row"),
         (GOOD | {"weight": float("nan")}, "weight is nan", "mend the row"),
         (GOOD | {"weight": float("inf")}, "weight is inf", "mend the row"),
         (GOOD | {"weight": True}, "weight is True", "mend the row"),
-        (GOOD | {"weight": "1"}, "weight is '1'", "mend the row"),
-        (GOOD | {"source": "human"}, "source is 'human'; it must be seed or synthetic", "rename"),
+        (GOOD | {"weight": "one"}, "weight is 'one'", "mend the row"),
     ],
 )
 def test_faulty_rows_are_named(row, says, cure):
@@ -255,9 +275,52 @@ def test_faulty_rows_are_named(row, says, cure):
 def test_a_mixture_of_layouts_is_named():
     error = raised([GOOD, {"instruction": "i", "output": "a"}])
     assert error.startswith(
-        "rows.jsonl row 1: the columns are instruction and output, but rows.jsonl row 0: the columns"
+        "rows.jsonl row 1: the columns are instruction, input, output, but in most rows prompt, response; one file must"
     )
-    assert "the prompt messages, but rows.jsonl row 0" in raised([GOOD, {"prompt": [user("p")], "response": "a"}])
+    assert "row 1: the prompt is messages, but in most rows" in raised([GOOD, {"prompt": [user("p")], "response": "a"}])
+
+
+def test_a_data_sets_own_source_is_not_ours():
+    """B05: read as ours only where all values are, or where the user says so."""
+    rows = [GOOD | {"source": s} for s in ("flan", "synthetic", None)]
+    data = supervised_rows(rows, "f")
+    assert [r.source for r in data.rows] == ["seed"] * 3 and "source, 'flan', 'synthetic', is not ours" in data.read_as
+    assert [r.source for r in supervised_rows(rows[1:], "f").rows] == ["synthetic", "seed"]
+    with pytest.raises(UserError, match="f row 0: source is 'flan'; it must be seed or synthetic"):
+        supervised_rows(rows, "f", named=("source",))
+
+
+def test_turns_of_weight_0_are_read_not_learnt(tokenizer, tmp_path):
+    """B08: as OpenAI's `weight` and axolotl's `train`; what is left is learnt as in a conversation without."""
+    turns = conversation()
+    plain = learnt_ids(encode(tokenizer, {"messages": turns}, tmp_path).segments[0])
+    spans = np.flatnonzero(np.diff([False, *plain[1], False])).reshape(-1, 2)  # of the assistant's turns
+    for key, off, on in (("weight", 0, 1), ("train", False, True), ("training", False, None)):
+        for learnt in ((1,), (0, 2), (2,), (0,), (1, 2)):
+            marked = [t | {key: on if i // 2 in learnt else off} if i % 2 else t for i, t in enumerate(turns)]
+            ids, mask = learnt_ids(encode(tokenizer, {"messages": marked}, tmp_path).segments[0])
+            assert ids == plain[0][: spans[learnt[-1]][1]]
+            assert np.flatnonzero(mask).tolist() == [i for k in learnt for i in range(*spans[k])]
+    marked = [t | {"weight": 0} for t in turns]
+    assert supervised_rows([{"messages": marked}], "f").dropped == {NO_WEIGHT: 1}
+    # ShareGPT's, with weights on all turns (SlimOrca)
+    slim = [t | {"weight": i % 2} for i, t in enumerate(SHAREGPT)]
+    assert one({"conversations": slim}) == one({"conversations": SHAREGPT})
+    half = [user("a"), assistant("b") | {"weight": 0}, user("c"), assistant("d") | {"weight": 0.5}]
+    read = one({"messages": half, "weight": 0.5})
+    assert (read.weight, read.response, read.prompt[1]) == (0.25, [assistant("d")], assistant("b"))
+
+
+def test_a_conversation_that_the_model_begins(tokenizer, tmp_path):
+    """What it says before anyone else is read, not learnt; the ids are the template's."""
+    turns = [assistant("hello"), *conversation(4)]
+    read = one({"messages": turns})
+    assert (read.prompt, read.response) == (turns[:2], turns[2:])
+    ids, mask = learnt_ids(encode(tokenizer, {"messages": turns}, tmp_path).segments[0])
+    theirs = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True, tokenize=True)
+    assert theirs["input_ids"][: len(ids)] == ids
+    first = theirs["assistant_masks"].index(0, theirs["assistant_masks"].index(1))  # behind hello
+    assert mask == [0] * first + theirs["assistant_masks"][first : len(ids)]
 
 
 def test_weightless_rows_are_dropped_and_counted():
@@ -334,7 +397,10 @@ def test_a_batch_holds_masks_weights_and_sources(tokenizer, tmp_path):
         {"messages": conversation(2)},
     ]
     data = encode(tokenizer, rows, tmp_path)
-    assert data.report[0] == "rows.jsonl: 3 rows read, 2 kept, dropped: 1 of weight 0; 1 of them synthetic"
+    assert (
+        data.report[0]
+        == "rows.jsonl: 3 rows read, 2 kept, dropped: 1 of weight 0; 1 of them synthetic; read as messages"
+    )
     assert [data.name(0), data.name(1)] == ["rows.jsonl row 0", "rows.jsonl row 2"]
     assert data.sources() == {"seed", "synthetic"}
     batch = fill_rows([[0, 1]], [(s,) for s in data.segments], 200, 2, ("weights", "synthetic"))

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from lm_jax.data.layouts import with_tools
+from lm_jax.data.faults import Faults
+from lm_jax.data.layouts import read_prompts
 from lm_jax.data.text import TextEncoder
 from lm_jax.data.tokenizers import load_tokenizer, opens_thoughts, tokenizer_fingerprint
 from lm_jax.errors import UserError
@@ -198,13 +199,13 @@ def test_several_turns_as_one_response():
 @pytest.mark.parametrize(
     ("template", "turn", "says"),
     [
-        (CHATML, said("Let me look.", tool_calls=[CALL]), "does not show its tool calls"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", said("a"), "does not show its text"),
+        (CHATML, said("Let me look.", tool_calls=[CALL]), "does not show the tool calls"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", said("a"), "does not show the text"),
     ],
 )
 def test_what_a_template_leaves_out(template, turn, says):
     encoder, _ = encoder_of(template)
-    with pytest.raises(UserError, match=f"row 4: the chat template {says} in the assistant's turn; mend it, or drop"):
+    with pytest.raises(UserError, match=f"row 4: the chat template {says} of the assistant's turn; mend it, or drop"):
         encoder.encode([user("Hi")], [turn], WHERE)
 
 
@@ -214,13 +215,13 @@ def test_what_a_template_leaves_out(template, turn, says):
 def test_a_rows_arguments_go_before_the_keys():
     encoder, tokenizer = encoder_of(published("qwen3"), enable_thinking=True)
     row = {"chat_template_kwargs": json.dumps(NO_THINKING)}
-    prompts = [[user("Hi")], with_tools([user("Hi")], row, WHERE)]
+    prompts = [[user("Hi")], read_prompts([row | {"prompt": [user("Hi")]}], Faults("rows"))[0]]
     plain, without = encoder.encode_prompts(prompts, [WHERE] * 2)
     expected = [given(tokenizer, [user("Hi")]), given(tokenizer, [user("Hi")], **NO_THINKING)]
     assert [tokenizer.decode(ids) for ids in (plain, without)] == expected and expected[0] != expected[1]
     assert encoder.encode(prompts[1], "Yes.", WHERE).prompt_ids.tolist() == without.tolist()
     nulls = {"chat_template_kwargs": {"enable_thinking": None}}  # as Parquet fills them in
-    assert with_tools([user("Hi")], nulls, WHERE) == [user("Hi")]
+    assert read_prompts([nulls | {"prompt": [user("Hi")]}], Faults("rows")) == {0: [user("Hi")]}
 
 
 def test_keys_of_a_tokenizer(tmp_path, capsys):

@@ -237,7 +237,7 @@ def raised(call, *args):
         (CHATML, user("Write"), assistant(""), "response is empty", "drop the row"),
         (THINK, user("Write"), assistant(" "), "response is empty", "drop the row"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-         user("Write"), assistant("a"), "the chat template does not show the assistant's turn", "mend it"),
+         user("Write"), assistant("a"), "does not show the text of the assistant's turn", "mend it"),
         (None, "", "a poem", "prompt has no tokens", "give a prompt"),
         (None, "Write", "a poem</s></s>", "doubled EOS: the response ends with '</s></s>'", "remove the end token"),
         (CHATML, user("Write"), assistant("a<|im_end|>"), "doubled EOS", "remove the end token"),

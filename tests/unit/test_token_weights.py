@@ -10,11 +10,12 @@ import pytest
 
 from lm_jax.data.preference import PreferenceRow
 from lm_jax.data.score_store import ScoreStore
+from lm_jax.data.text import checked
 from lm_jax.errors import UserError
 from lm_jax.scoring.contexts import contrast_head
-from musc_jax.training.examples import Pairs, rule_for
+from musc_jax.training.examples import rule_for
 from musc_jax.weights import rules as token_weights
-from musc_jax.weights.command import perturbed_prompts
+from musc_jax.weights.command import perturbed_of
 from musc_jax.weights.rules import CHOSEN, REJECTED, WEIGHING_RULES, ResponseScores, contexts_of, parse_rules
 from musc_jax.weights.stored import COLUMN, key_digest, pair_fingerprint, store_as_written, stored_fields
 
@@ -202,6 +203,16 @@ def test_the_head_equals_numpy(name, chunk):
             assert found[2] is None
 
 
+def test_rows_of_padding_count_for_nothing():
+    targets, mask, segment_ids, where = layout(2, [[((1, 1), 19)]])
+    hidden, embedding = head_inputs(1)
+    padded = np.concatenate([embedding, 9 * embedding[:3]])
+    expected = contrast_head(hidden, embedding, targets, mask, segment_ids, 2, 8, True)
+    found = contrast_head(hidden, padded, targets, mask, segment_ids, 2, 8, True, len(embedding))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a[0, : len(where[0])], b[0, : len(where[0])], rtol=0, atol=1e-5)
+
+
 def test_the_entropy_of_a_token_that_is_all_but_certain():
     """Large logits, entropies of 1e-4 and below: right to a few 1e-7, where a large normaliser would drown them."""
     targets, mask, segment_ids, where = layout(2, [[((1, 1), 19)]])
@@ -285,7 +296,7 @@ def read(tmp_path, rows, order=(0, 1), weights="store", lengths=((3, 2), (4, 1))
         str(tmp_path / "weighed.jsonl"),
         weights,
     )
-    return [next(iter(found.values())) for found in fields]
+    return [next(iter(found.values())) for found in checked(fields)]
 
 
 def test_weights_are_found_whatever_the_rows_order(store, tmp_path):
@@ -369,7 +380,7 @@ def user(text):
 def perturbed(prompt, value, rules=("calibrated_entropy",)):
     row = PreferenceRow(7, "7", prompt, "c", "r", None, None)
     columns = {} if value is None else {"perturbed_prompt": value}
-    return perturbed_prompts(Pairs([row], [columns], [], [], "uniform", "pairs.jsonl", []), rules)[0]
+    return perturbed_of(row, columns, rules, "pairs.jsonl row 7")
 
 
 def test_perturbed_prompts():

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lm_jax.training.watches import CollapseWatch, SpikeWatch, open_watches
+from lm_jax.training.watches import CollapseWatch, SpikeWatch, Warnings
 
 
 def said(watch, records):
@@ -133,13 +133,15 @@ def test_runs_without_rewards():
     assert said(SpikeWatch(), [{"eval_loss": v} for v in [1.0] * 50 + [99.0]]) == {}
 
 
-def test_what_was_told_is_not_told_again(tmp_path):
+def test_what_was_told_is_not_told_again(tmp_path, capsys):
     """A run that goes on looks at its metrics first; one that begins has none."""
     before = rewards(line(-1.0)[:60], line(0.5)[:60])
     lines = [json.dumps({"step": i, **record}) for i, record in enumerate(before, 1)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 60, "eval_loss": 1.0})]) + "\n")
     again = rewards(line(-1.0)[60:], line(0.5)[60:])
-    _, goes_on = open_watches(str(tmp_path), 60)
-    whole = said(CollapseWatch(), before + again)
-    assert {step + 60 for step in said(goes_on, again)} == {step for step in whole if step > 60} != {*whole}
-    assert len(open_watches(str(tmp_path / "new"), 0)) == 2
+    whole, goes_on, told = said(CollapseWatch(), before + again), Warnings(str(tmp_path), 60), set()
+    for step, record in enumerate(again, 61):
+        goes_on.on_metrics(step, record, None)
+        told |= {step} if "become less likely" in capsys.readouterr().err else set()
+    assert told == {step for step in whole if step > 60} != {*whole}
+    Warnings(str(tmp_path / "new"), 0)  # there are no metrics to look at yet

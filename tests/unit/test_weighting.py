@@ -9,26 +9,26 @@ import pytest
 
 from lm_jax.errors import UserError
 from main_jax.training.losses import mixed_coefficients, plain_coefficients
-from main_jax.training.weighting import AlphaConfig, alpha_carry
+from main_jax.training.weighting import AlphaConfig, alpha_state
 
 CONFIG = AlphaConfig("loss_ratio", value=0.25, start=0.0, end=0.5, decay=0.5)
 
 
 def run(config, *steps):
     """[(alpha, loss)] of steps that are each rows (source, weight, the tokens' -log p)."""
-    carry = alpha_carry(config)
-    carried, found = carry.initial, []
+    kept_state = alpha_state(config)
+    carried, found = kept_state.initial, []
     for number, rows in enumerate(steps):
         nll = jnp.array([x for _, _, tokens in rows for x in tokens])
         by_source = {
             name: jnp.array([weight * (source == name) for source, weight, tokens in rows for _ in tokens])
             for name in ("seed", "synthetic")
         }
-        known = carry.read(carried, number / max(len(steps) - 1, 1))
+        known = kept_state.read(carried, number / max(len(steps) - 1, 1))
         totals = {name: jnp.sum(weights) for name, weights in by_source.items()} | known
         coefficients = mixed_coefficients(by_source["seed"], by_source["synthetic"], totals)
         metrics = {name: jnp.sum(c * nll) for name, c in coefficients.items()}
-        carried = carry.update(carried, totals, metrics)
+        carried = kept_state.update(carried, totals, metrics)
         found.append((float(known["alpha"]), float(metrics["loss"])))
     return found
 
