@@ -227,6 +227,8 @@ def decode(
     decoder = Decoder(config, compute)
     embedding = constrain(output_embedding(params, config), "vocab", "embed")
     rows = jnp.arange(keep.shape[0])
+    if known is not None:  # rows that pad the vocabulary on this mesh are no tokens either
+        known = jnp.pad(known, (0, embedding.shape[0] - known.size))
 
     def unfinished(carry):
         step, slots, *_ = carry
