@@ -17,7 +17,7 @@ from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.generation.token_choice import Filters, Strengths, choose_tokens
 from lm_jax.models.cache import CHUNK, KVCache, cache_shapes, make_zeros
 from lm_jax.models.decoder import Decoder, output_embedding
-from lm_jax.models.linear import contract_rows
+from lm_jax.models.linear import contract_rows, in_compute_dtype
 from lm_jax.models.logprobs import without_padding
 from lm_jax.sharding import BATCH_AXES, constrain, padded_shape
 
@@ -86,6 +86,7 @@ def slot_shapes(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",), out_shardings=_PROMPTS)
+@in_compute_dtype
 def prefill(
     params: dict,
     cache: tuple[KVCache, ...],
@@ -199,6 +200,7 @@ def _place(slots: Slots, prompts: Prompts, tokens, lengths, to: Placement, parts
     donate_argnames=("slots",),
     out_shardings=(_SLOTS, PartitionSpec(None, BATCH_AXES), PartitionSpec(None, BATCH_AXES)),
 )
+@in_compute_dtype
 def decode(
     params: dict,
     slots: Slots,
@@ -225,6 +227,8 @@ def decode(
     decoder = Decoder(config, compute)
     embedding = constrain(output_embedding(params, config), "vocab", "embed")
     rows = jnp.arange(keep.shape[0])
+    if known is not None:  # rows that pad the vocabulary on this mesh are no tokens either
+        known = jnp.pad(known, (0, embedding.shape[0] - known.size))
 
     def unfinished(carry):
         step, slots, *_ = carry

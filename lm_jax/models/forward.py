@@ -10,10 +10,12 @@ import jax
 
 from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.models.decoder import Decoder, output_embedding
+from lm_jax.models.linear import in_compute_dtype
 from lm_jax.models.logprobs import token_statistics
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "names"))
+@in_compute_dtype
 def packed_statistics(
     params: dict, batch: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig, names: tuple[str, ...]
 ) -> dict[str, jax.Array]:

@@ -6,14 +6,42 @@ every contraction has its operands as they lie. The weight gradient also accumul
 master weights, whatever the compute dtype.
 """
 
+import contextlib
 import functools
+import inspect
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm_jax.models.nf4 import CODES, SCALES, dequantize
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def matmul_precision(dtype: str) -> contextlib.AbstractContextManager:
+    """To trace a program under that computes in `dtype`: makes float32 mean float32, in kernels and gradients too.
+
+    TPUs would multiply fp32 matrices in bf16 passes and newer NVIDIA cards in TF32. Gradients that are written out are
+    traced after the forward pass, so the whole of a jitted program has to lie in it. Bf16 is left as it is: kernels
+    have products of fp32 in between, which may stay fast.
+    """
+    return jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
+
+
+def in_compute_dtype(program: Callable[P, R]) -> Callable[P, R]:
+    """Traces `program` under the `matmul_precision` of its argument `compute`; goes below `jax.jit`."""
+    signature = inspect.signature(program)
+
+    @functools.wraps(program)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with matmul_precision(signature.bind(*args, **kwargs).arguments["compute"].dtype):
+            return program(*args, **kwargs)
+
+    return traced
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("num_axes", "out_dtype"))

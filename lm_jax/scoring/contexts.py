@@ -18,7 +18,7 @@ from lm_jax.data.batches import BatchIterator
 from lm_jax.data.packing import Example, example_lengths
 from lm_jax.data.plans import plan_passes
 from lm_jax.models.decoder import Decoder, output_embedding
-from lm_jax.models.linear import contract_rows
+from lm_jax.models.linear import contract_rows, in_compute_dtype
 from lm_jax.models.logprobs import without_padding
 from lm_jax.scoring.scoring import ARRAYS, scoring_compute
 from lm_jax.sharding import batch_divisor, constrain, to_host
@@ -86,6 +86,7 @@ def contrast(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "num_prompts", "divergences"))
+@in_compute_dtype
 def packed_contrast(
     params: dict,
     batch: dict[str, jax.Array],

@@ -45,6 +45,7 @@ class Objective:
       values: what the batch holds for every response token, as `Segment.values` has it.
       auxiliary: further examples that travel with the batch; its own may be lacking until the data are read.
       state: in training alone; `totals` lack what it reads in an evaluation.
+      dtype: that `loss` computes in; see `lm_jax.models.linear.matmul_precision`.
     """
 
     count: Callable[[Batch], Sums]
@@ -52,3 +53,4 @@ class Objective:
     values: tuple[str, ...] = ()
     auxiliary: AuxiliaryBatch | None = None
     state: ObjectiveState = ObjectiveState()
+    dtype: str = "float32"

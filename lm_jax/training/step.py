@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from lm_jax.distributed.processes import reached
+from lm_jax.models.linear import matmul_precision
 from lm_jax.training.objective import Batch, Objective, Sums
 
 
@@ -68,7 +69,8 @@ def make_train_step(
         return loss, ({**metrics, "loss": loss}, bad)
 
     def gradients(trained, frozen, at, micro, totals):
-        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, at, micro, totals)
+        with matmul_precision(objective.dtype):
+            (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, at, micro, totals)
         return grads, *aux
 
     def train_step(state: TrainState, batch: Sequence[Batch], frozen: Any = None):

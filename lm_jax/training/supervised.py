@@ -62,4 +62,4 @@ def supervised_objective(
         bad = jnp.max(jnp.where(jnp.isfinite(found["logprobs"]), -1, example))
         return metrics.pop("loss"), metrics, bad
 
-    return Objective(count, contributions, VALUES, state=state)
+    return Objective(count, contributions, VALUES, state=state, dtype=compute.dtype)

@@ -79,4 +79,4 @@ def preference_objective(
         bad = jnp.max(jnp.where(jnp.isfinite(losses), -1, ids.reshape(-1)))
         return total, metrics, bad
 
-    return Objective(count, contributions, ("weights", "ref_logprobs"))
+    return Objective(count, contributions, ("weights", "ref_logprobs"), dtype=compute.dtype)
