@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from lm_jax.models.nf4 import CODES, SCALES, dequantize
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def matmul_precision(dtype: str) -> contextlib.AbstractContextManager:
