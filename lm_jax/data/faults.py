@@ -64,9 +64,9 @@ class Faults:
         if few / max(total, 1) <= (self._max_share or 0):
             return
         cure = "" if self._max_share is None else f", or raise config.max_dropped_share={self._max_share:g}"
-        if few == 1:
-            (fault,) = self.rows.values()
-            raise UserError(fault + (f" ({few} of {total} rows){cure}" if cure else ""))
+        if len(self._kinds()) == 1:  # the first one's cure is that of all
+            fault, like = self.rows[min(self.rows)], " like it" * (few > 1)
+            raise UserError(fault + (f" ({few} of {total} rows{like}){cure}" if cure or like else ""))
         kinds = "; ".join(
             f"{len(rows)} like row {rows[0]} ({self._words(rows[0])[:_LENGTH]})" for rows in self._kinds()
         )

@@ -81,6 +81,8 @@ def parse_decomposition(
         if not items or (material and (given is not None or "\n" in (instruction or "").strip())):
             return Drop.TRUNCATED
         items = items if given is not None else _whole(items)
+        if not items:
+            return Drop.TRUNCATED
     found = merged(item for item in items if not re.fullmatch(r"(?i)input\s*[:：]\s*none\W*", item))
     if drop := _count_fault(found):
         return drop

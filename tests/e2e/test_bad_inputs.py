@@ -65,7 +65,7 @@ def names(line: str, *parts: str) -> None:
         (["--config=configs/absent.py", "--config.model=x"], ["configs/absent.py", "no such config file"]),
         (["--config=configs/musc_train.py:huge"], ["configs/musc_train.py:huge", "unknown preset", "choose tiny"]),
         (["--config=configs/score.py:tiny"], ["configs/score.py:tiny", "has no presets"]),
-        (["--config=configs/musc_train.py", "--config.batch.rowz=1"], ["config.batch.rowz", "unknown key", "rows?"]),
+        (["--config=configs/musc_train.py", "--config.batch.pair=1"], ["config.batch.pair", "unknown key", "pairs?"]),
         (["--config=configs/musc_train.py", "--config.zz=1"], ["config.zz", "unknown key"]),
         (["--config=configs/musc_train.py", "--config.epochs=two"], ["--config.epochs=two", "int"]),
         (["--config=configs/musc_train.py", "--config.batch=8"], ["--config.batch=8", "not a dict"]),
@@ -239,7 +239,10 @@ BROKEN = {
     "architecture": (lambda p: edit_config(p, architectures=["GPT2LMHeadModel"]), ["GPT2", "LlamaForCausalLM"]),
     "broken config": (lambda p: (p / "config.json").write_text("{"), ["config.json"]),
     "broken tokenizer": (lambda p: (p / "tokenizer.json").write_text("{"), ["tokenizer", "tokenizer.json"]),
-    "no prefix": (template(TURNS + "{% if add_generation_prompt %}[bot]{% endif %}"), ["row 0", "no prefix"]),
+    "no prefix": (
+        template(TURNS + "{% if add_generation_prompt %}[bot]{% endif %}"),
+        ["row 0", "end token not trained"],
+    ),
     "no end token": (
         template(TURNS + "{% if add_generation_prompt %}[assistant]{% endif %}"),
         ["row 0", "end token not trained", "<|im_end|>"],

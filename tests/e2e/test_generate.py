@@ -132,7 +132,7 @@ FAULTS = (
     ("", "the prompt is empty"),
     ("the cat and the hat " * 40, "tokens"),
     (7, "must be a string or messages"),
-    (None, "must be a string or messages"),
+    (None, "column 'prompt' is missing"),
     ([], "empty list of messages"),
     ([{"role": "user"}], "no content"),
 )
@@ -140,7 +140,8 @@ FAULTS = (
 
 @pytest.mark.parametrize(("prompt", "part"), FAULTS)
 def test_a_prompt_that_cannot_be_answered(generate, prompt, part):
-    names(generate(rows=[{"prompt": "say"}, {"prompt": prompt}]), "1 of 2 rows", "config.max_failed_share", part)
+    share = "max_failed_share" if isinstance(prompt, str) else "max_dropped_share"  # the model's limits, or the row's
+    names(generate(rows=[{"prompt": "say"}, {"prompt": prompt}]), "1 of 2 rows", f"config.{share}", part)
 
 
 def test_faults_beside_good_rows(model, tmp_path):
@@ -148,7 +149,7 @@ def test_faults_beside_good_rows(model, tmp_path):
     rows += [{"prompt": f"say {i}", "id": f"good {i}"} for i in range(5)]
     path = common.write_rows(tmp_path / "rows.jsonl", rows)
     given = (f"model={model}", f"input={path}", f"output={tmp_path}/out.jsonl", *SMALL, "max_failed_share=0.6")
-    done = fork("generate", *arguments("generate", *given)).ok()
+    done = fork("generate", *arguments("generate", *given, "max_dropped_share=0.6")).ok()
     assert json.loads(done.stdout)["failed"] == len(FAULTS)
     answers = common.read_rows(tmp_path / "out.jsonl")
     for answer, (prompt, part) in zip(answers[: len(FAULTS)], FAULTS, strict=True):

@@ -76,7 +76,7 @@ def test_templates(score, model, attack):
 @pytest.mark.parametrize("name", ["\x1b[2J\x1b]0;owned\x07", "\ud800", "\u202e", "x" * 10**6])
 def test_text_of_others_in_an_error(score, name):
     line = score({name: 1, "prompt": "say"})
-    assert "'response' is missing" in line
+    assert ("half a surrogate pair" if name == "\ud800" else "'response' is missing") in line
 
 
 def test_what_json_cannot_hold_is_seen_before_the_scoring(score):

@@ -267,7 +267,7 @@ def test_bfloat16(place, uniform):
 def test_how_a_step_is_cut_changes_nothing(place, uniform):
     """Steps of 5, 5 and 2 of the 12 pairs, in several microbatches or in one."""
     metrics = place.train("one_microbatch", "batch.rows_per_device=5")
-    assert [r["pairs"] for r in steps(metrics)[:6]] == [5, 5, 2] * 2
+    assert [r["pairs"] for r in steps(metrics)] == [5, 5, 2]
     assert [r["padding_fraction"] for r in metrics] != [r["padding_fraction"] for r in uniform]
     for ours, theirs in zip(untimed(metrics), untimed(uniform), strict=True):
         ours.pop("padding_fraction"), theirs.pop("padding_fraction")

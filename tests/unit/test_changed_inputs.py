@@ -16,6 +16,7 @@ from configs import main_train as main_config
 from configs import musc_train as musc_config
 from lm_jax.config import from_config_dict
 from lm_jax.errors import UserError
+from lm_jax.training.trainer import Trainer
 from main_jax.training import command as main_train
 from musc_jax.training import command as musc_train
 from tests.checkpoints import CHATML
@@ -47,9 +48,8 @@ def place(tmp_path, model) -> Path:
 @pytest.fixture
 def begin(place, monkeypatch):
     """begin(command, **settings): the command, to where its training would begin."""
-    for module, *_ in COMMANDS.values():
-        monkeypatch.setattr(module, "run_job", lambda job, task: None)
-    monkeypatch.setattr(musc_train, "_examples", lambda *_: ([], []))
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(musc_train, "_examples", lambda config, rule, trainer, reference, read: [[] for _ in read])
 
     def call(command: str, **settings):
         module, kind, file = COMMANDS[command]

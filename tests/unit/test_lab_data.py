@@ -202,7 +202,7 @@ def test_the_trainer_reads_every_file(made, tmp_path):
         assert len(path.read_text().splitlines()) == len(given) and json.loads(path.read_text().splitlines()[0])
         loaded = load_supervised(str(path), encoder, LAST)
         assert len(loaded.rows) == len(given)
-        assert "0 rows truncated" in "\n".join(loaded.report)
+        assert "0 examples truncated" in "\n".join(loaded.report)
 
 
 @WORLDS

@@ -304,7 +304,8 @@ def test_an_installed_wheel_has_the_examples(repo_root, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert out.stdout.split() == ["10", str(tmp_path / "site" / "musc_jax" / "demonstrations.py")], out.stderr[-2000:]
+    installed = tmp_path / "site" / "musc_jax" / "pairs" / "demonstrations.py"
+    assert out.stdout.split() == ["10", str(installed)], out.stderr[-2000:]
 
 
 def copied(root, target):

@@ -602,7 +602,7 @@ def test_a_rows_template_arguments_go_with_all_that_is_asked_about_it(pairs):
 def thinker(monkeypatch):
     """A model here whose generation prompt opens thoughts, which its answers go on with."""
     tokenizer = encoder_of(published("deepseek_r1_distill"))[1]
-    local = Local(SimpleNamespace(fingerprint=lambda: "weights"), tokenizer, (1,), None)
+    local = Local(SimpleNamespace(fingerprint="weights"), tokenizer, (1,), None)
     monkeypatch.setattr(command, "local_mesh", lambda config: "a mesh")
     monkeypatch.setattr(command, "open_local", lambda config, mesh: local)
 

@@ -81,7 +81,7 @@ def test_one_command_that_there_is(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     (words,) = [c for script in scripts_of(name) for c in commands(script)]
     config = values(words)
-    assert words[0] == "launch.musc_train" and config["batch"]["rows"] == 64  # the preset is read
+    assert words[0] == "launch.musc_train" and config["batch"]["pairs"] == 128  # the preset is read
     assert {w.split("=")[0] for w in words[2:]} == {*(f"--config.{key}" for key in KEYS), "--stopped_status"}
     assert "--stopped_status=75" in words
     for key in KEYS:  # variables, set once at the top
