@@ -30,7 +30,6 @@ FAMILIES = {
     "llama-head": ("llama", {"head_dim": 16, "num_key_value_heads": 4}),
     "mistral": ("mistral", {"rope_theta": 1e6}),
     "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
 }
 K_QUANTS = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, *K_QUANTS)
