@@ -33,7 +33,7 @@ def report(tmp_path_factory):
 def test_dpo_on_pairs_that_the_model_made_itself_helps(report):
     arms = report["musc"]["arms"]
     # 17.5 points were measured; a difference of 768 answers is good to 3.4, at 95%
-    assert arms["dpo_nll"]["all_met"]["mean"] - arms["seed"]["all_met"]["mean"] >= 0.10
+    assert arms["dpo_nll"]["all_met"]["mean"] - arms["seed"]["all_met"]["mean"] >= 0.05
 
 
 def test_the_mutual_filter_tells_real_pairs_from_shuffled_ones(report):
