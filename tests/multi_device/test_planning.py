@@ -128,9 +128,10 @@ def test_matmuls_are_counted_with_their_repetitions(found):
 def test_embeddings_are_exchanged_once_a_step(found):
     """Their gradients are summed over all of the head's four chunks before devices exchange them."""
     whole = VOCABULARY // 2 * 32 * 4  # what a part of `tensor` has
-    reduced = [c for c in found["step"]["largest_collectives"] if c["kind"] != "all-gather"]
-    large = [c for c in reduced if c["bytes"] >= whole]
-    assert len(large) >= 1 and {(c["runs"], c["group"]) for c in large} == {(1, 2)}
+    large = [c for c in found["step"]["largest_collectives"] if c["bytes"] >= whole]
+    if found["too_large"] is not None:  # a TPU's fp32 step gathers it twice in the head: known, and not wanted
+        large = [c for c in large if c["kind"] != "all-gather"]
+    assert len(large) >= 2 and {(c["runs"], c["group"]) for c in large} == {(1, 2)}
 
 
 def test_memory_is_what_lies_there(found):
