@@ -68,7 +68,7 @@ class Faults:
             fault, like = self.rows[min(self.rows)], " like it" * (few > 1)
             raise UserError(fault + (f" ({few} of {total} rows{like}){cure}" if cure or like else ""))
         kinds = "; ".join(
-            f"{len(rows)} like row {rows[0]} ({self._words(rows[0])[:_LENGTH]})" for rows in self._kinds()
+            f"{len(rows)} like row {rows[0]} ({_shortened(self._words(rows[0]))})" for rows in self._kinds()
         )
         if cure:
             say("\n  ".join([f"{self.where}: {few} of {total} rows are faulty", *self._lines()]))
@@ -104,6 +104,11 @@ class Faults:
     def _words(self, row: int) -> str:
         """What is wrong with a row, without its name and the cure."""
         return _NAME.sub("", self.rows[row]).split(";")[0]
+
+
+def _shortened(words: str) -> str:
+    words = words.split(" (it has ")[0]
+    return words if len(words) <= _LENGTH else words[:_LENGTH].rsplit(" ", 1)[0] + " ..."
 
 
 class RowIds:

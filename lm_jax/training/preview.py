@@ -3,7 +3,6 @@
 What is printed is read back from the packed batch that training is fed with, not from what it was made of.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 from lm_jax.data.messages import TOOLS, Text, split_arguments
 from lm_jax.data.packing import Example, Segment, example_lengths, fill_rows
 from lm_jax.data.pieces import token_pieces
+from lm_jax.strict_json import dumps
 
 PROMPT, RESPONSE, END = "prompt", "response", "end"
 _TOKEN_WIDTH = 18  # columns of a token's text; longer ones are cut
@@ -127,7 +127,7 @@ def template_note(tokenizer: Any, prompt: Text) -> str:
         return ""
     own, _ = split_arguments(prompt)
     given = {**tokenizer.chat_template_kwargs, **own} | ({TOOLS: len(own[TOOLS])} if TOOLS in own else {})
-    return f"; the template got {json.dumps(given, ensure_ascii=False)}" if given else ""
+    return f"; the template got {dumps(given, ensure_ascii=False)}" if given else ""
 
 
 def with_values(segment: Segment, names: Sequence[str]) -> Segment:

@@ -62,6 +62,8 @@ class PairRows:
           UserError: too many rows are faulty, or no pair is left.
         """
         self.faults.check(self.total)
+        if not self.rows and self.faults.rows:
+            raise UserError(self.faults.rows[min(self.faults.rows)])
         if not self.rows:
             raise UserError(f"{self.path}: no pairs left ({self.report[0]}); give pairs that differ")
 

@@ -152,7 +152,7 @@ GOOD = {"prompt": "say", "response": "yes"}
         ([GOOD], ["alpha.rule=paper"], ["config.alpha.rule", "paper", "loss_ratio"]),
         ([GOOD], ["alpha.decay=1.0"], ["config.alpha.decay", "[0, 1)"]),
         ([GOOD], ["batch.examples=0"], ["config.batch.examples", "at least 1"]),
-        ([GOOD, {"prompt": "say"}], [], ["rows.jsonl row 1", "'response' is missing", "config.response_column"]),
+        ([GOOD, {"prompt": "say"}], [], ["rows.jsonl row 1", "'response' is missing", "config.columns"]),
         ([GOOD, GOOD | {"weight": -2}], [], ["rows.jsonl row 1", "weight is -2", "mend"]),
         ([GOOD, GOOD | {"response": ""}], [], ["rows.jsonl row 1", "response is empty", "drop the row"]),
         ([GOOD | {"weight": 0}], [], ["rows.jsonl", "no rows left", "1 of weight 0"]),

@@ -271,6 +271,8 @@ def test_how_a_step_is_cut_changes_nothing(place, uniform):
     assert [r["padding_fraction"] for r in metrics] != [r["padding_fraction"] for r in uniform]
     for ours, theirs in zip(untimed(metrics), untimed(uniform), strict=True):
         ours.pop("padding_fraction"), theirs.pop("padding_fraction")
+        if ours["step"] == 1:  # margins are 0 but for rounding, and their signs are noise
+            ours.pop("rewards/accuracies"), theirs.pop("rewards/accuracies")
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 

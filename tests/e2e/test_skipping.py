@@ -60,7 +60,7 @@ def metrics(output):
 
 
 def skipped_steps(output) -> list[int]:
-    return [r["step"] for r in metrics(output) if "loss" not in r]
+    return [r["step"] for r in metrics(output) if r.get("loss") is None and "eval_loss" not in r]
 
 
 def saved_steps(output) -> list[int]:

@@ -112,7 +112,7 @@ def test_faulty_rows_are_all_named_and_few_are_left_out():
         preference_rows(rows, "f")
     assert str(caught.value) == (
         "f: 3 of 100 rows are faulty: 2 like row 97 (chosen must be a string or messages, got int); 1 like row 98 "
-        "(column 'rejected' is missing, of prompt, chosen, rejected (it); mend or drop them"
+        "(column 'rejected' is missing, of prompt, chosen, rejected); mend or drop them"
     )
 
 

@@ -40,7 +40,7 @@ def write(run, *records, resume_step=0) -> list[dict]:
 def test_metrics(tmp_path):
     told = write(
         tmp_path,
-        (1, {"loss": 2.0, "loss/seed": float("nan"), "grad_norm": 1.0, "model_flops_utilization": None}),
+        (1, {"loss": 2.0, "loss/seed": float("nan"), "grad_norm": 1.0}),
         (2, {"loss": float("nan"), "grad_norm": float("inf"), "num_tokens": 10}),
         (2, {"eval_loss": float("nan"), "eval_loss/seed": float("nan"), "eval_pairs": 3.0}),
         (3, {"loss": 1.0, "grad_norm": 0.5}),
