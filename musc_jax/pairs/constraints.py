@@ -71,7 +71,7 @@ def parse_decomposition(
     if isinstance(text, Drop):
         return text
     if (read := _from_json(text)) is not None:
-        items, given, tail, ran_on = *read, None, False
+        items, given, tail, parts, at, ran_on = *read, None, [], 0, True
     else:
         parts = sections(text)
         at, items = _list_section(parts)
@@ -80,7 +80,7 @@ def parse_decomposition(
         # An instruction of one line holds no material that a list which never came to the input could have lost
         if not items or (material and (given is not None or "\n" in (instruction or "").strip())):
             return Drop.TRUNCATED
-        items = items if given is not None else _whole(items)
+        items = items if given is not None else _whole(parts[at].body)
         if not items:
             return Drop.TRUNCATED
     found = merged(item for item in items if not re.fullmatch(r"(?i)input\s*[:：]\s*none\W*", item))
@@ -164,10 +164,15 @@ def _list_section(parts: list[Section]) -> tuple[int, list[str]]:
     return 0, []
 
 
-def _whole(items: list[str]) -> list[str]:
-    """The items of a list that was cut: without the last one where it does not end as the first does."""
+def _whole(body: str) -> list[str]:
+    """The items of a list that was cut, without the last one where it does not end as the first does."""
+    items = list_items(body)
     end = items[0][-1]
-    return items if not end.isalnum() and items[-1].endswith(end) else items[:-1]
+    # What is left of a last line may be the next item's number, and look like more of the item before it
+    for read in (items, list_items(body.rpartition("\n")[0])):
+        if not end.isalnum() and read and read[-1].endswith(end):
+            return read
+    return items[:-1]
 
 
 def _input_section(parts: list[Section], at: int, text: str) -> tuple[str | None, str | None, bool]:

@@ -55,8 +55,7 @@ def parse_instruction(
     text, ran_on = _instruction_in(unfenced(text), constraints)
     if finish_reason == "length" and not ran_on:
         return Drop.TRUNCATED
-    text = without_closing(without_opening(text)).strip()
-    text = _unemphasised(unquoted(_unemphasised(unfenced(text).strip())))
+    text = _bare(text)
     if not text:
         return Drop.EMPTY
     if is_refusal(text):
@@ -124,6 +123,16 @@ def parse_verdicts(answer: str, count: int, finish_reason: str = "stop") -> tupl
         return Drop.TRUNCATED
     known = tuple(verdict for verdict in verdicts if verdict is not None)
     return Drop.UNPARSABLE if len(verdicts) != count or len(known) < len(verdicts) else known
+
+
+def _bare(text: str) -> str:
+    """Without what stands around an instruction, layer by layer."""
+    bare = without_closing(without_opening(text)).strip()
+    bare = _unemphasised(unquoted(_unemphasised(unfenced(bare).strip())))
+    first = sections(bare)[:2]
+    if len(first) == 2 and first[1].label == "instruction" and not first[0].body.strip():
+        bare = bare[first[1].start :].strip()
+    return bare if bare == text else _bare(bare)
 
 
 def _verdicts(body: str) -> list[bool | None]:
