@@ -7,7 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run: a change breaks a test, not chance
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
 
 # Before any test imports JAX or transformers: accelerators only where asked for, and never the network. No persistent
 # compilation cache: JAX does not write it atomically, and tests that kill processes would leave torn entries behind.

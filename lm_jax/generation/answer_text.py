@@ -31,10 +31,10 @@ def visible(answer: str) -> str | None:
 def without_thoughts(text: str, end: str = THINK_END) -> str | None:
     """What follows the last `end` of a reasoning model's thoughts, where there are any; all of it for an empty `end`.
 
-    None where thoughts are opened at the beginning and never end.
+    None where thoughts are opened at the beginning of that and never end.
     """
     if end and end in text:
-        return text.rsplit(end, 1)[1].lstrip()
+        text = text.rsplit(end, 1)[1].lstrip()
     return None if (opening := thoughts_opening(end)) and text.lstrip().startswith(opening) else text
 
 

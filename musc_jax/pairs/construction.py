@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from musc_jax.pairs import filters, prompts
+from musc_jax.pairs.demonstrations import Demonstration
 from musc_jax.pairs.drops import Drop
 from musc_jax.pairs.instructions import parse_constraint, parse_instruction, parse_verdicts
 from musc_jax.pairs.perturb import PerturbConfig, Pool, perturb
@@ -67,7 +68,7 @@ class Construction:
     def _recombine(self, rows: list[Row]) -> None:
         sides = (PERTURBED,) if self.original else SIDES
         questions = {
-            (row.id, side): prompts.recombine(row.constraints(side), row.input, self.source.examples)
+            (row.id, side): prompts.recombine(row.constraints(side), row.input, self._examples(row))
             for row in rows
             for side in sides
         }
@@ -92,6 +93,17 @@ class Construction:
         if not self.original:
             threshold = self.source.near_duplicate
             drop_near_duplicates(rows, "recombine", lambda row: row.instructions[FULL], threshold)
+
+    def _examples(self, row: Row) -> tuple[Demonstration, ...]:
+        """The in-context examples of a row's recombination.
+
+        Where the full side keeps the row's own words, these are the last example: the perturbed side is then the same
+        text with less asked for, instead of another text.
+        """
+        if not self.original:
+            return self.source.examples
+        instruction = row.task.text.replace(row.input, "").strip() if row.input else row.task.text
+        return *self.source.examples, Demonstration(instruction, row.input, row.constraints(FULL))
 
     def _check(self, rows: list[Row]) -> None:
         questions = {

@@ -96,7 +96,7 @@ def test_a_missing_peer_is_a_clear_line(monkeypatch, tmp_path):
     [({"rows": ("trian",)}, "unknown 'trian'; choose from train, gen"), ({"dtype": "fp8"}, "unknown 'fp8'")],
 )
 def test_settings_that_make_no_sense(change, message):
-    given = {"model": None, "input": None, "output": "o", "rows": ("load",), "dtype": "float32"}
+    given = {"model": None, "input": None, "output": "o", "rows": ("load",), "dtype": "float32", "num_pairs": None}
     given |= {"batch_pairs": 8, "max_length": 64, "prompts": 2, "new_tokens": 2, "layers": 1, "growth": (1,)}
     with pytest.raises(UserError, match=message):
         BenchConfig(**given | change)

@@ -177,6 +177,7 @@ def test_answers_without_thoughts(checkpoint, tmp_path, special):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
         tokenizer.save_pretrained(path)
+        make_checkpoint(path, "llama", max_position_embeddings=CONTEXT, vocab_size=len(tokenizer))
     texts = ["<think>a\n\nb</think> hat\n\ncat", "a\n\nb</think>hat", "hat\n\ncat", "<think>a\n\nb", "a\n\nb"]
     contexts = ["the", "the<think>\n", "the", "the", "the<think>\n"]
     stops = {"until": ["\n\n"], "max_gen_toks": 5}

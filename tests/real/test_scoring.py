@@ -15,9 +15,9 @@ def rows(shared_data) -> list[dict]:
     """64 across the file, of up to 512 words: prompts as messages, with the response that GPT-4 gave."""
     found = [row for row in read(shared_data / "ifeval_responses_gpt4.jsonl") if len(row["response"].split()) < 512]
     messages = [[{"role": "user", "content": row["prompt"]}] for row in found]
-    return [
-        {"prompt": prompt, "response": row["response"]} for prompt, row in zip(messages, found, strict=True)
-    ][:: len(found) // ROWS][:ROWS]
+    return [{"prompt": prompt, "response": row["response"]} for prompt, row in zip(messages, found, strict=True)][
+        :: len(found) // ROWS
+    ][:ROWS]
 
 
 def scored(model, rows, directory, dtype) -> list[dict]:
