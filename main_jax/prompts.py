@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lm_jax.data.messages import Text
+from lm_jax.data.messages import TEMPLATE_KWARGS, Text, read_template_kwargs, split_arguments, with_arguments
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.data.tokenizers import takes_system
 from lm_jax.errors import UserError
@@ -70,7 +70,7 @@ class PromptConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The prompts of one model; see `open_prompts`.
+    """The prompts of one model; see `open_prompts`. `kwargs`: of a row's column `chat_template_kwargs`.
 
     Attributes:
       words: the config.
@@ -82,22 +82,22 @@ class Prompts:
     format: str
     system: bool = True
 
-    def forward(self, instruction: str, source: str) -> Text:
+    def forward(self, instruction: str, source: str, kwargs: Any = None) -> Text:
         """Asks for a response to `instruction`, under the tag of its `source` (seed or synthetic)."""
         system = {SEED: self.words.seed_system, SYNTHETIC: self.words.synthetic_system}[source]
-        return self._prompt(system, instruction, self.words.forward_text, instruction=instruction)
+        return self._prompt(kwargs, system, instruction, self.words.forward_text, instruction=instruction)
 
-    def no_instruction(self, source: str) -> Text:
+    def no_instruction(self, source: str, kwargs: Any = None) -> Text:
         """The forward prompt around an empty instruction.
 
         Frame and tag stay, so that a response's likelihoods with and without an instruction differ by that alone.
         """
-        return self.forward("", source)
+        return self.forward("", source, kwargs)
 
-    def reverse(self, response: str) -> Text:
+    def reverse(self, response: str, kwargs: Any = None) -> Text:
         """Shows `response` and asks for the instruction that it answers; `instructions.read_instruction` reads it."""
         question = fill(self.words.reverse_question, response=response)
-        return self._prompt(self.words.reverse_system, question, self.words.reverse_text, response=response)
+        return self._prompt(kwargs, self.words.reverse_system, question, self.words.reverse_text, response=response)
 
     def stop(self, direction: str) -> tuple[str, ...]:
         """Where to end what is sampled from raw text: a base model that runs on begins with the template's first label.
@@ -111,13 +111,14 @@ class Prompts:
         labels = [line.strip() for line in _MARKER.sub("\n", template).split("\n") if line.strip()]
         return (f"\n{labels[0]}",) if labels else ()
 
-    def _prompt(self, system: str, question: str, template: str, **values: str) -> Text:
+    def _prompt(self, kwargs: Any, system: str, question: str, template: str, **values: str) -> Text:
         if self.format == "text":
             return fill(template, system=system, **values).lstrip("\n")
         if not self.system:
-            return [{"role": "user", "content": f"{system}\n\n{question}" if system else question}]
+            question, system = f"{system}\n\n{question}" if system else question, ""
         head = [{"role": "system", "content": system}] if system else []
-        return [*head, {"role": "user", "content": question}]
+        own = read_template_kwargs(kwargs, TEMPLATE_KWARGS)
+        return with_arguments([*head, {"role": "user", "content": question}], own)
 
 
 def open_prompts(config: PromptConfig, tokenizer: Any, model: str) -> Prompts:
@@ -140,10 +141,17 @@ def open_prompts(config: PromptConfig, tokenizer: Any, model: str) -> Prompts:
 
 
 def supervised_example(prompt: Text, response: str) -> dict[str, Any]:
-    """The columns of a supervised row: `messages`, or `prompt` and `response` where the prompt is raw text."""
+    """The columns of a supervised row: `messages` and what their template takes besides, or `prompt` and `response`."""
     if isinstance(prompt, str):
         return {"prompt": prompt, "response": response}
-    return {"messages": [*prompt, {"role": "assistant", "content": response}]}
+    columns = prompt_columns(prompt)
+    return {"messages": [*columns.pop("prompt"), {"role": "assistant", "content": response}], **columns}
+
+
+def prompt_columns(prompt: Text) -> dict[str, Any]:
+    """The columns of a row to generate from."""
+    kwargs, shown = ({}, prompt) if isinstance(prompt, str) else split_arguments(prompt)
+    return {"prompt": shown, **({TEMPLATE_KWARGS: kwargs} if kwargs else {})}
 
 
 def fill(template: str, **values: str) -> str:

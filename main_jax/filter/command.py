@@ -13,6 +13,7 @@ from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, to_dict
 from lm_jax.console import say
 from lm_jax.data.columns import RowKeys
 from lm_jax.data.faults import write_faults
+from lm_jax.data.messages import TEMPLATE_KWARGS
 from lm_jax.data.rows import write_jsonl
 from lm_jax.data.supervised import SYNTHETIC
 from lm_jax.errors import UserError
@@ -159,15 +160,16 @@ def _identity(config: FilterConfig, prompts: Prompts, candidates: Candidates, na
 def _items(candidates: Candidates, prompts: Prompts, name: str) -> Iterator[Item | str]:
     for number, row in enumerate(candidates.rows()):
         where, instruction = candidates.name(number), (row["instruction"] or "").strip()
+        kwargs = row.get(TEMPLATE_KWARGS)
         if name == ALONE:
             if candidates.first[candidates.response_of[number]] == number:
-                yield Item(prompts.no_instruction(SYNTHETIC), row["response"], where)
+                yield Item(prompts.no_instruction(SYNTHETIC, kwargs), row["response"], where)
         elif not instruction:
             yield NO_INSTRUCTION
         elif name == RESPONSE:
-            yield Item(prompts.forward(instruction, SYNTHETIC), row["response"], where)
+            yield Item(prompts.forward(instruction, SYNTHETIC, kwargs), row["response"], where)
         else:
-            yield Item(prompts.reverse(row["response"]), instruction, f"{where} (instruction)")
+            yield Item(prompts.reverse(row["response"], kwargs), instruction, f"{where} (instruction)")
 
 
 def select(
@@ -263,7 +265,7 @@ def _kept_rows(
     """Supervised rows, their prompts under the synthetic tag."""
     for number, row in itertools.compress(enumerate(candidates.rows()), chosen.reason < 0):
         instruction = row["instruction"].strip()
-        prompt = prompts.forward(instruction, SYNTHETIC)
+        prompt = prompts.forward(instruction, SYNTHETIC, row.get(TEMPLATE_KWARGS))
         yield {
             "id": row["id"],
             **supervised_example(prompt, row["response"]),

@@ -11,6 +11,7 @@ import numpy as np
 
 from lm_jax.data.faults import Faults
 from lm_jax.data.journal import rows_fingerprint
+from lm_jax.data.messages import TEMPLATE_KWARGS, read_template_kwargs
 from lm_jax.data.rows import stream_rows
 from lm_jax.errors import UserError
 
@@ -32,7 +33,7 @@ class Candidates:
       response_of: [N] int64, the number of each candidate's response.
       first: [M] int64, the first candidate of each response.
       clusters: [N] int64, the number of each candidate's cluster.
-      fingerprint: sha256 (hex) over ids, responses and instructions in their order.
+      fingerprint: sha256 (hex) over ids, responses, instructions and `chat_template_kwargs` in their order.
       faults: a missing column; a value of the wrong kind; an empty response; another response than an earlier row of
         the same id.
 
@@ -103,7 +104,8 @@ class Candidates:
             numbers.append(number)
             for name, values in hashes.items():
                 values.append(_hash(row[name]))
-            digest.update(json.dumps([row[name] for name in COLUMNS]).encode())
+            kwargs = read_template_kwargs(row.get(TEMPLATE_KWARGS), TEMPLATE_KWARGS)
+            digest.update(json.dumps([*(row[name] for name in COLUMNS), *([kwargs] if kwargs else [])]).encode())
             yield row
 
 
@@ -126,6 +128,10 @@ def _fault(row: Mapping[str, Any], cluster: str | None) -> str | None:
     if not isinstance(row["instruction"], str | None):
         kind = type(row["instruction"]).__name__
         return f"instruction must be a text or null, got {kind}; give each candidate a row of its own"
+    try:
+        read_template_kwargs(row.get(TEMPLATE_KWARGS), TEMPLATE_KWARGS)
+    except UserError as error:
+        return str(error)
     if cluster and type(row[cluster]) not in (int, str):
         return (
             f"{cluster} must be a string or a whole number, got {row[cluster]!r}; mend it, or leave config.cluster out"

@@ -26,7 +26,7 @@ from lm_jax.checkpoints.runs import ModelSource, open_model
 from lm_jax.config import to_dict
 from lm_jax.console import say
 from lm_jax.data.faults import write_faults
-from lm_jax.data.messages import Text
+from lm_jax.data.messages import TEMPLATE_KWARGS, Text
 from lm_jax.data.rows import read_rows, write_jsonl
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.data.text import TextEncoder
@@ -36,7 +36,7 @@ from lm_jax.errors import UserError
 from lm_jax.generation.command import generate_rows
 from lm_jax.generation.requests import Generator
 from lm_jax.generation.rounds import begin_directory, do_parts, do_rounds, made_from
-from main_jax.prompts import open_prompts
+from main_jax.prompts import open_prompts, prompt_columns
 from main_jax.rounds import rows as round_rows
 from main_jax.rounds.config import INSTRUCTIONS, MAY_CHANGE, RESPONSES, SAMPLER, Round, RoundsConfig
 from main_jax.rounds.inputs import given_rows, read_seeds, read_unlabelled
@@ -93,8 +93,10 @@ class _Rounds:
         learnable = self._learnable(unlabelled)
         # Under the seeds' tag, with which the model is to be used
         asked: dict[str, list[Any]] = {
-            INSTRUCTIONS: [(row, row["id"], prompts.reverse(row["response"])) for row in learnable],
-            RESPONSES: [(seed, seed.row, prompts.forward(seed.instruction, SEED)) for seed in seeds],
+            INSTRUCTIONS: [
+                (row, row["id"], prompts.reverse(row["response"], row.get(TEMPLATE_KWARGS))) for row in learnable
+            ],
+            RESPONSES: [(seed, seed.row, prompts.forward(seed.instruction, SEED, seed.kwargs)) for seed in seeds],
         }
         self._asked = {sampled: self._with_room(sampled, questions) for sampled, questions in asked.items()}
         self._not_asked = {
@@ -138,7 +140,8 @@ class _Rounds:
     def _sample(self, this: Round, sampled: str) -> None:
         settings = this.sampling(sampled, self._prompts.stop(SAMPLER[sampled]))
         if jax.process_index() == 0:
-            write_jsonl(settings.input, ({"id": id, "prompt": prompt} for _, id, prompt in self._asked[sampled]))
+            asked = ({"id": id, **prompt_columns(prompt)} for _, id, prompt in self._asked[sampled])
+            write_jsonl(settings.input, asked)
         everywhere(lambda: None)  # all processes wait for the file
         say(f"round {this.number}: {sampled} by {settings.model}")
         generate_rows(settings, self._generator)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lm_jax.data.columns import Renamed
 from lm_jax.data.faults import Faults, RowIds
-from lm_jax.data.messages import Text
+from lm_jax.data.messages import TEMPLATE_KWARGS, TOOLS, Text, read_template_kwargs, split_arguments
 from lm_jax.data.rows import read_rows
 from lm_jax.data.supervised import SEED, supervised_rows
 from lm_jax.errors import UserError
@@ -22,6 +22,7 @@ class SeedPair:
     instruction: str
     response: str
     weight: float  # > 0
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the chat template
 
 
 def read_seeds(path: str, columns: str = "", max_dropped_share: float | None = None) -> tuple[list[SeedPair], Faults]:
@@ -47,11 +48,14 @@ def read_seeds(path: str, columns: str = "", max_dropped_share: float | None = N
         with faults.of(row.row):
             if row.source != SEED:
                 raise UserError(f"{at}: source is {row.source!r}; the rounds take real pairs alone: drop the row")
-            instruction, response = _single(row.prompt, "user", at), _single(row.response, "assistant", at)
+            kwargs, prompt = ({}, row.prompt) if isinstance(row.prompt, str) else split_arguments(row.prompt)
+            if TOOLS in kwargs:
+                raise UserError(f"{at}: has tools, which no instruction of the models' own can use; drop the row")
+            instruction, response = _single(prompt, "user", at), _single(row.response, "assistant", at)
             for name, text in (("instruction", instruction), ("response", response)):
                 if not text.strip():
                     raise UserError(f"{at}: its {name} is empty; drop the row")
-            pairs.append(SeedPair(row.row, instruction, response, row.weight))
+            pairs.append(SeedPair(row.row, instruction, response, row.weight, kwargs))
     faults.check(len(rows))
     if not pairs:
         raise UserError(f"{path}: no seed pairs left, all weigh 0; give pairs that weigh something")
@@ -81,6 +85,8 @@ def read_unlabelled(
             faults.add(number, f"{where} row {number}: {fault}")
         else:
             ids.of(number, row["id"])
+            with faults.of(number):
+                read_template_kwargs(row.get(TEMPLATE_KWARGS), f"{where} row {number}: {TEMPLATE_KWARGS}")
     faults.check(len(rows))
     return [row for number, row in enumerate(rows) if number not in faults.rows], faults
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lm_jax.data.messages import Text
+from lm_jax.data.messages import TEMPLATE_KWARGS, Text
 from lm_jax.data.supervised import SEED, SYNTHETIC
 from lm_jax.data.text import TextEncoder, checked
 from lm_jax.generation.answer_text import visible
@@ -74,9 +74,21 @@ def samples(answer: Mapping[str, Any], opened: str = "") -> list[tuple[str | Non
 def seed_rows(direction: str, seeds: Iterable[SeedPair], prompts: Prompts) -> list[Row]:
     """Supervised rows of the seeds, for one of DIRECTIONS."""
     return [
-        _row(f"{SEED}-{seed.row}", prompts.forward(seed.instruction, SEED), seed.response, SEED, seed.weight)
+        _row(
+            f"{SEED}-{seed.row}",
+            prompts.forward(seed.instruction, SEED, seed.kwargs),
+            seed.response,
+            SEED,
+            seed.weight,
+        )
         if direction == FORWARD
-        else _row(f"{SEED}-{seed.row}", prompts.reverse(seed.response), seed.instruction, SEED, seed.weight)
+        else _row(
+            f"{SEED}-{seed.row}",
+            prompts.reverse(seed.response, seed.kwargs),
+            seed.instruction,
+            SEED,
+            seed.weight,
+        )
         for seed in seeds
     ]
 
@@ -84,7 +96,13 @@ def seed_rows(direction: str, seeds: Iterable[SeedPair], prompts: Prompts) -> li
 def forward_rows(candidates: Iterable[Row], prompts: Prompts) -> list[Row]:
     """Sampled instruction -> real response, a row for each candidate with an instruction; see `shared_weights`."""
     return [
-        _row(row["id"], prompts.forward(row["instruction"], SYNTHETIC), row["response"], SYNTHETIC, 1.0)
+        _row(
+            row["id"],
+            prompts.forward(row["instruction"], SYNTHETIC, row.get(TEMPLATE_KWARGS)),
+            row["response"],
+            SYNTHETIC,
+            1.0,
+        )
         for row in candidates
         if row["instruction"] is not None
     ]
@@ -97,7 +115,13 @@ def reverse_rows(seeds: Sequence[SeedPair], sampled: Sequence[str | None], promp
       sampled: for each seed, its instruction's sampled response; None: there is none.
     """
     return [
-        _row(f"{SYNTHETIC}-{seed.row}", prompts.reverse(response), seed.instruction, SYNTHETIC, seed.weight)
+        _row(
+            f"{SYNTHETIC}-{seed.row}",
+            prompts.reverse(response, seed.kwargs),
+            seed.instruction,
+            SYNTHETIC,
+            seed.weight,
+        )
         for seed, response in zip(seeds, sampled, strict=True)
         if response is not None
     ]

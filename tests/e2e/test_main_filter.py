@@ -122,6 +122,29 @@ def test_what_a_person_sees(place, filtered):
     assert plots == ["copy_rate.png", "forward_reverse.png", "kept_by_length.png", "scores.png"]
 
 
+def test_a_rows_own_arguments_of_the_template(place, tmp_path):
+    """Scores as with the key, for the rows that bring them."""
+    models = []
+    for path in (place.forward, place.reverse):
+        copy = Path(shutil.copytree(path, tmp_path / Path(path).name))
+        template = copy / "chat_template.jinja"
+        template.write_text("{% if quiet %}the hat the hat{% endif %}" + template.read_text())
+        models.append(copy)
+    own = {"quiet": True}
+    rows = [row | {"chat_template_kwargs": own} if row["id"] == "r0" else row for row in place.rows]
+    given = common.write_rows(tmp_path / "own.jsonl", rows)
+    flags = [f"forward={models[0]}", f"reverse={models[1]}", "fraction=1.0"]
+    place.filter("own", *flags, f"input={given}")
+    place.filter("without", *flags)
+    place.filter("with_the_key", *flags, f"chat_template_kwargs={json.dumps(own)}")
+    scores = ([r["scores"] or {} for r in place.candidates(n)] for n in ("own", "without", "with_the_key"))
+    for row, found, without, with_the_key in zip(rows, *scores, strict=True):
+        expected = with_the_key if row["id"] == "r0" else without
+        assert found == pytest.approx(expected, abs=1e-4)  # packed in other rows
+        assert not found or (row["id"] == "r0") != (found == pytest.approx(without, abs=1e-4))
+    assert {row["id"] for row in place.kept("own") if row.get("chat_template_kwargs") == own} == {"r0"}
+
+
 def test_loads_with_datasets_and_into_trl(place, filtered, tmp_path):
     """SFTTrainer sees the same tokens as our encoder."""
     path = f"{place.path}/kept.jsonl"

@@ -344,6 +344,24 @@ def test_layouts_of_seeds(tmp_path, row):
     assert (pair.instruction, pair.response, pair.weight) == ("Q", "A", row.get("weight", 1.0))
 
 
+def test_arguments_of_the_template_go_along(run, tmp_path):
+    """A row's own reach all that is asked about it and learnt of it, in the column that training reads."""
+    own, writers = {"enable_thinking": False}, Writers()
+    more = {"chat_template_kwargs": own}
+    run([SEEDS[0] | more, *SEEDS[1:]], [RESPONSES[0] | more, *RESPONSES[1:]], writers=writers, rounds=1)
+    asked = {request.id: request.prompt[0] for request, _ in writers.asked}
+    head = {"role": "template_arguments", "content": json.dumps(own)}
+    assert {id for id, first in asked.items() if first == head} == {RESPONSES[0]["id"], "0"}
+    for direction in DIRECTIONS:
+        rows = learnt(tmp_path, 1, direction)
+        names = {str(row["id"]) for row in rows if row.get("chat_template_kwargs") == own}
+        other = RESPONSES[0]["id"] if direction == "forward" else "synthetic-0"
+        assert names == {"seed-0", other} and not any("chat_template_kwargs" in r for r in rows if r["id"] not in names)
+    write_jsonl(f"{tmp_path}/tools.jsonl", [SEEDS[0] | {"tools": [{"type": "function", "function": {"name": "f"}}]}])
+    with pytest.raises(UserError, match="tools.jsonl row 0: has tools"):
+        read_seeds(f"{tmp_path}/tools.jsonl")
+
+
 @pytest.mark.parametrize("extra", ["system", "turns"])
 def test_seeds_of_more_than_one_turn(tmp_path, extra):
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]

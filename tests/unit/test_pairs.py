@@ -166,8 +166,12 @@ def test_original_instruction(pairs):
     assert [content(pair["prompt"]) for pair in made] == [
         Task(0, r["instruction"], r.get("input", "")).text for r in rows
     ]
-    asked = [request.id for request in model.requests if "/recombine" in request.id]
+    asked = {request.id: request.prompt for request in model.requests if "/recombine" in request.id}
     assert sorted(asked) == sorted(f"{row['id']}/recombine/perturbed" for row in rows)
+    for row in rows:  # the last example is the row itself: what is asked for is an edit of its words
+        *_, question, answer, _ = asked[f"{row['id']}/recombine/perturbed"]
+        assert answer["content"] == f"Instruction:\n{row['instruction']}"
+        assert (row.get("input") or "None") in question["content"]
 
 
 def test_self_instruct(pairs):
