@@ -1,7 +1,7 @@
 """Frozen dataclasses that describe a run. They are static (hashable), so a jitted function may close over them.
 
-User-facing values live in `configs/*.py`, which list every key with its reason; `from_config_dict` turns them into
-these dataclasses and refuses a key that is unknown or missing, so no value is ever set silently.
+Their defaults are those of `configs/*.py`, which list every key with its reason (a test holds the two together).
+`from_config_dict` turns what a user gives into these dataclasses and refuses an unknown key and a missing one.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ class ModelConfig:
 class ComputeConfig:
     """How a decoder computes it: none of these fields changes the result beyond rounding."""
 
-    dtype: str  # matmuls and activations: float32 | bfloat16; softmax, norms and losses are always fp32
+    dtype: str = "float32"  # matmuls and activations: float32 | bfloat16; softmax, norms and losses are always fp32
     remat: str = "none"  # none | full | a name of lm_jax.models.decoder.REMAT_POLICIES
     attention: str = "auto"  # auto | a name of lm_jax.models.attention.IMPLEMENTATIONS
     logprob_chunk: int = 256  # tokens of a device that the head works on at one time; of a row in the weighing pass
@@ -113,17 +113,17 @@ class ComputeConfig:
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1 and takes what is left."""
 
-    data: int  # replicas of the parameters
-    fsdp: int  # parameters and batch cut along this axis
-    tensor: int  # heads, feed-forward and vocabulary cut along this axis
+    data: int = 1  # replicas of the parameters
+    fsdp: int = -1  # parameters and batch cut along this axis
+    tensor: int = 1  # heads, feed-forward and vocabulary cut along this axis
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
     """The shape of one forward pass, which scores or evaluates: [rows, row_length] tokens, packed."""
 
-    rows: int  # over all devices
-    row_length: int  # tokens a row
+    rows: int = 8  # over all devices
+    row_length: int = 2048  # tokens a row
 
     def __post_init__(self):
         _check_sizes(self, "config.batch")
@@ -140,8 +140,8 @@ class StepBatch:
     unit: ClassVar[str]  # what an example is, in the plural: the key that counts them
     sequences: ClassVar[int]  # of an example
 
-    rows_per_device: int  # rows of a microbatch that a device works on at one time; the result does not depend on it
-    row_lengths: int  # different lengths that rows may have, each of which is compiled; nor on this
+    rows_per_device: int = 1  # rows of a microbatch that a device works on at once; the result does not depend on it
+    row_lengths: int = 3  # different lengths that rows may have, each of which is compiled; nor on this
 
     def __post_init__(self):
         _check_sizes(self, "config.batch")
@@ -156,23 +156,23 @@ class StepBatch:
 class PairBatch(StepBatch):
     unit, sequences = "pairs", 2
 
-    pairs: int  # of a step; an epoch's last step has what is left
+    pairs: int = 8  # of a step; an epoch's last step has what is left
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBatch(StepBatch):
     unit, sequences = "examples", 1
 
-    examples: int  # of a step; an epoch's last step has what is left
+    examples: int = 32  # of a step; an epoch's last step has what is left
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How many sequences are generated at a time, and how long they may get."""
 
-    slots: int  # sequences that decode side by side, over all devices
-    max_length: int  # tokens of prompt and response; never more than the model's context
-    chunk: int  # tokens a sequence between two looks at what has finished
+    slots: int = 64  # sequences that decode side by side, over all devices
+    max_length: int = 2048  # tokens of prompt and response; never more than the model's context
+    chunk: int = 8  # tokens a sequence between two looks at what has finished
 
     def __post_init__(self):
         _check_sizes(self, "config.decode")
@@ -180,15 +180,15 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    learning_rate: float  # the peak
-    schedule: str  # cosine | linear | constant, after the warm-up
-    warmup_ratio: float  # share of all steps
-    final_ratio: float  # learning rate at the last step as a share of the peak (cosine, linear)
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float  # AdamW, on matrices only
-    clip_norm: float  # global gradient norm; 0 turns clipping off
+    learning_rate: float = 1e-05  # the peak
+    schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
+    warmup_ratio: float = 0.03  # share of all steps
+    final_ratio: float = 0.0  # learning rate at the last step as a share of the peak (cosine, linear)
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-08
+    weight_decay: float = 0.0  # AdamW, on matrices only
+    clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
     skip_limit: int = 5  # steps of a run that may be skipped for a loss or gradient that is not finite; 0: none
     mu_dtype: str = AUTO  # of first moments: float32 | bfloat16; auto: the parameters'
 
@@ -214,10 +214,10 @@ class OptimConfig:
 class LoraConfig:
     """Low-rank adapters on the projections of every layer; with rank 0 there are none and all parameters train."""
 
-    rank: int
-    alpha: float  # how strongly the adapters count: their product is scaled by alpha / rank
-    targets: str  # all-linear, or comma-separated module names of PEFT's with wildcards: q_proj,v_proj
-    rslora: bool  # scale by alpha / sqrt(rank) (arXiv 2312.03732), which keeps large ranks learning
+    rank: int = 0
+    alpha: float = 32.0  # how strongly the adapters count: their product is scaled by alpha / rank
+    targets: str = "all-linear"  # all-linear, or comma-separated module names of PEFT's with wildcards: q_proj,v_proj
+    rslora: bool = False  # scale by alpha / sqrt(rank) (arXiv 2312.03732), which keeps large ranks learning
     dropout: float = 0.0  # share of an adapter's input that a training step leaves out; never elsewhere
     base: str = FULL  # the frozen projections: full, in the run's dtype; nf4, in 4 bits (QLoRA, arXiv 2305.14314)
 
@@ -244,8 +244,8 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int  # steps between saves; the last step is always saved
-    keep: int  # newest checkpoints kept
+    every: int = 100  # steps between saves; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
     remote: str | None = None  # gs:// or s3:// address of a copy to resume from elsewhere
 
     def __post_init__(self):
@@ -266,6 +266,7 @@ def from_config_dict(cls: type[T] | types.UnionType, config: Mapping[str, Any], 
 
     Args:
       cls: or several of them (`A | B`), where presets have keys of their own: the one that has most of the keys.
+      config: of a nested dataclass the keys that differ from its default will do.
 
     Raises:
       UserError: on an unknown key, a missing key, or a value of the wrong type, with its dotted name.
@@ -285,8 +286,24 @@ def from_config_dict(cls: type[T] | types.UnionType, config: Mapping[str, Any], 
             if key not in _ADDRESSES and key not in getattr(cls, "addresses", ()):
                 cure = ", and the address as config.checkpoints.remote" if "checkpoints" in fields else ""
                 raise UserError(f"{where}.{key}: {without_passwords(value)}: give a local path{cure}")
+    for name, value in values.items():
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(default := fields[name].default):
+            values[name] = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **value}
     converted = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     return typing.cast(type[T], cls)(**converted)
+
+
+def from_settings(cls: type[T], **settings: Any) -> T:
+    """Builds dataclass `cls` from keyword arguments, nested ones as dicts: `optim={"learning_rate": 1e-5}`.
+
+    The matmuls' dtype, `compute.dtype`, is `dtype` unless it is given, as in the config files.
+
+    Raises:
+      UserError: as `from_config_dict`.
+    """
+    if "dtype" in settings:
+        settings["compute"] = {"dtype": settings["dtype"], **settings.get("compute", {})}
+    return from_config_dict(cls, settings)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

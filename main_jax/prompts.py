@@ -53,13 +53,16 @@ class PromptConfig:
       UserError: an unknown format; a template lacks a marker, has it twice, or has one that is not its own.
     """
 
-    format: str
-    seed_system: str
-    synthetic_system: str
-    reverse_system: str
-    reverse_question: str
-    forward_text: str
-    reverse_text: str
+    format: str = "auto"
+    seed_system: str = "Answer as a helpful assistant does."
+    synthetic_system: str = "Answer as a text found on the web does."
+    reverse_system: str = ""
+    reverse_question: str = (
+        "Below is a response that an assistant gave. Write the one instruction, question or request that it answers, "
+        "and nothing else.\n\nResponse:\n{response}"
+    )
+    forward_text: str = "{system}\n\nInstruction:\n{instruction}\n\nResponse:\n"
+    reverse_text: str = "{system}\n\nResponse:\n{response}\n\nInstruction:\n"
 
     def __post_init__(self):
         if self.format not in FORMATS:

@@ -25,13 +25,13 @@ class ExportConfig:
 
     model: str
     output: str
-    step: int | None
-    dtype: str
-    adapter: bool
-    max_shard_bytes: int
-    push_to_hub: str | None
-    private: bool
-    mesh: MeshConfig
+    step: int | None = None
+    dtype: str = "bfloat16"
+    adapter: bool = False
+    max_shard_bytes: int = 5000000000
+    push_to_hub: str | None = None
+    private: bool = True
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         if self.dtype not in hf_io.DTYPES:

@@ -35,29 +35,29 @@ _SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 _ADDED = ("response", "finish_reason", "error")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig(RowKeys):
     """`configs/generate.py` says what each key is for."""
 
-    model: str | None
+    model: str | None = None
     input: str
     output: str
-    chat_template_kwargs: str
-    seed: int
-    dtype: str
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    num_samples: int
-    stop: tuple[str | int, ...]
-    max_failed_share: float
-    decode: DecodeConfig
-    endpoint: EndpointConfig
-    mesh: MeshConfig
-    compute: ComputeConfig
+    chat_template_kwargs: str = ""
+    seed: int = 0
+    dtype: str = "float32"
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_samples: int = 1
+    stop: tuple[str | int, ...] = ()
+    max_failed_share: float = 0.05
+    decode: DecodeConfig = DecodeConfig()
+    endpoint: EndpointConfig = EndpointConfig()
+    mesh: MeshConfig = MeshConfig(fsdp=1, tensor=-1)
+    compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
         super().__post_init__()

@@ -21,10 +21,10 @@ from lm_jax.sharding import make_mesh
 class EndpointConfig:
     """An OpenAI-compatible server; no `url`: the model runs here."""
 
-    url: str
-    model: str
-    concurrency: int
-    timeout: float  # seconds
+    url: str = ""
+    model: str = ""
+    concurrency: int = 32
+    timeout: float = 600.0  # seconds
 
 
 class ModelKeys(Protocol):

@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from lm_jax.checkpoints.runs import open_model
-from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig
+from lm_jax.config import BatchConfig, ComputeConfig, MeshConfig, ModelConfig
 from lm_jax.console import Progress
 from lm_jax.data.columns import Renamed, RowKeys
 from lm_jax.data.faults import Faults
@@ -27,7 +27,7 @@ from lm_jax.sharding import make_mesh
 from lm_jax.strict_json import dumps, finite
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(RowKeys):
     """`configs/score.py` says what each key is for."""
 
@@ -36,12 +36,12 @@ class ScoreConfig(RowKeys):
     model: str
     input: str
     output: str
-    chat_template_kwargs: str
-    dtype: str
-    max_length: int
-    batch: BatchConfig
-    mesh: MeshConfig
-    compute: ComputeConfig
+    chat_template_kwargs: str = ""
+    dtype: str = "float32"
+    max_length: int = 2048
+    batch: BatchConfig = BatchConfig()
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,7 +80,38 @@ def score_rows(config: ScoreConfig) -> None:
     where = os.path.basename(config.input.rstrip("/"))
     rows_fingerprint(rows, where)  # finds what JSON cannot hold before the scoring, not after it
     faults = Faults(where, config.max_dropped_share)
-    prompts = read_prompts(rows, faults, tuple(Renamed(config.columns).names))
+    load = lambda: source.load_params(mesh, "float32")  # noqa: E731
+    options = encoder, load, source.config, config.compute, config.batch, mesh, tuple(Renamed(config.columns).names)
+    rows, counts = scored_rows(rows, faults, *options)
+    if jax.process_index() == 0:
+        write_jsonl(config.output, rows)
+        print(dumps({"rows": len(rows), "faulty": len(faults.rows), **counts, "output": config.output}))
+
+
+def scored_rows(
+    rows: list[dict[str, Any]],
+    faults: Faults,
+    encoder: TextEncoder,
+    load: Callable[[], dict],
+    model: ModelConfig,
+    compute: ComputeConfig,
+    batch: BatchConfig,
+    mesh: jax.sharding.Mesh,
+    named: tuple[str, ...] = (),
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows with what `score_rows` adds to them, and counts of what stands out.
+
+    Args:
+      rows: what is added goes into them.
+      faults: those of the input; the rows' own are noted there.
+      load: gives the parameters, once the rows are known to be sound.
+      named: columns that the user named.
+
+    Raises:
+      UserError: rows that cannot be scored, all of them named.
+    """
+    where = faults.where
+    prompts = read_prompts(rows, faults, named)
     several = [_is_several(row, i, faults) for i, row in enumerate(rows)]
     responses: list[tuple[int, Any]] = [
         (i, r) for i, row in enumerate(rows) for r in (row["response"] if several[i] else [row.get("response")])
@@ -104,15 +135,15 @@ def score_rows(config: ScoreConfig) -> None:
     found = [(j, i, text) for j, (i, _), text in zip(wanted, items, texts, strict=True) if i not in faults.rows]
     whole = [text for *_, text in found if text is not None]
     segments = [Segment(text.prompt_ids, text.response_ids) for text in whole]
-    params = source.load_params(mesh, "float32")
+    params = load()
     progress = Progress(len(segments), 0, "response")
     done = nonfinite = 0
     columns: list[dict[str, Any]] = [_NOTHING] * len(responses)
-    for batch in score(params, segments, source.config, config.compute, config.batch, mesh):
-        for scores in batch:
+    for done_together in score(params, segments, model, compute, batch, mesh):
+        for scores in done_together:
             columns[found[scores.row][0]] = _columns(segments[scores.row], scores)
             nonfinite += sum(int((~np.isfinite(x)).sum()) for x in (scores.logprobs, scores.entropies) if x is not None)
-        done += len(batch)
+        done += len(done_together)
         progress.update(done, {})
     progress.close()
     each = iter(columns)
@@ -125,12 +156,8 @@ def score_rows(config: ScoreConfig) -> None:
             row |= next(each)
         if number in faults.rows:
             row["error"] = faults.rows[number]
-    if jax.process_index() == 0:
-        write_jsonl(config.output, rows)
-        truncated = sum(text.truncated for text in whole)
-        report = {"rows": len(rows), "faulty": len(faults.rows), "truncated": truncated}
-        report |= {"num_nonfinite": nonfinite} if nonfinite else {}
-        print(dumps(report | {"without_response": len(responses) - len(found), "output": config.output}))
+    counts = {"truncated": sum(text.truncated for text in whole)} | ({"num_nonfinite": nonfinite} if nonfinite else {})
+    return rows, counts | {"without_response": len(responses) - len(found)}
 
 
 def _is_several(row: Mapping[str, Any], number: int, faults: Faults) -> bool:

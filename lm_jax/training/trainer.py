@@ -53,29 +53,29 @@ from lm_jax.training.step import TrainState, host_totals, make_evaluate
 from lm_jax.training.watches import Warnings
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(RowKeys):
     """The keys of every command that trains."""
 
     model: str
     input: str
-    eval_input: str | None
+    eval_input: str | None = None
     output: str
-    chat_template_kwargs: str
-    seed: int
-    dtype: str
-    max_length: int
-    epochs: int
-    max_steps: int | None
-    eval_every: int
+    chat_template_kwargs: str = ""
+    seed: int = 0
+    dtype: str = "bfloat16"
+    max_length: int = 2048
+    epochs: int = 3
+    max_steps: int | None = None
+    eval_every: int = 100
     batch: StepBatch
-    optim: OptimConfig
-    lora: LoraConfig
-    mesh: MeshConfig
-    compute: ComputeConfig
-    checkpoints: CheckpointConfig
-    loggers: str
-    profile: str | None
+    optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig(dtype="bfloat16", remat="full")
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    loggers: str = ""
+    profile: str | None = None
 
     def __post_init__(self):
         super().__post_init__()

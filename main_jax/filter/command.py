@@ -38,7 +38,7 @@ PASSES = {
 WORSE, OVER_THRESHOLD, BEYOND_FRACTION = "worse_candidate", "over_threshold", "beyond_fraction"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FilterConfig(RowKeys):
     """`configs/main_filter.py` says what each key is for."""
 
@@ -46,18 +46,18 @@ class FilterConfig(RowKeys):
     reverse: str
     input: str
     output: str
-    chat_template_kwargs: str
-    scores: str | None
-    score: str
-    fraction: float
-    threshold: float | None
-    cluster: str | None
-    dtype: str
-    max_length: int
-    prompts: PromptConfig
-    batch: BatchConfig
-    mesh: MeshConfig
-    compute: ComputeConfig
+    chat_template_kwargs: str = ""
+    scores: str | None = None
+    score: str = "mutual_gain"
+    fraction: float = 0.5
+    threshold: float | None = None
+    cluster: str | None = None
+    dtype: str = "float32"
+    max_length: int = 2048
+    prompts: PromptConfig = PromptConfig()
+    batch: BatchConfig = BatchConfig()
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
         super().__post_init__()

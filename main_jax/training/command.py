@@ -21,10 +21,10 @@ from main_jax.training.weighting import AlphaConfig, alpha_state
 class MainTrainConfig(TrainConfig):
     """`configs/main_train.py` says what each key is for and why it has its value."""
 
-    batch: ExampleBatch
-    train_on: str
-    response_column: str | None
-    alpha: AlphaConfig
+    batch: ExampleBatch = ExampleBatch()
+    train_on: str = "all"
+    response_column: str | None = None
+    alpha: AlphaConfig = AlphaConfig()
 
     def __post_init__(self):
         super().__post_init__()

@@ -21,11 +21,11 @@ NEUTRAL = 0.5  # of the ratios, while a loss is not known yet and where both are
 
 @dataclasses.dataclass(frozen=True)
 class AlphaConfig:
-    rule: str  # one of RULES
-    value: float  # alpha of `fixed`
-    start: float  # `schedule` goes from here in the first step
-    end: float  # to here in the last, in a straight line
-    decay: float  # of the ratios' moving averages: the share of the old average; 0: the last step's losses alone
+    rule: str = "loss_ratio"  # one of RULES
+    value: float = 0.5  # alpha of `fixed`
+    start: float = 0.0  # `schedule` goes from here in the first step
+    end: float = 0.5  # to here in the last, in a straight line
+    decay: float = 0.9  # of the ratios' moving averages: the share of the old average; 0: the last step's losses alone
 
     def __post_init__(self):
         if self.rule not in RULES:

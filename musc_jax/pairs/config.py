@@ -18,48 +18,48 @@ MARKER = "{instruction}"
 class StageConfig:
     """How one stage samples; see `SamplingConfig`."""
 
-    temperature: float
-    max_new_tokens: int
-    repetition_penalty: float
+    temperature: float = 0.1
+    max_new_tokens: int = 1024
+    repetition_penalty: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsConfig(RowKeys):
     """`configs/musc_pairs.py` says what each key is for and why it has its value."""
 
-    method: str
-    model: str | None
-    input: str | None
-    num_instructions: int | None
+    method: str = "musc"
+    model: str | None = None
+    input: str | None = None
+    num_instructions: int | None = None
     output: str
-    chat_template_kwargs: str
-    seed: int
-    dtype: str
-    examples: str
-    num_examples: int
-    format: str
-    system: bool
-    text_template: str
-    full_instruction: str
-    near_duplicate: float
-    verify: bool
-    num_samples: int
-    judge_samples: int
-    max_failed_share: float
-    perturb: PerturbConfig
-    self_instruct: StageConfig
-    decompose: StageConfig
-    negate: StageConfig
-    recombine: StageConfig
-    check: StageConfig
-    respond: StageConfig
-    judge: StageConfig
-    critique: StageConfig
-    revise: StageConfig
-    decode: DecodeConfig
-    endpoint: EndpointConfig
-    mesh: MeshConfig
-    compute: ComputeConfig
+    chat_template_kwargs: str = ""
+    seed: int = 0
+    dtype: str = "float32"
+    examples: str = ""
+    num_examples: int = 4
+    format: str = "auto"
+    system: bool = True
+    text_template: str = "Instruction:\n{instruction}\n\nResponse:\n"
+    full_instruction: str = "recombined"
+    near_duplicate: float = 0.7
+    verify: bool = False
+    num_samples: int = 4
+    judge_samples: int = 3
+    max_failed_share: float = 0.05
+    perturb: PerturbConfig = PerturbConfig()
+    self_instruct: StageConfig = StageConfig(temperature=0.5)
+    decompose: StageConfig = StageConfig()
+    negate: StageConfig = StageConfig(max_new_tokens=128)
+    recombine: StageConfig = StageConfig(max_new_tokens=512)
+    check: StageConfig = StageConfig(temperature=0.0, max_new_tokens=256)
+    respond: StageConfig = StageConfig(temperature=0.5)
+    judge: StageConfig = StageConfig(temperature=0.7, max_new_tokens=512)
+    critique: StageConfig = StageConfig(max_new_tokens=512)
+    revise: StageConfig = StageConfig(temperature=0.5)
+    decode: DecodeConfig = DecodeConfig(slots=8, max_length=4096, chunk=16)
+    endpoint: EndpointConfig = EndpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,7 +7,7 @@ import jax
 
 from lm_jax.checkpoints.provenance import Method
 from lm_jax.checkpoints.runs import ModelSource, open_model, param_specs
-from lm_jax.config import FULL, ModelConfig, PairBatch
+from lm_jax.config import FULL, ModelConfig, OptimConfig, PairBatch
 from lm_jax.console import say
 from lm_jax.data.batches import AuxiliaryBatch
 from lm_jax.data.packing import Example
@@ -18,7 +18,7 @@ from lm_jax.training.objective import Objective
 from lm_jax.training.trainer import Data, TrainConfig, Trainer
 from musc_jax.training.examples import Pairs, load_pairs
 from musc_jax.training.losses import LossConfig
-from musc_jax.training.objective import preference_objective
+from musc_jax.training.objective import PairLoss, preference_objective
 from musc_jax.training.reference import no_scores, reference_scores, weighted_pairs
 from musc_jax.weights.online import auxiliary_responses, auxiliary_rows, online_weights
 from musc_jax.weights.rules import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule, online_rule
@@ -28,19 +28,23 @@ from musc_jax.weights.rules import CHOSEN, REJECTED, RULES_ON_SCORES, check_rule
 class MuscTrainConfig(TrainConfig):
     """`configs/musc_train.py` says what each key is for and why it has its value."""
 
-    batch: PairBatch
-    reference: str | None
-    weights: str
-    loss: LossConfig
-    reference_cache: str | None
+    batch: PairBatch = PairBatch()
+    optim: OptimConfig = OptimConfig(learning_rate=5e-7, warmup_ratio=0.1)
+    reference: str | None = None
+    weights: str = "auto"
+    loss: LossConfig = LossConfig()
+    reference_cache: str | None = None
 
     def __post_init__(self):
         check_rule(self.weights)
         super().__post_init__()
 
 
-def train(config: MuscTrainConfig) -> None:
+def train(config: MuscTrainConfig, pair_loss: PairLoss | None = None) -> None:
     """Runs, or continues, the training that `config` describes; see the module's docstring of `launch.musc_train`.
+
+    Args:
+      pair_loss: another loss than `config.loss` knows; see `preference_objective`.
 
     Raises:
       UserError: anything the user can mend.
@@ -54,7 +58,8 @@ def train(config: MuscTrainConfig) -> None:
     whole = [_all_read(*own) for own in read]
     faults = [own.faults for own, _ in read]
     scored_by = reference if _needs_scores(config, rule) else None
-    trainer.begin("musc_train", _method(config, rule), faults, whole, scored_by)
+    kind = config.loss.kind if pair_loss is None else pair_loss.__name__
+    trainer.begin("musc_train", _method(config, rule, kind), faults, whole, scored_by)
     examples = _examples(config, rule, trainer, reference, [own for own, _ in read])
     say(f"weights: {rule}")
     data = [
@@ -62,7 +67,7 @@ def train(config: MuscTrainConfig) -> None:
         for own, (pairs, auxiliary) in zip(examples, read, strict=True)
     ]
     trainer.fit(
-        objective_of(config, trainer.policy.config, rule),
+        objective_of(config, trainer.policy.config, rule, pair_loss),
         data[0],
         data[1] if config.eval_input else None,
         shown={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
@@ -94,17 +99,19 @@ def _load(path: str, config: MuscTrainConfig, trainer: Trainer, weights: str) ->
     return pairs, auxiliary
 
 
-def _method(config: MuscTrainConfig, rule: str) -> Method:
-    plain = rule == "uniform" and config.loss.kind == "sigmoid"
+def _method(config: MuscTrainConfig, rule: str, kind: str) -> Method:
+    plain = rule == "uniform" and kind == "sigmoid"
     what = "Direct preference optimisation" if plain else "Token-aware preference optimisation"
     return Method(
-        f"{what} as in MuSC ([arXiv 2502.11541](https://arxiv.org/abs/2502.11541)): loss `{config.loss.kind}`, "
+        f"{what} as in MuSC ([arXiv 2502.11541](https://arxiv.org/abs/2502.11541)): loss `{kind}`, "
         f"beta {config.loss.beta:g}, token weights `{rule}`.",
         ("musc", "dpo", "preference-optimization"),
     )
 
 
-def objective_of(config: MuscTrainConfig, model: ModelConfig, rule: str) -> Objective:
+def objective_of(
+    config: MuscTrainConfig, model: ModelConfig, rule: str, pair_loss: PairLoss | None = None
+) -> Objective:
     """What is minimised.
 
     Args:
@@ -112,9 +119,9 @@ def objective_of(config: MuscTrainConfig, model: ModelConfig, rule: str) -> Obje
         are read `config.weights` itself will do.
     """
     if not (online := online_rule(rule)):
-        return preference_objective(model, config.compute, config.loss)
+        return preference_objective(model, config.compute, config.loss, pair_loss=pair_loss)
     weigh = online_weights(online, model, config.compute)
-    objective = preference_objective(model, config.compute, config.loss, weigh)
+    objective = preference_objective(model, config.compute, config.loss, weigh, pair_loss)
     return dataclasses.replace(objective, values=("ref_logprobs",), auxiliary=auxiliary_rows(online))
 
 

@@ -17,11 +17,11 @@ KINDS = ("sigmoid", "robust", "ipo", "hinge", "simpo")
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    kind: str  # one of KINDS
-    beta: float  # strength of the pull to the reference; IPO's tau; SimPO's beta
-    label_smoothing: float  # share of pairs assumed mislabelled (sigmoid: conservative DPO; robust: unbiased)
-    simpo_gamma: float  # SimPO's target margin
-    nll_weight: float  # of the chosen responses' mean negative log-likelihood a token, without token weights (TRL: sft)
+    kind: str = "sigmoid"  # one of KINDS
+    beta: float = 0.1  # strength of the pull to the reference; IPO's tau; SimPO's beta
+    label_smoothing: float = 0.0  # share of pairs assumed mislabelled (sigmoid: conservative DPO; robust: unbiased)
+    simpo_gamma: float = 0.5  # SimPO's target margin
+    nll_weight: float = 0.0  # of the chosen responses' mean -log p a token, without token weights (TRL: sft)
 
     def __post_init__(self):
         if self.kind not in KINDS:

@@ -3,6 +3,7 @@
 Axes: B rows, T tokens, P pairs of a row.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,9 @@ from lm_jax.config import ComputeConfig, ModelConfig
 from lm_jax.models.forward import packed_logprobs
 from lm_jax.training.objective import Batch, Objective, Sums
 from musc_jax.training.losses import LossConfig, preference_loss, segment_sums
+
+# (weighted log-ratios, weighted log-probs, response tokens, all [P, 2]: chosen, rejected) -> [P]
+PairLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def given_weights(params: Any, batch: Batch) -> jax.Array:
@@ -25,6 +29,7 @@ def preference_objective(
     compute: ComputeConfig,
     loss: LossConfig,
     weigh: Callable[[Any, Batch], jax.Array] = given_weights,
+    pair_loss: PairLoss | None = None,
 ) -> Objective:
     """r = sum_t w_t (log pi - log ref) of each response under the full instruction; the loss of the pairs' margins.
 
@@ -32,7 +37,11 @@ def preference_objective(
     `weigh` makes the weights [B, T] of. Metrics carry TRL's names: rewards are beta times r, `logps/*` plain sums, all
     means over pairs. With `loss.nll_weight` the mean of -log pi over the chosen responses' tokens is added, as TRL's
     `sft` loss beside another one (once `rpo_alpha`): every token counts 1 there, whatever its weight.
+
+    Args:
+      pair_loss: another loss of each pair, of the same arguments as `preference_loss` takes behind its config.
     """
+    pair_loss = pair_loss or functools.partial(preference_loss, loss)
 
     def count(batch: Batch) -> Sums:
         return {
@@ -53,7 +62,7 @@ def preference_objective(
         # two long sums.
         logratios = sums(weights * (logprobs - batch["ref_logprobs"])) if loss.needs_reference else weighted
         present = (ids >= 0).reshape(-1)
-        losses = preference_loss(loss, logratios, weighted, sums(mask))
+        losses = pair_loss(logratios, weighted, sums(mask))
         losses = jnp.where(present, losses, 0.0)
         num_pairs, num_chosen = jnp.maximum(totals["pairs"], 1), jnp.maximum(totals["chosen_tokens"], 1)
         total = jnp.sum(losses) / num_pairs

@@ -49,7 +49,7 @@ _SIDES = (CHOSEN, REJECTED)
 _SUMMED = 4096  # responses read together for the table at the end
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeighConfig(RowKeys):
     """`configs/musc_token_weights.py` says what each key is for."""
 
@@ -58,16 +58,16 @@ class WeighConfig(RowKeys):
     model: str
     input: str
     output: str
-    store: str | None
-    chat_template_kwargs: str
-    rules: str
-    keep_scores: bool
-    seed: int
-    dtype: str
-    max_length: int
-    batch: BatchConfig
-    mesh: MeshConfig
-    compute: ComputeConfig
+    store: str | None = None
+    chat_template_kwargs: str = ""
+    rules: str = "calibrated_entropy"
+    keep_scores: bool = False
+    seed: int = 0
+    dtype: str = "float32"
+    max_length: int = 2048
+    batch: BatchConfig = BatchConfig(row_length=6144)
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
         super().__post_init__()

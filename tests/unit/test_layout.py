@@ -23,6 +23,7 @@ LAYERS = (
     ("lm_jax.scoring",),
     ("lm_jax.training",),
     ("lm_jax.generation",),
+    ("lm_jax.library",),
     ("lm_jax.evaluation", "lm_jax.planning"),
     ("musc_jax", "main_jax"),
     ("lab",),
