@@ -23,6 +23,7 @@ _CONSTRAINT_LABEL = re.compile(
 )
 _VERDICT = re.compile(rf"[\s\"'*_(\[]*(?:(?P<yes>{YES})|(?P<no>{NO}))(?![^\W\d_])", re.IGNORECASE)
 _LAST_VERDICT = re.compile(rf"[\W_](?:(?P<yes>{YES})|(?P<no>{NO}))\W*$", re.IGNORECASE)
+_LAYERS = 8  # of labels, quotes and fences around an instruction; an answer of thousands is no instruction
 _TAIL = 40  # characters, of a line, that may hold the verdict after the constraint itself
 
 
@@ -127,12 +128,16 @@ def parse_verdicts(answer: str, count: int, finish_reason: str = "stop") -> tupl
 
 def _bare(text: str) -> str:
     """Without what stands around an instruction, layer by layer."""
-    bare = without_closing(without_opening(text)).strip()
-    bare = _unemphasised(unquoted(_unemphasised(unfenced(bare).strip())))
-    first = sections(bare)[:2]
-    if len(first) == 2 and first[1].label == "instruction" and not first[0].body.strip():
-        bare = bare[first[1].start :].strip()
-    return bare if bare == text else _bare(bare)
+    for _ in range(_LAYERS):
+        bare = without_closing(without_opening(text)).strip()
+        bare = _unemphasised(unquoted(_unemphasised(unfenced(bare).strip())))
+        first = sections(bare)[:2]
+        if len(first) == 2 and first[1].label == "instruction" and not first[0].body.strip():
+            bare = bare[first[1].start :].strip()
+        if bare == text:
+            break
+        text = bare
+    return text
 
 
 def _verdicts(body: str) -> list[bool | None]:
