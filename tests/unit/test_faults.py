@@ -131,8 +131,8 @@ def test_kinds_are_counted_whatever_their_rows_say(capsys):
     with pytest.raises(UserError) as caught:
         faults.check(17)
     assert str(caught.value) == (
-        "f: 9 of 17 rows are faulty: 7 like row 0 (the prompt alone has 9 tokens); 2 like row 50 (role 'x' is unknown); "
-        "mend or drop them, or raise config.max_dropped_share=0.5"
+        "f: 9 of 17 rows are faulty: 7 like row 0 (the prompt alone has 9 tokens); 2 like row 50 (role 'x' is "
+        "unknown); mend or drop them, or raise config.max_dropped_share=0.5"
     )
 
 
