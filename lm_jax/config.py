@@ -288,7 +288,7 @@ def from_config_dict(cls: type[T] | types.UnionType, config: Mapping[str, Any], 
                 raise UserError(f"{where}.{key}: {without_passwords(value)}: give a local path{cure}")
     for name, value in values.items():
         if isinstance(value, Mapping) and dataclasses.is_dataclass(default := fields[name].default):
-            values[name] = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **value}
+            values[name] = {**to_dict(default), **value}
     converted = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     return typing.cast(type[T], cls)(**converted)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +25,11 @@ from lm_jax.generation.sampling import LocalGenerator
 from lm_jax.models.forward import packed_logprobs
 from lm_jax.scoring.command import scored_rows
 from lm_jax.sharding import make_mesh
-from lm_jax.training.objective import Objective
+from lm_jax.training.objective import Objective, name_of
 from lm_jax.training.supervised import supervised_objective
 from lm_jax.training.trainer import Data, TrainConfig, Trainer
 
-Rows = str | Sequence[Mapping[str, Any]]  # a file, or the rows themselves
+Rows = str | os.PathLike[str] | Sequence[Mapping[str, Any]]  # a file, or the rows themselves
 _FEWEST_SLOTS = 8  # a decoding step of fewer takes as long
 
 
@@ -46,11 +47,6 @@ class Model:
     mesh: jax.sharding.Mesh
     dtype: str
     chat_template_kwargs: str = ""
-
-    @property
-    def name(self) -> str:
-        """What opens it again: its run directory, or the directory of its files."""
-        return self.source.run or self.source.name
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -131,7 +127,7 @@ class Model:
         Raises:
           UserError: `output` is there already; no adapters where they were asked for.
         """
-        export(ExportConfig(model=self.name, output=output, step=self.source.step, dtype=dtype, adapter=adapter))
+        export(ExportConfig(model=self.source.name, output=output, step=self.source.step, dtype=dtype, adapter=adapter))
 
     def _generator(self, sequences: int) -> LocalGenerator:
         slots = _FEWEST_SLOTS  # of few numbers, since each compiles
@@ -160,7 +156,7 @@ class Model:
 
 
 def load(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     mesh: Mapping[str, int] | None = None,
     dtype: str | None = None,
@@ -179,7 +175,7 @@ def load(
     """
     made = make_mesh(MeshConfig(**(mesh or {})))
     dtype = dtype or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
-    return Model(open_model(model, step), made, dtype, chat_template_kwargs)
+    return Model(open_model(os.fspath(model), step), made, dtype, chat_template_kwargs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,20 +212,37 @@ def train(
     given["optim"] = {"learning_rate": learning_rate, **given.get("optim", {})}
     config = from_settings(SupervisedConfig, **given)
     trainer = Trainer(config)
-    read = load_supervised(config.input, trainer.encoder, columns=config.columns)
-    say("\n".join(read.report))
-    data = Data([(segment,) for segment in read.segments], read.name)
-    method = Method("Supervised training with an objective of the user's own.", ("lm-jax",))
-    trainer.begin("lm_jax.train", method, [read.faults], [data.examples])
+    paths = [config.input, *([config.eval_input] if config.eval_input else [])]
+    read = [
+        load_supervised(path, trainer.encoder, columns=config.columns, max_dropped_share=config.max_dropped_share)
+        for path in paths
+    ]
+    for own in read:
+        say("\n".join(own.report))
+    data = [Data([(segment,) for segment in own.segments], own.name) for own in read]
+    # The run's settings do not hold the objective, and another one must not go on with the run
+    what = "lm_jax.train" if objective is None else f"lm_jax.train with the loss {name_of(objective.loss)}"
+    method = Method(f"Supervised training: `{what}`.", ("sft",))
+    trainer.begin(what, method, [own.faults for own in read], [own.examples for own in data])
     minimised = objective or supervised_objective(trainer.policy.config, config.compute)
-    trainer.fit(minimised, data, None, shown={"loss": "loss"})
+    trainer.fit(minimised, data[0], data[1] if config.eval_input else None, shown={"loss": "loss"})
     return trained(model, output)
 
 
 def settings_of(model: Model, rows: Rows, output: str) -> dict[str, Any]:
-    """What a command that reads rows is told of a model: where it lies, on which mesh, in which dtype."""
+    """What a command that reads rows is told of a model: where it lies, on which mesh, in which dtype.
+
+    Raises:
+      UserError: an older checkpoint of a run, which a command, that takes the newest, would not read.
+    """
+    source = model.source
+    if source.run and (newest := open_model(source.name).step) != source.step:
+        raise UserError(
+            f"{source.name}: step {source.step} was loaded and step {newest} is the newest, which would be taken; save "
+            "the model to a directory and load that"
+        )
     return {
-        "model": model.name,
+        "model": source.name,
         "input": rows_file(rows, output),
         "output": output,
         "mesh": dict(model.mesh.shape),
@@ -240,8 +253,8 @@ def settings_of(model: Model, rows: Rows, output: str) -> dict[str, Any]:
 
 def rows_file(rows: Rows, output: str) -> str:
     """The file of rows; those that are given themselves are written beside `output`, where a run finds them again."""
-    if isinstance(rows, str):
-        return rows
+    if isinstance(rows, str | os.PathLike):
+        return os.fspath(rows)
     path = f"{output.rstrip('/').removesuffix('.jsonl')}.input.jsonl"
     write_jsonl(path, rows)
     return path

@@ -28,7 +28,7 @@ def filter_pairs(
       UserError: anything the user can mend; nothing is left.
     """
     given = settings_of(forward, candidates, output)
-    given |= {"forward": given.pop("model"), "reverse": reverse.name}
+    given |= {"forward": given.pop("model"), "reverse": reverse.source.name}
     filter_candidates(from_settings(FilterConfig, **given | settings))
     return list(read_rows(output))
 

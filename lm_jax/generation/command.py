@@ -36,23 +36,16 @@ _ADDED = ("response", "finish_reason", "error")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RowKeys):
+class GenerateConfig(RowKeys, SamplingConfig):
     """`configs/generate.py` says what each key is for."""
 
     model: str | None = None
     input: str
     output: str
     chat_template_kwargs: str = ""
-    seed: int = 0
     dtype: str = "float32"
     max_new_tokens: int = 512
     temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    num_samples: int = 1
-    stop: tuple[str | int, ...] = ()
     max_failed_share: float = 0.05
     decode: DecodeConfig = DecodeConfig()
     endpoint: EndpointConfig = EndpointConfig()
@@ -60,8 +53,8 @@ class GenerateConfig(RowKeys):
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
-        super().__post_init__()
-        _ = self.sampling  # raises what is wrong with its keys
+        RowKeys.__post_init__(self)
+        SamplingConfig.__post_init__(self)
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"config.max_failed_share={self.max_failed_share}: must lie between 0 and 1")
         check_one_model(self)

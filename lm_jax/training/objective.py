@@ -54,3 +54,8 @@ class Objective:
     auxiliary: AuxiliaryBatch | None = None
     state: ObjectiveState = ObjectiveState()
     dtype: str = "float32"
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A user's function in words; of what has no name, such as a `functools.partial`, its type's."""
+    return getattr(function, "__qualname__", type(function).__name__)

@@ -73,39 +73,24 @@ def samples(answer: Mapping[str, Any], opened: str = "") -> list[tuple[str | Non
 
 def seed_rows(direction: str, seeds: Iterable[SeedPair], prompts: Prompts) -> list[Row]:
     """Supervised rows of the seeds, for one of DIRECTIONS."""
-    return [
-        _row(
-            f"{SEED}-{seed.row}",
-            prompts.forward(seed.instruction, SEED, seed.kwargs),
-            seed.response,
-            SEED,
-            seed.weight,
-        )
-        if direction == FORWARD
-        else _row(
-            f"{SEED}-{seed.row}",
-            prompts.reverse(seed.response, seed.kwargs),
-            seed.instruction,
-            SEED,
-            seed.weight,
-        )
-        for seed in seeds
-    ]
+    rows = []
+    for seed in seeds:
+        if direction == FORWARD:
+            prompt, target = prompts.forward(seed.instruction, SEED, seed.kwargs), seed.response
+        else:
+            prompt, target = prompts.reverse(seed.response, seed.kwargs), seed.instruction
+        rows.append(_row(f"{SEED}-{seed.row}", prompt, target, SEED, seed.weight))
+    return rows
 
 
 def forward_rows(candidates: Iterable[Row], prompts: Prompts) -> list[Row]:
     """Sampled instruction -> real response, a row for each candidate with an instruction; see `shared_weights`."""
-    return [
-        _row(
-            row["id"],
-            prompts.forward(row["instruction"], SYNTHETIC, row.get(TEMPLATE_KWARGS)),
-            row["response"],
-            SYNTHETIC,
-            1.0,
-        )
-        for row in candidates
-        if row["instruction"] is not None
-    ]
+    rows = []
+    for row in candidates:
+        if row["instruction"] is not None:
+            prompt = prompts.forward(row["instruction"], SYNTHETIC, row.get(TEMPLATE_KWARGS))
+            rows.append(_row(row["id"], prompt, row["response"], SYNTHETIC, 1.0))
+    return rows
 
 
 def reverse_rows(seeds: Sequence[SeedPair], sampled: Sequence[str | None], prompts: Prompts) -> list[Row]:
@@ -114,17 +99,12 @@ def reverse_rows(seeds: Sequence[SeedPair], sampled: Sequence[str | None], promp
     Args:
       sampled: for each seed, its instruction's sampled response; None: there is none.
     """
-    return [
-        _row(
-            f"{SYNTHETIC}-{seed.row}",
-            prompts.reverse(response, seed.kwargs),
-            seed.instruction,
-            SYNTHETIC,
-            seed.weight,
-        )
-        for seed, response in zip(seeds, sampled, strict=True)
-        if response is not None
-    ]
+    rows = []
+    for seed, response in zip(seeds, sampled, strict=True):
+        if response is not None:
+            prompt = prompts.reverse(response, seed.kwargs)
+            rows.append(_row(f"{SYNTHETIC}-{seed.row}", prompt, seed.instruction, SYNTHETIC, seed.weight))
+    return rows
 
 
 def _row(id: int | str, prompt: Text, response: str, source: str, weight: float) -> Row:

@@ -102,7 +102,7 @@ class Construction:
         """
         if not self.original:
             return self.source.examples
-        instruction = row.task.text.replace(row.input, "").strip() if row.input else row.task.text
+        instruction = row.task.text.removesuffix(row.input).strip()
         return *self.source.examples, Demonstration(instruction, row.input, row.constraints(FULL))
 
     def _check(self, rows: list[Row]) -> None:

@@ -14,7 +14,7 @@ from lm_jax.data.packing import Example
 from lm_jax.distributed.processes import everywhere
 from lm_jax.errors import UserError
 from lm_jax.planning.programs import Program, score_program, train_program
-from lm_jax.training.objective import Objective
+from lm_jax.training.objective import Objective, name_of
 from lm_jax.training.trainer import Data, TrainConfig, Trainer
 from musc_jax.training.examples import Pairs, load_pairs
 from musc_jax.training.losses import LossConfig
@@ -58,8 +58,11 @@ def train(config: MuscTrainConfig, pair_loss: PairLoss | None = None) -> None:
     whole = [_all_read(*own) for own in read]
     faults = [own.faults for own, _ in read]
     scored_by = reference if _needs_scores(config, rule) else None
-    kind = config.loss.kind if pair_loss is None else pair_loss.__name__
-    trainer.begin("musc_train", _method(config, rule, kind), faults, whole, scored_by)
+    kind, command = config.loss.kind, "musc_train"
+    if pair_loss is not None:  # the run's settings do not hold it, and another one must not go on with the run
+        kind = name_of(pair_loss)
+        command = f"musc_jax.train with the loss {kind}"
+    trainer.begin(command, _method(config, rule, kind), faults, whole, scored_by)
     examples = _examples(config, rule, trainer, reference, [own for own, _ in read])
     say(f"weights: {rule}")
     data = [

@@ -90,11 +90,40 @@ def test_errors_name_what_is_wrong_and_end_nothing(model, tmp_path):
         lm_jax.load(f"{tmp_path}/nowhere")
 
 
+def test_another_loss_does_not_go_on_with_a_run(model, tmp_path):
+    """The run's settings do not hold the function; its name is told instead."""
+    pairs = [{"prompt": f"say {i}", "chosen": "the cat", "rejected": "a hat"} for i in range(4)]
+    call = {"output": f"{tmp_path}/run", "weights": "uniform", "epochs": 1} | SMALL
+
+    def first(logratios, logprobs, lengths):
+        return -logratios[:, 0]
+
+    def second(logratios, logprobs, lengths):
+        return logratios[:, 1]
+
+    musc_jax.train(model, pairs, loss=first, **call)
+    for other in (second, None):
+        with pytest.raises(lm_jax.UserError, match=r"belongs to musc_jax.train with the loss .*first; give another"):
+            musc_jax.train(model, pairs, loss=other, **call)
+
+
+def test_rows_to_evaluate_on_and_older_checkpoints(model, tmp_path):
+    rows = [{"prompt": f"say {i}", "response": "the cat"} for i in range(4)]
+    held = write_jsonl(f"{tmp_path}/held.jsonl", rows[:2]) or f"{tmp_path}/held.jsonl"
+    call = {"eval_input": held, "eval_every": 1, "batch": {"examples": 2}, "epochs": 1, "checkpoints": {"every": 1}}
+    lm_jax.train(model, rows, output=f"{tmp_path}/run", **call, **SMALL)
+    assert any("eval_loss" in row for row in common.read_rows(tmp_path / "run" / "metrics.jsonl"))
+    older = lm_jax.load(tmp_path / "run", step=1)
+    assert older.score(rows[:1])[0]["logprob"] < 0
+    with pytest.raises(lm_jax.UserError, match="step 1 was loaded and step 2 is the newest"):
+        lm_jax.train(older, rows, output=f"{tmp_path}/more", **SMALL)
+
+
 def test_a_call_goes_on_where_the_last_ended(model, tmp_path):
     rows = [{"prompt": f"say {i}", "response": "the cat"} for i in range(4)]
     call = {"output": f"{tmp_path}/run", "batch": {"examples": 2}, "epochs": 2} | SMALL
     trained = lm_jax.train(model, rows, **call)
     before = common.read_rows(tmp_path / "run" / "metrics.jsonl")
     again = lm_jax.train(model, rows, **call)
-    assert common.read_rows(tmp_path / "run" / "metrics.jsonl") == before and again.name == trained.name
+    assert common.read_rows(tmp_path / "run" / "metrics.jsonl") == before and again.source.name == trained.source.name
     assert trained.generate(["a"], max_new_tokens=2, temperature=0) != [] and musc_jax.train is not lm_jax.train
